@@ -1,0 +1,1 @@
+"""The chapters: each package here is one complete inference engine."""

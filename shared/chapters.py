@@ -1,0 +1,84 @@
+"""The table of contents: one row a chapter, in reading order.
+
+A *capability* is something a user can do. A chapter has those of all chapters before it and adds
+its own; a test names the ones it needs, and then runs for every chapter that has them.
+
+    python -m shared.chapters          # the table
+    python -m shared.chapters names    # v01 v02 ...: what the Makefile derives its targets from
+"""
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+MILESTONES = ROOT / "milestones"
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One directory under milestones/."""
+
+    name: str
+    idea: str
+    adds: frozenset[str]
+
+    @property
+    def id(self) -> str:
+        """The short form that targets and options take: v01."""
+        return self.name.split("_")[0]
+
+    @property
+    def path(self) -> Path:
+        return MILESTONES / self.name
+
+    @property
+    def number(self) -> int:
+        return CHAPTERS.index(self)
+
+    @property
+    def previous(self) -> "Chapter | None":
+        return CHAPTERS[self.number - 1] if self.number else None
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """All that a user can do in this chapter."""
+        return frozenset().union(*(chapter.adds for chapter in CHAPTERS[: self.number + 1]))
+
+    def load(self) -> ModuleType:
+        return importlib.import_module(f"milestones.{self.name}")
+
+
+CHAPTERS = (
+    Chapter(
+        name="v01_naive",
+        idea="A decoder is a function from tokens to the next token's logits; call it in a loop.",
+        adds=frozenset({"generate", "sample", "logprobs", "stream", "abort", "chat", "command_line"}),
+    ),
+)
+
+
+def find(text: str) -> Chapter:
+    """The chapter called text: its short form or its whole name.
+
+    >>> find("v01").name
+    'v01_naive'
+    """
+    for chapter in CHAPTERS:
+        if text in (chapter.id, chapter.name):
+            return chapter
+    raise ValueError(f"there is no chapter {text!r}; the chapters are {', '.join(c.id for c in CHAPTERS)}")
+
+
+def main(argv: list[str]) -> int:
+    if argv == ["names"]:
+        print(*(chapter.id for chapter in CHAPTERS))
+        return 0
+    for chapter in CHAPTERS:
+        print(f"{chapter.name:24}{chapter.idea}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
