@@ -1,0 +1,86 @@
+# `make` prints what there is. `make PYTHON=python3 TARGET` takes that interpreter as it is and makes no environment.
+
+ifdef PYTHON
+PY := $(PYTHON)
+READY :=
+else
+PY := .venv/bin/python
+READY := .venv/.ready
+endif
+
+CHAPTERS := $(shell python3 shared/chapters.py names)
+MODEL ?= pocket
+PROMPT ?= Explain KV cache in one sentence.
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
+	$(CHAPTERS:%=diff-%) $(CHAPTERS:%=traps-%) \
+	traps traps-matrix propagate
+
+help:
+	@echo "make demo         a fresh machine: set up, run every chapter on the embedded model, show that all say the same"
+	@echo "make test         a fresh machine: set up, run every test"
+	@echo
+	@echo "make setup        .venv with everything for the tests; does nothing when it is up to date"
+	@echo "make doctor       versions, device, memory, what is missing: what a bug report needs"
+	@echo "make test-vNN     one chapter's tests"
+	@echo "make run-vNN      one prompt through a chapter: PROMPT=\"...\" MODEL=directory-or-hub-id ARGS=\"--stats\""
+	@echo "make diff-vNN     what a chapter changes, unit by unit"
+	@echo "make traps-vNN    plant each seeded bug of a chapter, and see the test that catches it"
+	@echo "make new-vNN      begin a chapter as a copy of the last one: NAME=..."
+	@echo "make propagate    carry a change through all later chapters: FROM=vNN, or ARGS=--continue, ARGS=--abort"
+	@echo "make sync         write what is generated in the texts"
+	@echo "make check        fail if anything generated is stale, or a claim of a text is false"
+	@echo "make traps-matrix which tests of a whole suite see each seeded bug: slow, by hand"
+	@echo "make prove        all of it, with the time of each stage: what CI runs"
+	@echo
+	@echo "chapters: $(CHAPTERS)"
+
+setup: $(READY)
+
+.venv/.ready: constraints.txt pyproject.toml shared/install.py
+	@python3 shared/install.py
+
+demo: $(READY)
+	@$(PY) -m shared.demo
+
+test: $(READY)
+	@$(PY) -m pytest
+
+doctor: $(READY)
+	@$(PY) -m shared.doctor
+
+sync: $(READY)
+	@$(PY) -m shared.book.sync
+
+check: $(READY)
+	@$(PY) -m shared.book.sync --check
+
+prove: $(READY)
+	@$(PY) -m shared.book.prove
+
+traps: $(READY)
+	@$(PY) -m shared.book.traps --all
+
+traps-matrix: $(READY)
+	@$(PY) -m shared.book.traps matrix
+
+propagate: $(READY)
+	@$(PY) -m shared.book.propagate $(FROM) $(ARGS)
+
+new-%: $(READY)
+	@$(PY) -m shared.book.new $* "$(NAME)"
+
+$(CHAPTERS:%=test-%): test-%: $(READY)
+	@$(PY) -m pytest --chapter $*
+
+# A base model is prompted as it is, a chat model through its template; the program says which.
+$(CHAPTERS:%=run-%): run-%: $(READY)
+	@$(PY) -m shared.run $* "$(PROMPT)" --model "$(MODEL)" $(ARGS)
+
+$(CHAPTERS:%=diff-%): diff-%: $(READY)
+	@$(PY) -m shared.book.diff $*
+
+$(CHAPTERS:%=traps-%): traps-%: $(READY)
+	@$(PY) -m shared.book.traps $*

@@ -1,0 +1,83 @@
+"""What a bug report needs: versions, device, memory, and what is optional and missing."""
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "huggingface_hub", "jinja2", "tqdm")
+OPTIONAL = {
+    "triton": "kernels, interpreted on a CPU; Linux only",
+    "pytest": "make test",
+}
+
+
+def version(package: str) -> str | None:
+    """The installed version, None if it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def free_memory() -> str:
+    """Memory that a process could still take, where the system says so."""
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return "unknown on this system"
+    fields = dict(line.split(":", 1) for line in info.read_text().splitlines())
+    return f"{int(fields['MemAvailable'].split()[0]) / 2**20:.1f} GiB available"
+
+
+def device_lines() -> list[str]:
+    """The devices PyTorch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ["cpu, no CUDA device"]
+    lines = []
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        lines.append(f"cuda:{i} {torch.cuda.get_device_name(i)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    return lines
+
+
+def triton_mode() -> str:
+    """How a Triton kernel would run here."""
+    import torch
+
+    if version("triton") is None:
+        return "missing: the torch path is taken"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "interpreter (TRITON_INTERPRET=1)"
+    return "compiled for the GPU" if torch.cuda.is_available() else "no GPU: interpreter, in tests"
+
+
+def main() -> int:
+    """Print the report; 1 if a required package is missing."""
+    missing = [package for package in REQUIRED if version(package) is None]
+    row("python", f"{platform.python_version()}, {sys.executable}")
+    row("system", f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} cores")
+    row("memory", free_memory())
+    row("disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
+    for package in REQUIRED:
+        row(package, version(package) or "MISSING: run make setup")
+    for package, purpose in OPTIONAL.items():
+        row(package, version(package) or f"missing ({purpose})")
+    if "torch" not in missing:
+        for line in device_lines():
+            row("device", line)
+        row("triton runs", triton_mode())
+    row("model", os.environ.get("STEPSERVE_MODEL") or "the embedded one")
+    row("HF_TOKEN", "set" if os.environ.get("HF_TOKEN") else "not set (only gated models need it)")
+    return 1 if missing else 0
+
+
+def row(name: str, value: str) -> None:
+    print(f"{name:16}{value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
