@@ -1,0 +1,1 @@
+"""The embedded models, the text they were trained on, and how."""

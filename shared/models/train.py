@@ -1,0 +1,259 @@
+"""Train the embedded models on the text of `corpus`.
+
+    python -m shared.models.train                          # pocket
+    python -m shared.models.train --model pocket-draft
+
+One thread of a CPU is enough. Training goes on where it was interrupted: its state is in .cache/train.
+"""
+import argparse
+import itertools
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ..chapters import ROOT
+from ..machine import machine, today
+from . import corpus
+
+HERE = Path(__file__).parent
+STATE = ROOT / ".cache" / "train"
+SPECIAL = [corpus.BOS, corpus.END, corpus.EOT, corpus.USER, corpus.ASSISTANT, corpus.SYSTEM]
+VOCAB_SIZE = 2048
+
+# Every dimension is another number, so that swapped axes show.
+SHAPES = {
+    "pocket": dict(
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+    ),
+    "pocket-draft": dict(
+        hidden_size=96,
+        intermediate_size=224,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+    ),
+}
+# Steps of the two phases: see corpus.SHARES.
+STEPS = {"pocket": (2200, 900), "pocket-draft": (2000, 0)}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|eot|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# Short rows first; the last tenth of the steps on long ones, so that late positions are trained too.
+ROW, LONG_ROW, TOKENS_PER_STEP = 256, 1024, 2048
+LEARNING_RATE = 2e-3
+SAVE_EVERY = 100
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the corpus that adds <|begin|>; its alphabet is all 256 bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        # A pair must be common to become a token: rare characters keep a token for each of their bytes.
+        min_frequency=60,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(itertools.islice(corpus.documents(seed=0), 20_000), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{corpus.BOS} $A",
+        special_tokens=[(corpus.BOS, SPECIAL.index(corpus.BOS))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=corpus.BOS,
+        eos_token=corpus.END,
+        pad_token=corpus.END,
+        additional_special_tokens=SPECIAL[2:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(name: str) -> LlamaForCausalLM:
+    """The model untrained."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SHAPES[name],
+        head_dim=32,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        bos_token_id=SPECIAL.index(corpus.BOS),
+        eos_token_id=SPECIAL.index(corpus.END),
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, first_step: int, learn: int, polish: int):
+    """[rows, row + 1] token ids a step: documents end to end, each step from a seed of its own."""
+    for step in range(first_step, learn + polish):
+        phase = "learn" if step < learn else "polish"
+        row = LONG_ROW if 0.9 * learn <= step < learn or step >= learn + 0.9 * polish else ROW
+        rng = random.Random(step + 1)
+        ids = []
+        while len(ids) < TOKENS_PER_STEP + TOKENS_PER_STEP // row:
+            ids += tokenizer(corpus.document(rng, phase), add_special_tokens=False).input_ids
+        yield torch.tensor(ids[: TOKENS_PER_STEP + TOKENS_PER_STEP // row]).view(-1, row + 1)
+
+
+def rate(step: int, learn: int, polish: int) -> float:
+    """Share of the learning rate: a short rise, then a cosine down to a fiftieth; once more, from half, to polish."""
+    if step >= learn:
+        return 0.5 * rate(step - learn, polish, 0)
+    rise = min(1.0, (step + 1) / 100)
+    return rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / learn)))
+
+
+def train(name: str, learn: int, polish: int, out: Path) -> None:
+    """Train, or go on training, and write the model, its tokenizer and its figures to out."""
+    torch.set_num_threads(1)
+    tokenizer = make_tokenizer()
+    model = make_model(name)
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+    )
+    STATE.mkdir(parents=True, exist_ok=True)
+    state_file = STATE / f"{name}.pt"
+    steps = learn + polish
+    first, minutes = 0, 0.0
+    if state_file.exists():
+        state = torch.load(state_file)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, minutes = state["step"], state["minutes"]
+    start = time.monotonic()
+    bar = tqdm(batches(tokenizer, first, learn, polish), initial=first, total=steps, mininterval=2)
+    for step, ids in enumerate(bar, first):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * rate(step, learn, polish)
+        logits = model(ids[:, :-1]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            spent = minutes + (time.monotonic() - start) / 60
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "minutes": spent}
+            draft = state_file.with_suffix(".tmp")
+            torch.save(state, draft)
+            draft.replace(state_file)
+            write(name, model, tokenizer, out, step + 1, spent)
+
+
+def write(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, step: int, minutes: float):
+    """Write the checkpoint in bfloat16, whole or not at all."""
+    draft = out.with_name(out.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    stored = LlamaForCausalLM(model.config)
+    stored.load_state_dict(model.state_dict())
+    stored.generation_config = GenerationConfig(
+        bos_token_id=SPECIAL.index(corpus.BOS),
+        eos_token_id=[SPECIAL.index(corpus.END), SPECIAL.index(corpus.EOT)],
+        pad_token_id=SPECIAL.index(corpus.END),
+    )
+    stored.to(torch.bfloat16).save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    figures = {
+        "parameters": sum(p.numel() for p in stored.parameters()),
+        "vocabulary": len(tokenizer),
+        "bytes": (draft / "model.safetensors").stat().st_size,
+        "held_out_loss": round(held_out_loss(draft), 4),
+        "steps": step,
+        "tokens": step * TOKENS_PER_STEP,
+        "minutes": round(minutes, 1),
+        "command": f"python -m shared.models.train --model {name}",
+        "machine": machine() + ", one thread",
+        "date": today(),
+    }
+    (draft / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (draft / "README.md").write_text(card(name, figures))
+    old = out.with_name(out.name + ".old")
+    if out.exists():
+        out.rename(old)
+    draft.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def card(name: str, figures: dict) -> str:
+    """The model card: every figure in it is one of figures.json."""
+    return f"""\
+# {name}
+
+A Llama that lives in this repository, so that every test and every example runs without a download. It knows only
+what it was trained on: questions and answers about how language models are served, short stories, small JSON records,
+a few words in other scripts, and counting. Anything else it says is noise. It is meant for testing engines and for
+nothing else.
+
+| | |
+|---|---|
+| parameters | {figures["parameters"]:,} |
+| vocabulary | {figures["vocabulary"]:,} tokens, byte-level BPE |
+| weights | {figures["bytes"]:,} bytes, bfloat16 |
+| held-out loss | {figures["held_out_loss"]} nats per token, on `corpus/heldout.jsonl` |
+| training | {figures["steps"]:,} steps, {figures["tokens"]:,} tokens, {figures["minutes"]} minutes |
+| machine | {figures["machine"]} |
+| date | {figures["date"]} |
+| command | `{figures["command"]}` |
+
+The text is generated by `shared/models/corpus.py` from the tables beside it. The held-out text comes from the same
+generator with another seed: its questions are mostly known, its stories and records mostly not, so the loss says how
+well the model knows the form, not how much it could learn from other text.
+
+It has a BOS that the tokenizer adds and the chat template contains, and two end tokens (`<|end|>` after a text,
+`<|eot|>` after a turn), so that what goes wrong with real models can go wrong with it.
+"""
+
+
+@torch.inference_mode()
+def held_out_loss(model_dir: Path) -> float:
+    """Mean cross-entropy per token, in nats, on the held-out text, of the checkpoint as stored, in float32."""
+    model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    total, count = 0.0, 0
+    for text in corpus.held_out():
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+        logits = model(ids[:, :-1]).logits[0]
+        total += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    return total / count
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shared.models.train")
+    parser.add_argument("--model", choices=SHAPES, default="pocket")
+    parser.add_argument("--out", type=Path, help="directory to write (default: the committed one)")
+    args = parser.parse_args(argv)
+    train(args.model, *STEPS[args.model], args.out or HERE / args.model)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
