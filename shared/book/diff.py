@@ -1,0 +1,127 @@
+"""The diff of a chapter against the one before, told by units.
+
+    python -m shared.book.diff v05
+
+Hunks are headed by the unit they are in, and what is unchanged is folded. Blank lines between units are
+not counted.
+"""
+import sys
+from difflib import SequenceMatcher
+from pathlib import Path
+
+from shared.book.tree import Tree, short, this_repository
+from shared.book.units import Change, compare, read_units
+
+COLOURS = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m", "=": "\033[1m"}
+
+
+def changes_of(tree: Tree, chapter: Path) -> list[Change]:
+    """All units of a chapter against the one before; all added in the first."""
+    previous = tree.previous(chapter)
+    return compare(read_units(previous) if previous else {}, read_units(chapter))
+
+
+def mark(old: str, new: str) -> list[str]:
+    """Every line of either text behind a blank, a minus or a plus."""
+    a, b = old.splitlines(), new.splitlines()
+    # Blank lines are junk: two texts should not be lined up on them.
+    matcher = SequenceMatcher(lambda line: not line.strip(), a, b, autojunk=False)
+    marked = []
+    for tag, a_start, a_end, b_start, b_end in matcher.get_opcodes():
+        if tag == "equal":
+            marked += [f" {line}" for line in a[a_start:a_end]]
+        else:
+            marked += [f"-{line}" for line in a[a_start:a_end]]
+            marked += [f"+{line}" for line in b[b_start:b_end]]
+    return [line.rstrip() or " " for line in marked]
+
+
+def hunks(change: Change, context: int = 3) -> list[str]:
+    """A change as the lines of a diff, each hunk headed by its address."""
+    marked = mark(*change.texts)
+    near = {n + i for n, line in enumerate(marked) if line[0] in "+-" for i in range(-context, context + 1)}
+    lines = []
+    for n, line in enumerate(marked):
+        if n in near:
+            lines += [line] if n - 1 in near and n else [f"@@ {change.address} @@", line]
+    return lines
+
+
+def diff_lines(changes: list[Change]) -> list[str]:
+    """Several changes as one diff; a class that is new is one hunk with its methods."""
+    lines, whole = [], None
+    for change in changes:
+        if whole and change.kind == "added" and change.address.startswith(f"{whole}."):
+            lines += ["+", *hunks(change)[1:]]
+            continue
+        whole = change.address if change.kind == "added" and change.new.kind == "class" else None
+        lines += hunks(change)
+    return lines
+
+
+def count(change: Change) -> tuple[int, int]:
+    """Lines added and lines removed."""
+    marked = mark(*change.texts)
+    return sum(line[0] == "+" for line in marked), sum(line[0] == "-" for line in marked)
+
+
+def summary(changes: list[Change]) -> list[str]:
+    """What changed, in numbers: a line a file, then all together."""
+    by_file = {}
+    for change in changes:
+        by_file.setdefault(change.address.split("::")[0], []).append(change)
+    total = {"units": [0, 0, 0], "lines": [0, 0]}
+    lines = []
+    for file, of_file in by_file.items():
+        kinds = [change.kind for change in of_file if change.kind != "identical"]
+        new, gone = kinds.count("added"), kinds.count("removed")
+        units = [len(kinds) - new - gone, new, gone]
+        added, removed = (sum(column) for column in zip(*map(count, of_file)))
+        total["units"] = [sum(pair) for pair in zip(total["units"], units)]
+        total["lines"] = [sum(pair) for pair in zip(total["lines"], (added, removed))]
+        if any(units):
+            lines.append(row(file, units, added, removed))
+    added, removed = total["lines"]
+    return [*lines, row("together", total["units"], added, removed) + f"; {added + removed} lines"]
+
+
+def row(name: str, units: list[int], added: int, removed: int) -> str:
+    changed, new, gone = units
+    return f"{name:20} +{added:<4} -{removed:<4} units: {changed} changed, {new} added, {gone} removed"
+
+
+def show(tree: Tree, chapter: Path) -> list[str]:
+    """The chapter's diff and its summary, as lines."""
+    previous = tree.previous(chapter)
+    if previous is None:
+        return [f"{short(chapter)} is the first chapter: it has no predecessor to differ from"]
+    changes = changes_of(tree, chapter)
+    lines = []
+    for file in sorted({change.address.split("::")[0] for change in changes if change.kind != "identical"}):
+        of_file = [change for change in changes if change.address.split("::")[0] == file]
+        lines += ["", f"=== {file}", *diff_lines([change for change in of_file if change.kind != "identical"])]
+    return [*lines, "", f"{short(previous)} to {short(chapter)}", *summary(changes)]
+
+
+def colour(line: str) -> str:
+    start = COLOURS.get(line[:1])
+    return f"{start}{line}\033[0m" if start else line
+
+
+def main(argv: list[str], tree: Tree | None = None) -> int:
+    if len(argv) != 1:
+        print("usage: python -m shared.book.diff v05", file=sys.stderr)
+        return 2
+    tree = tree or this_repository()
+    try:
+        lines = show(tree, tree.chapter(argv[0]))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for line in lines:
+        print(colour(line) if sys.stdout.isatty() else line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

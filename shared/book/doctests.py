@@ -1,0 +1,53 @@
+"""Runs the examples in docstrings.
+
+    python -m shared.book.doctests                        # shared and every chapter
+    python -m shared.book.doctests milestones.v05_paged_cache
+"""
+import contextlib
+import doctest
+import importlib
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.book.tree import python_files, this_repository
+
+
+@dataclass(frozen=True)
+class Report:
+    """How many examples a package has, and what the failing ones print."""
+
+    attempted: int
+    failures: tuple[str, ...]
+
+
+def check_package(name: str) -> Report:
+    """Run the examples of every module under a package."""
+    root = Path(importlib.import_module(name).__path__[0])
+    attempted, failures = 0, []
+    for path in python_files(root):
+        parts = path.relative_to(root).with_suffix("").parts
+        module = importlib.import_module(".".join((name, *parts)).removesuffix(".__init__"))
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            result = doctest.testmod(module)
+        attempted += result.attempted
+        if result.failed:
+            failures.append(printed.getvalue())
+    return Report(attempted, tuple(failures))
+
+
+def main(argv: list[str]) -> int:
+    names = argv or ["shared", *(f"milestones.{name}" for name in this_repository().names)]
+    failed = 0
+    for name in names:
+        report = check_package(name)
+        print(*report.failures, sep="\n", end="")
+        print(f"{name:32} {report.attempted} examples, {len(report.failures)} modules fail")
+        failed += len(report.failures)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

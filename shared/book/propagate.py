@@ -1,0 +1,259 @@
+"""Carries a change from the chapter it was made in through every later one.
+
+    python -m shared.book.propagate v03 [--no-tests]
+    python -m shared.book.propagate --continue
+    python -m shared.book.propagate --abort
+
+What changed in v03's *.py files since HEAD is merged into v04, what that changed in v04 into v05, and so on:
+each a 3-way merge of `git merge-file` (base: v03 at HEAD; theirs: v03 now; ours: v04). Files that are new,
+gone or renamed are so in the later chapters. Texts are never touched.
+
+At a conflict it stops, with markers in the files it names. Edit them, then --continue; or --abort, which
+gives every later chapter back as it was (v03 keeps its edit). A file that was deleted in v03 and edited in
+v04 is such a conflict too: leave it empty to delete it there as well.
+"""
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+
+from shared.book.tree import Tree, python_files, short, this_repository
+
+MARKER = re.compile(rb"^(<{7}|\|{7}|={7}|>{7})( |$)", re.MULTILINE)
+SAME_FILE = 0.6  # the share of lines that makes a file that is gone and a new one the same, renamed
+
+Files = dict[str, bytes]
+Tests = Callable[[Tree, tuple[Path, ...]], int]
+
+
+class Refused(Exception):
+    """Why it cannot be done."""
+
+
+@dataclass
+class Progress:
+    """How far a propagation has come; kept under .git until all is done."""
+
+    chapter: str  # where the change was made
+    done: int  # how many later chapters have it
+    conflicts: list[str]  # files with markers, from the root
+    renames: dict[str, str]
+    tests: bool
+
+    def save(self, tree: Tree) -> None:
+        state_file(tree).write_text(json.dumps(vars(self)))
+
+
+def state_file(tree: Tree) -> Path:
+    return tree.root / git(tree, "rev-parse", "--git-dir").decode().strip() / "stepserve-propagate.json"
+
+
+def load(tree: Tree) -> Progress | None:
+    path = state_file(tree)
+    return Progress(**json.loads(path.read_text())) if path.exists() else None
+
+
+def git(tree: Tree, *arguments: str) -> bytes:
+    done = subprocess.run(["git", *arguments], cwd=tree.root, capture_output=True)
+    if done.returncode:
+        raise Refused(f"git {arguments[0]}: {done.stderr.decode().strip()}")
+    return done.stdout
+
+
+def at_head(tree: Tree, chapter: Path) -> Files:
+    """A chapter's *.py files as they were committed."""
+    place = chapter.relative_to(tree.root).as_posix()
+    names = git(tree, "ls-tree", "-r", "-z", "--name-only", "HEAD", "--", f"{place}/").decode().split("\0")
+    names = [name for name in names if name.endswith(".py")]
+    return {name.removeprefix(f"{place}/"): git(tree, "show", f"HEAD:./{name}") for name in names}
+
+
+def at_work(chapter: Path) -> Files:
+    """A chapter's *.py files as they are."""
+    return {path.relative_to(chapter).as_posix(): path.read_bytes() for path in python_files(chapter)}
+
+
+def find_renames(old: Files, new: Files) -> dict[str, str]:
+    """Files that are gone and came back under another name."""
+    renames = {}
+    for gone in sorted(old.keys() - new.keys()):
+        likeness = {}
+        for come in sorted(new.keys() - old.keys() - set(renames.values())):
+            lines = old[gone].splitlines(), new[come].splitlines()
+            likeness[come] = SequenceMatcher(None, *lines, autojunk=False).ratio()
+        best = max(likeness, key=likeness.get, default=None)
+        if best and likeness[best] >= SAME_FILE:
+            renames[gone] = best
+    return renames
+
+
+def merge_chapter(tree: Tree, source: Path, target: Path, renames: dict[str, str]) -> list[str]:
+    """Carry what changed in source since HEAD into target; the target's files that conflict."""
+    old, new, ours = at_head(tree, source), at_work(source), at_work(target)
+    conflicts = []
+    pairs = [(name, renames.get(name, name)) for name in old]
+    pairs += [(name, name) for name in new if name not in old and name not in renames.values()]
+    for before, after in pairs:
+        was, now, mine = old.get(before), new.get(after), ours.get(before)
+        if was == now and before == after:
+            continue
+        if mine is None and was is not None:
+            print(f"{short(target)} has no {before}: it keeps being without")
+            continue
+        if now is None and mine == was:
+            (target / before).unlink()
+            continue
+        merged, clean = merge(mine, was, now, source, target)
+        if before != after:
+            (target / before).unlink()
+        (target / after).parent.mkdir(parents=True, exist_ok=True)
+        (target / after).write_bytes(merged)
+        if not clean:
+            conflicts.append((target / after).relative_to(tree.root).as_posix())
+    return conflicts
+
+
+def merge(
+    ours: bytes | None,
+    base: bytes | None,
+    theirs: bytes | None,
+    source: Path,
+    target: Path,
+) -> tuple[bytes, bool]:
+    """One file's 3-way merge, and whether it went without conflict; a file that is not there is empty."""
+    if ours is None and base is None:
+        return theirs, True
+    labels = (short(target), f"{short(source)} at HEAD", short(source))
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = []
+        for n, content in enumerate((ours, base, theirs)):
+            paths.append(Path(scratch) / str(n))
+            paths[n].write_bytes(content or b"")
+        command = ["git", "merge-file", "-p", "--diff3"]
+        for label in labels:
+            command += ["-L", label]
+        done = subprocess.run([*command, *map(str, paths)], capture_output=True)
+    if done.returncode < 0 or done.returncode > 127:
+        raise Refused(f"git merge-file: {done.stderr.decode().strip()}")
+    return done.stdout, done.returncode == 0
+
+
+def start(tree: Tree, chapter: Path, tests: Tests | None) -> int:
+    """Begin to carry what changed in a chapter; 0 if all went through, 1 at a conflict or a failed test."""
+    if load(tree):
+        raise Refused("a propagation is under way; give --continue or --abort")
+    if not at_head(tree, chapter):
+        raise Refused(f"{short(chapter)} is not committed yet: there is nothing to compare it with")
+    later = tree.later(chapter)
+    for each in later:
+        if git(tree, "status", "--porcelain", "--", str(each)).strip():
+            raise Refused(f"{short(each)} has changes that are not committed; commit or stash them first")
+    old, new = at_head(tree, chapter), at_work(chapter)
+    if old == new:
+        print(f"no *.py file of {short(chapter)} has changed since HEAD")
+        return 0
+    renames = find_renames(old, new)
+    for each in later:
+        for name in renames.values() & at_work(each).keys():
+            raise Refused(f"{short(each)} already has a file called {name}; rename one of them first")
+    return advance(tree, Progress(chapter.name, 0, [], renames, tests is not None), tests)
+
+
+def advance(tree: Tree, progress: Progress, tests: Tests | None) -> int:
+    """Merge into the later chapters from where it stands, to the end or the next conflict."""
+    first = tree.chapter(progress.chapter)
+    chain = (first, *tree.later(first))
+    while progress.done + 1 < len(chain):
+        source, target = chain[progress.done:progress.done + 2]
+        before = at_work(target)
+        progress.save(tree)
+        progress.conflicts = merge_chapter(tree, source, target, progress.renames)
+        progress.done += 1
+        progress.save(tree)
+        if progress.conflicts:
+            print(f"conflict between {short(source)} and {short(target)} in:")
+            print(*(f"    {name}" for name in progress.conflicts), sep="\n")
+            print("edit what stands between the markers, then: python -m shared.book.propagate --continue")
+            print("or give it up:                              python -m shared.book.propagate --abort")
+            return 1
+        print(f"{short(target)} {'unchanged' if at_work(target) == before else 'merged'}")
+    state_file(tree).unlink(missing_ok=True)
+    print("now `make sync`: texts show what has changed")
+    return tests(tree, chain) if tests else 0
+
+
+def go_on(tree: Tree, tests: Tests | None) -> int:
+    """Go on after a conflict has been settled by hand."""
+    progress = load(tree)
+    if progress is None:
+        raise Refused("no propagation is under way")
+    for name in progress.conflicts:
+        path = tree.root / name
+        if path.exists() and MARKER.search(path.read_bytes()):
+            raise Refused(f"{name} still has conflict markers; edit it, then --continue")
+        if path.exists() and not path.read_bytes().strip():
+            path.unlink()
+    return advance(tree, progress, tests if progress.tests else None)
+
+
+def abort(tree: Tree) -> int:
+    """Give every later chapter back as it was."""
+    progress = load(tree)
+    if progress is None:
+        raise Refused("no propagation is under way")
+    restore(tree, tree.later(tree.chapter(progress.chapter)))
+    state_file(tree).unlink()
+    print(f"the chapters after {short(tree.chapter(progress.chapter))} are as they were")
+    return 0
+
+
+def restore(tree: Tree, chapters: tuple[Path, ...]) -> None:
+    """The chapters' *.py files as they were committed: contents, modes, and none that is new."""
+    for chapter in chapters:
+        committed = at_head(tree, chapter)
+        for name in at_work(chapter).keys() - committed.keys():
+            path = chapter / name
+            path.unlink()
+            while path.parent != chapter and not any(path.parent.iterdir()):
+                path = path.parent
+                path.rmdir()
+        git(tree, "checkout", "HEAD", "--", *(str(chapter / name) for name in committed))
+
+
+def run_tests(tree: Tree, chapters: tuple[Path, ...]) -> int:
+    """The tests of every chapter that was touched; 0 if all pass."""
+    options = [option for chapter in chapters for option in ("--chapter", short(chapter))]
+    print(f"testing {', '.join(map(short, chapters))}", flush=True)
+    return subprocess.run([sys.executable, "-m", "pytest", "tests", "-q", *options], cwd=tree.root).returncode
+
+
+def main(argv: list[str], tree: Tree | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shared.book.propagate", description="Carry a change forward.")
+    parser.add_argument("chapter", nargs="?", metavar="vNN", help="where the change was made")
+    parser.add_argument("--continue", dest="go_on", action="store_true", help="after a conflict was settled")
+    parser.add_argument("--abort", action="store_true", help="give the later chapters back")
+    parser.add_argument("--no-tests", action="store_true", help="do not run the chapters' tests at the end")
+    arguments = parser.parse_args(argv)
+    tree = tree or this_repository()
+    tests = None if arguments.no_tests else run_tests
+    try:
+        if arguments.go_on:
+            return go_on(tree, tests)
+        if arguments.abort:
+            return abort(tree)
+        if not arguments.chapter:
+            parser.error("name the chapter that the change was made in")
+        return start(tree, tree.chapter(arguments.chapter), tests)
+    except (Refused, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

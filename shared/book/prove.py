@@ -1,0 +1,94 @@
+"""Proves the whole book: every stage, whatever becomes of the others, and one table.
+
+    python -m shared.book.prove [STAGE ...]
+"""
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.book.tree import this_repository
+
+PYTHON = sys.executable
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One thing that is proven: a command that ends with 0 when it holds."""
+
+    name: str
+    proves: str
+    command: tuple[str, ...]
+    needs: str = ""  # a pattern; while no file matches there is nothing to prove
+
+
+STAGES = (
+    Stage(
+        name="tests",
+        proves="every chapter is what it claims; the tools catch what they should",
+        command=(PYTHON, "-m", "pytest", "tests", "-q"),
+    ),
+    Stage(
+        name="traps",
+        proves="every seeded bug is killed by the test it names",
+        command=(PYTHON, "-m", "shared.book.traps", "--all"),
+        needs="tests/traps/*.toml",
+    ),
+    Stage(
+        name="texts",
+        proves="nothing generated is stale, every change is explained, every number has its source",
+        command=(PYTHON, "-m", "shared.book.sync", "--check"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a stage ended."""
+
+    stage: Stage
+    passed: bool
+    seconds: float
+
+
+def prove(root: Path, stages: tuple[Stage, ...]) -> list[Result]:
+    """Run the stages in order; a failed one does not keep the next from running."""
+    results = []
+    for stage in stages:
+        if stage.needs and not any(root.glob(stage.needs)):
+            print(f"=== {stage.name}: no {stage.needs} yet", flush=True)
+            continue
+        print(f"=== {stage.name}: {stage.proves}", flush=True)
+        start = time.monotonic()
+        exit_code = subprocess.run(stage.command, cwd=root).returncode
+        results.append(Result(stage, exit_code == 0, time.monotonic() - start))
+    return results
+
+
+def table(results: list[Result]) -> list[str]:
+    """Every stage with its result and its time, then the count."""
+    lines = [
+        f"{each.stage.name:12} {'passed' if each.passed else 'FAILED'} {each.seconds:7.1f} s  {each.stage.proves}"
+        for each in results
+    ]
+    passed = sum(result.passed for result in results)
+    total_s = sum(result.seconds for result in results)
+    return [*lines, f"{'together':19} {total_s:7.1f} s", f"{passed} passed, {len(results) - passed} failed"]
+
+
+def main(argv: list[str], stages: tuple[Stage, ...] = STAGES, root: Path | None = None) -> int:
+    unknown = set(argv) - {stage.name for stage in stages}
+    if unknown:
+        names = ", ".join(stage.name for stage in stages)
+        print(f"there is no stage {', '.join(sorted(unknown))}; the stages are {names}", file=sys.stderr)
+        return 2
+    root = root or this_repository().root
+    chosen = tuple(stage for stage in stages if not argv or stage.name in argv)
+    results = prove(root, chosen)
+    print("", *table(results), sep="\n")
+    return 0 if all(result.passed for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

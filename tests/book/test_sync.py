@@ -1,0 +1,371 @@
+"""Texts: what is generated is written and kept, and what is untrue is told."""
+import json
+
+import pytest
+
+from shared.book import blocks
+from shared.book.sync import check, main, sync
+from shared.book.texts import TextError, bare_numbers, fill_blocks, find_claims, read_result
+
+TRAPS = """\
+[[trap]]
+name = "a number forgotten"
+file = "cache.py"
+unit = "Cache.write"
+find = "= number"
+replace = "= 0"
+test = "tests/test_a.py::test_a"
+sees = \"\"\"
+Every number
+is nought.\"\"\"
+"""
+
+FIRST_TEXT = """\
+# A book
+
+It begins here.
+
+<!-- code: cache.py::Cache.* -->
+
+Then it ends.
+
+<!-- unshown: __init__.py, cache.py, cache.py::cost -->
+These say nothing that the prose does not.
+"""
+
+
+@pytest.fixture
+def book(make_book, first):
+    """A chapter with a true text."""
+    tree = make_book(first | {"README.md": FIRST_TEXT})
+    sync(tree)
+    return tree
+
+
+@pytest.fixture
+def two(make_book, first):
+    """A function that writes a true first chapter and a second with this text and these files."""
+
+    def two(text, **changes):
+        second = first | {"README.md": text} | {name.replace("_py", ".py"): source for name, source in changes.items()}
+        tree = make_book(first | {"README.md": FIRST_TEXT}, second)
+        sync(tree)
+        return tree
+
+    return two
+
+
+def told(tree):
+    return [str(problem) for problem in check(tree)]
+
+
+def edit(tree, old, new, chapter=0):
+    page = tree.chapters[chapter] / "README.md"
+    assert page.read_text().count(old) == 1
+    page.write_text(page.read_text().replace(old, new))
+
+
+def test_a_true_text_passes_and_is_written_only_once(book):
+    assert told(book) == []
+    assert sync(book) == ([], [])
+    text = (book.chapters[0] / "README.md").read_text()
+    block = text.split("-->\n", 1)[1].split("<!-- end -->")[0]
+    assert block.startswith("`cache.py`: `Cache`\n```python\n# The oldest is the first to go.\nclass Cache:\n")
+    assert block.endswith("        self.numbers[name] = number\n```\n")
+
+
+def test_sync_touches_no_line_outside_its_blocks(book):
+    page = book.chapters[0] / "README.md"
+    assert fill_blocks(page.read_text(), lambda claim: []).replace("<!-- end -->\n", "") == FIRST_TEXT
+
+
+def test_a_claim_without_a_block_leaves_what_follows_alone():
+    old = "```\nold\n\n<!-- end -->\n```\n<!-- end -->\n"
+    text = f"<!-- code: a.py -->\n\nBy hand.\n\n<!-- code: b.py -->\n{old}By hand too.\n"
+    assert fill_blocks(text, lambda claim: ["new"]) == (
+        "<!-- code: a.py -->\nnew\n<!-- end -->\n\nBy hand.\n\n<!-- code: b.py -->\nnew\n<!-- end -->\nBy hand too.\n"
+    )
+
+
+def test_two_claims_may_stand_one_above_the_other():
+    text = "<!-- code: a.py -->\n<!-- code: b.py -->\nold\n<!-- end -->\n"
+    assert fill_blocks(text, lambda claim: [claim.what]) == (
+        "<!-- code: a.py -->\na.py\n<!-- end -->\n<!-- code: b.py -->\nb.py\n<!-- end -->\n"
+    )
+
+
+def test_an_end_below_a_paragraph_by_hand_is_not_taken_for_the_claim_s():
+    with pytest.raises(TextError, match="this end belongs to no claim"):
+        find_claims("<!-- code: a.py -->\n\nBy hand.\n<!-- end -->\n")
+
+
+def test_claims_in_code_are_no_claims():
+    claim = "<!-- code: a.py -->\n```\n<!-- end -->\n"
+    assert find_claims(f"````\n```\n{claim}````\n~~~\n```\n{claim}~~~\n") == []
+
+
+def test_a_stale_block_is_told(book):
+    source = book.chapters[0] / "cache.py"
+    source.write_text(source.read_text().replace("self.numbers = {}", "self.numbers = dict()"))
+    [message] = told(book)
+    assert message == "milestones/v01_a/README.md:5: the block of `code: cache.py::Cache.*` is stale; run `make sync`"
+    assert sync(book)[0] == [book.chapters[0] / "README.md"]
+    assert told(book) == []
+
+
+def test_a_block_edited_by_hand_is_told(book):
+    edit(book, "numbers = {}", "numbers = { }")
+    assert "is stale" in told(book)[0]
+
+
+def test_a_claim_without_a_unit_is_told_and_its_block_left(book):
+    edit(book, "code: cache.py::Cache.*", "code: cache.py::Cash.*")
+    before = (book.chapters[0] / "README.md").read_text()
+    assert "README.md:5: code: cache.py::Cash.*: there is no unit cache.py::Cash.*" in told(book)[0]
+    assert sync(book)[0] == []
+    assert (book.chapters[0] / "README.md").read_text() == before
+
+
+def test_an_unknown_claim_is_told(book):
+    edit(book, "Then it ends.", "Then it ends.\n\n<!-- coed: cache.py -->")
+    assert "there is no claim called 'coed'" in told(book)[0]
+
+
+def test_an_end_without_a_claim_is_told(book):
+    edit(book, "Then it ends.", "Then it ends.\n\n<!-- end -->")
+    assert "this end belongs to no claim" in told(book)[0]
+
+
+def test_every_unit_of_the_first_chapter_is_shown_once(book):
+    source = book.chapters[0] / "cache.py"
+    source.write_text(source.read_text() + "\n\ndef late():\n    pass\n")
+    assert any("cache.py::late is shown nowhere" in message for message in told(book))
+    edit(book, "cache.py::cost -->", "cache.py::cost, cache.py::late, cache.py::Cache -->")
+    assert any("cache.py::Cache is shown 2 times" in message for message in told(book))
+
+
+def test_unshown_units_need_a_reason_and_must_exist(book):
+    edit(book, "These say nothing that the prose does not.", "")
+    assert "has no reason; give it in the paragraph below" in told(book)[0]
+    edit(book, "cache.py::cost -->", "cache.py::coast -->")
+    assert any("there is no unit cache.py::coast" in message for message in told(book))
+
+
+CHANGED = "    return n * SIZE + 1"
+DIFF = "# Second\n\nIt costs one more.\n\n<!-- diff: cache.py::cost -->\n"
+
+
+def test_a_changed_unit_has_a_home(two, first):
+    tree = two("# Second\n", cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
+    [message] = told(tree)
+    assert "cache.py::cost is changed since v01 and no text claims it; claim it with diff:" in message
+    tree = two(DIFF, cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
+    assert told(tree) == []
+    text = (tree.chapters[1] / "README.md").read_text()
+    assert "```diff\n@@ cache.py::cost @@\n def cost(n):\n" in text
+    assert "+    return n * SIZE + 1\n```\n<!-- end -->\n" in text
+
+
+def test_a_changed_unit_has_one_home_and_may_be_seen_again(two, first):
+    changed = first["cache.py"].replace("    return n * SIZE", CHANGED)
+    tree = two(DIFF + "\nAgain.\n\n<!-- diff: cache.py::cost -->\n", cache_py=changed)
+    assert ["cache.py::cost has 2 homes" in message for message in told(tree)] == [True]
+    tree = two(DIFF + "\nAgain.\n\n<!-- see: cache.py::cost -->\n", cache_py=changed)
+    assert told(tree) == []
+
+
+def test_a_home_stands_under_a_paragraph(two, first):
+    text = DIFF.replace("It costs one more.\n", "")
+    tree = two(text, cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
+    assert ["stands under no paragraph" in message for message in told(tree)] == [True]
+
+
+def test_a_claim_of_what_did_not_change_is_told(two):
+    for kind in ("diff", "see", "words"):
+        [message, *_] = told(two(f"# Second\n\nWhy.\n\n<!-- {kind}: cache.py::cost -->\n\nBecause.\n"))
+        assert "cache.py::cost is what it was in v01" in message
+
+
+def test_added_and_removed_units_and_files_need_homes_and_imports_do_not(two, first):
+    source = first["cache.py"].replace("import math\n", "import math\nimport sys\n")
+    source = source.replace("def write", "def put") + "\n\ndef late():\n    pass\n"
+    tree = two("# Second\n", cache_py=source, new_py='"""New."""\n')
+    assert [message.split(": ")[1].split(" since v01 and no text claims it;")[0] for message in told(tree)] == [
+        "cache.py::Cache.put is added",
+        "cache.py::late is added",
+        "new.py is added",
+        "cache.py::Cache.write is removed",
+    ]
+
+
+def test_a_change_of_words_alone_is_refused_without_a_reason(two, first):
+    source = first["cache.py"].replace("Bytes of n entries", "Octets of n entries")
+    assert "only words of cache.py::cost differ from v01; undo it" in told(two("# Second\n", cache_py=source))[0]
+    assert "claim it with words:" in told(two(DIFF, cache_py=source))[0]
+    words = DIFF.replace("diff:", "words:")
+    assert "has no reason" in told(two(words, cache_py=source))[0]
+    assert told(two(words + "\nBytes have become a lie.\n", cache_py=source)) == []
+    changed = first["cache.py"].replace("    return n * SIZE", CHANGED)
+    assert "more than words of cache.py::cost differs" in told(two(words + "\nA lie.\n", cache_py=changed))[0]
+
+
+def test_units_in_another_order_are_told(two, first):
+    head, _, cost = first["cache.py"].partition("\n\ndef cost")
+    cost = f"def cost{cost}"
+    moved = head.replace("# The oldest", f"{cost}\n\n# The oldest")
+    messages = told(two("# Second\n", cache_py=moved))
+    assert any("units keep their order (v01); put it back" in message for message in messages)
+
+
+def test_a_chapter_without_a_text_is_told(make_book, first):
+    assert told(make_book(first)) == ["milestones/v01_a/README.md:1: is missing; a chapter has a text"]
+
+
+RESULTS = {"docs/results/speed.json": json.dumps({"v01": {"tok_s": 41.678, "a.b": [1, {"c": 12345}]}, "note": "warm"})}
+
+
+def test_results_are_filled_from_committed_files(make_book, first):
+    text = FIRST_TEXT.replace(
+        "It begins here.",
+        "It makes <!-- result: speed.json#v01.tok_s .1f --> tok/s\n"
+        "and <!-- result: speed.json#v01.a.b.1.c | , -->9<!-- / --> MB;\n"
+        "so `<!-- result: x#y -->` is written, <!-- result: speed.json#note -->.",
+    )
+    tree = make_book(first | {"README.md": text}, beside=RESULTS)
+    sync(tree)
+    assert told(tree) == []
+    shown = (tree.chapters[0] / "README.md").read_text()
+    assert "#v01.tok_s .1f -->41.7<!-- / --> tok/s" in shown and "-->12,345<!-- / --> MB" in shown
+    assert "`<!-- result: x#y -->`" in shown and "-->warm<!-- / -->" in shown
+    edit(tree, "41.7", "99.9")
+    assert ["a result token shows an old value" in message for message in told(tree)] == [True]
+
+
+@pytest.mark.parametrize(
+    "token, why",
+    [
+        ("speed.json#v02.tok_s", "docs/results/speed.json has no v02.tok_s"),
+        ("sped.json#v01", "names no file under docs/results/"),
+        ("speed.json", "names no file under docs/results/"),
+        ("speed.json#note .1f", "Unknown format code"),
+    ],
+)
+def test_a_result_that_is_not_there_is_told(make_book, first, token, why):
+    tokens = f"<!-- result: {token} --> ms, <!-- result: speed.json#note --> and\nb <!-- result: {token} -->."
+    tree = make_book(first | {"README.md": FIRST_TEXT.replace("here.", tokens)}, beside=RESULTS)
+    sync(tree)
+    messages = told(tree)
+    assert [message.split(":")[1] for message in messages] == ["3", "4"] and all(why in message for message in messages)
+    assert "-->warm<!-- / -->" in (tree.chapters[0] / "README.md").read_text()
+
+
+def test_a_result_at_the_start_of_a_line_is_told(make_book, first):
+    text = FIRST_TEXT.replace("It begins here.", "It takes\n<!-- result: speed.json#v01.tok_s --> ms")
+    tree = make_book(first | {"README.md": text}, beside=RESULTS)
+    assert any("ends the paragraph on GitHub" in message for message in told(tree))
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        *("41.7 tok/s", "3 tokens per second", "1,200 GB/s", "3.3 TFLOP/s", "2 MB", "1.5 GiB"),
+        *("12 ms", "10-20 ms", "12\nms", "**12** ms", "4 s", "1e-5 s"),
+        *("3x", "2.5\u00d7", "2 x faster", "3 times faster", "80 %", "80%"),
+    ],
+)
+def test_a_bare_measured_number_is_told(number):
+    assert len(bare_numbers(f"It takes {number}, or so.\n")) == 1, number
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It takes `12 ms` or so.",
+        "```\n12 ms\n```",
+        "It takes 12 ms <!-- given: the data sheet --> or so.",
+        "It takes 12 ms at 3 clients <!-- given: the data sheet -->.",
+        "It takes <!-- result: a.json#b -->12<!-- / --> ms.",
+        "<!-- it takes 12 ms -->",
+        "2 x layers x 16 bytes, 1024 x 1024, v2 models, 3 tokens, 16 bits, 2026",
+        "<!-- code: a.py -->\n```\n12 ms\n```\n<!-- end -->",
+        "<!-- table: a -->\n| 12 ms |\n<!-- end -->",
+        "[it](https://example.org/12 ms)",
+    ],
+)
+def test_other_numbers_are_left_alone(text):
+    assert bare_numbers(f"{text}\n") == [] or "(https" in text
+
+
+def test_each_number_needs_a_source_of_its_own():
+    text = "It takes 12 ms and 3 MB <!-- given: there -->.\n\nThen 4 ms.\n\nSee <!-- given: there -->.\n"
+    assert bare_numbers(text) == [(1, "12 ms"), (3, "4 ms")]
+
+
+def test_a_bare_number_fails_the_check(book):
+    edit(book, "It begins here.", "It takes 12 ms.")
+    [message] = told(book)
+    assert message.startswith("milestones/v01_a/README.md:3: where does '12 ms' come from? make it a result token, or ")
+
+
+def test_traps_are_listed_from_their_file(make_book, first):
+    claims = "Mistakes:\n\n<!-- traps -->\n\nHere:\n\n<!-- traps: cache.py::Cache.* -->"
+    text = FIRST_TEXT.replace("It begins here.", claims)
+    tree = make_book(first | {"README.md": text}, beside={"tests/traps/v01.toml": TRAPS})
+    sync(tree)
+    assert told(tree) == []
+    row = "- **a number forgotten** (`cache.py::Cache.write`): Every number is nought.\n<!-- end -->"
+    assert (tree.chapters[0] / "README.md").read_text().count(row) == 2
+    edit(tree, "traps: cache.py::Cache.*", "traps: cache.py::cost")
+    assert "traps: cache.py::cost: there is no unit cache.py::cost" in told(tree)[0]
+    tree.traps(tree.chapters[0]).unlink()
+    assert "there is no tests/traps/v01.toml" in told(tree)[0]
+
+
+def test_tables_are_functions_by_name(book, monkeypatch):
+    monkeypatch.setitem(blocks.TABLES, "squares", lambda tree, chapter: ["| n | n n |", "|---|---|", "| 3 | 9 |"])
+    edit(book, "Then it ends.", "<!-- table: squares -->")
+    assert "is not there yet; run `make sync`" in told(book)[0]
+    sync(book)
+    assert told(book) == []
+    text = (book.chapters[0] / "README.md").read_text()
+    assert "<!-- table: squares -->\n| n | n n |\n|---|---|\n| 3 | 9 |\n<!-- end -->\n" in text
+    edit(book, "table: squares", "table: cubes")
+    assert "there is no table 'cubes'" in told(book)[0]
+
+
+def test_texts_beside_the_chapters_are_kept_too(two, first):
+    tree = two(DIFF, cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
+    page = tree.root / "docs" / "deep" / "page.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("It costs 2 MB.\n\n<!-- code: v01/cache.py::cost -->\n\n<!-- see: v02/cache.py::cost -->\n")
+    (tree.root / "README.md").write_text("<!-- code: cache.py::cost -->\n")
+    sync(tree)
+    assert "    return n * SIZE\n```" in page.read_text() and "+    return n * SIZE + 1\n```" in page.read_text()
+    messages = told(tree)
+    assert len(messages) == 2 and "should name one chapter" in messages[0] and "'2 MB'" in messages[1]
+
+
+def test_code_that_contains_a_fence_gets_a_longer_one(make_book):
+    source = 'def f():\n    """\n    ```\n    <!-- end -->\n    ```\n    `b`\n    """\n'
+    tree = make_book({"a.py": source, "README.md": "All:\n\n<!-- code: a.py::* -->\n\nDone.\n"})
+    sync(tree)
+    assert told(tree) == []
+    assert "````python\n" in (tree.chapters[0] / "README.md").read_text()
+
+
+def test_a_claim_may_take_several_lines():
+    [claim] = find_claims("<!-- code: a.py::B,\n     a.py::c -->\n\nProse.\n")
+    assert (claim.what, claim.stop, claim.end) == ("a.py::B, a.py::c", 2, 2)
+
+
+def test_the_command_fails_where_the_check_does(book, capsys):
+    assert main(["--check"], book) == 0
+    edit(book, "It begins here.", "It takes 12 ms.")
+    assert main(["--check"], book) == 1
+    assert capsys.readouterr().out.endswith("1 problems\n")
+    assert main(["--chekc"], book) == 2
+
+
+def test_a_key_with_dots_is_found_whole(tmp_path):
+    (tmp_path / "a.json").write_text('{"model.layers.0": {"max": 0.25}}')
+    assert read_result(tmp_path, "a.json#model.layers.0.max .0%") == "25%"
