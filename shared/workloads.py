@@ -1,0 +1,59 @@
+"""Seeded workloads: prompts, lengths, arrivals. The same seed gives the same requests on every machine."""
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of a workload."""
+
+    prompt_ids: list[int]
+    max_tokens: int
+    arrival_step: int = 0  # the engine step before which it is added
+
+
+def random_ids(length: int, vocab_size: int, rng: random.Random) -> list[int]:
+    """Token ids without structure: the lowest eight, special in every checkpoint here, are left out."""
+    return [rng.randrange(8, vocab_size) for _ in range(length)]
+
+
+def ragged(
+    num_requests: int,
+    vocab_size: int,
+    *,
+    prompt_len: tuple[int, int],
+    output_len: tuple[int, int],
+    last_arrival: int = 0,
+    seed: int = 0,
+) -> list[Request]:
+    """Requests with uniformly random lengths and arrivals.
+
+    Args:
+        prompt_len, output_len: tokens, both ends included.
+        last_arrival: requests arrive at steps 0 to last_arrival.
+
+    >>> [len(r.prompt_ids) for r in ragged(4, 100, prompt_len=(1, 9), output_len=(1, 5))]
+    [7, 4, 9, 6]
+    """
+    rng = random.Random(seed)
+    return [
+        Request(
+            prompt_ids=random_ids(rng.randint(*prompt_len), vocab_size, rng),
+            max_tokens=rng.randint(*output_len),
+            arrival_step=rng.randint(0, last_arrival),
+        )
+        for _ in range(num_requests)
+    ]
+
+
+# What the embedded model can answer, and a learner can read.
+QUESTIONS = (
+    "Explain KV cache in one sentence.",
+    "What is continuous batching?",
+    "What is paged attention?",
+    "What is time to first token?",
+    "What is speculative decoding?",
+    "Tell me a story about a fox.",
+    "Give me a JSON record of a request.",
+    "Who are you?",
+)
