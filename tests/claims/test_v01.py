@@ -1,0 +1,61 @@
+"""v01: a decoder is a function from tokens to the next token's logits; call it in a loop."""
+import pytest
+
+from shared.workloads import random_ids
+
+
+def positions_per_pass(engine, run):
+    """How many tokens each forward pass was fed, counted from outside."""
+    counts = []
+    hook = engine.model.register_forward_pre_hook(lambda _model, args: counts.append(len(args[0].token_ids)))
+    try:
+        run()
+    finally:
+        hook.remove()
+    return counts
+
+
+@pytest.mark.until("v02")
+def test_every_token_recomputes_the_whole_sequence(make_engine, Params, rng):
+    engine = make_engine("llama")
+    prompt_ids = random_ids(5, engine.config.vocab_size, rng)
+    counts = positions_per_pass(engine, lambda: engine.generate([prompt_ids], Params(max_tokens=7, ignore_eos=True)))
+    assert counts == [5, 6, 7, 8, 9, 10, 11]
+
+
+def test_the_engine_counts_its_passes_and_positions(make_engine, Params):
+    engine = make_engine("llama")
+    before = engine.num_steps, engine.num_positions
+    counts = positions_per_pass(engine, lambda: engine.generate([[9, 10]], Params(max_tokens=6, ignore_eos=True)))
+    assert (engine.num_steps - before[0], engine.num_positions - before[1]) == (len(counts), sum(counts))
+
+
+@pytest.mark.until("v03")
+def test_requests_run_one_after_the_other_in_the_order_they_came(make_engine, Params):
+    engine = make_engine("llama")
+    lengths = [3, 1, 2]
+    ids = [engine.add_request([9], Params(max_tokens=n, ignore_eos=True)) for n in lengths]
+    ran = []
+    while engine.has_unfinished_requests():
+        ran += [[output.request_id for output in engine.step()]]
+    assert ran == [[ids[0]], [ids[0]], [ids[0]], [ids[1]], [ids[2]], [ids[2]]]
+
+
+def test_one_row_of_logits_is_computed_per_token_wanted(make_engine, Params, rng):
+    """The head is the largest matrix of a small model: a prompt must not pay for it at every position."""
+    engine = make_engine("llama")
+    rows = []
+    hook = engine.model.lm_head.register_forward_hook(lambda _module, _args, out: rows.append(len(out)))
+    engine.generate([random_ids(40, engine.config.vocab_size, rng)], Params(max_tokens=3, ignore_eos=True))
+    hook.remove()
+    assert rows == [1, 1, 1]
+
+
+def test_the_weights_are_loaded_once_and_untouched(make_engine, Params):
+    """Nothing in a run may write into a parameter; a tied head is the embedding itself, not a copy."""
+    engine = make_engine("qwen2")
+    assert engine.model.lm_head.weight.data_ptr() == engine.model.model.embed_tokens.weight.data_ptr()
+    before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    engine.generate([[9, 10, 11]], Params(max_tokens=4, temperature=1.0, logprobs=1))
+    for name, tensor in engine.model.state_dict().items():
+        assert tensor.equal(before[name]), name

@@ -1,0 +1,124 @@
+"""The command line: what it prints, where, and what it answers to nonsense."""
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from shared.checkpoints import checkpoint
+
+pytestmark = pytest.mark.needs("command_line", "chat")
+
+
+@pytest.fixture
+def run(module, capsys):
+    """main(argv) in this process: its exit code, stdout and stderr."""
+
+    def run(*argv):
+        try:
+            code = module("__main__").main(list(argv))
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def llama(*argv):
+    return ("generate", *argv, "--model", str(checkpoint("llama")))
+
+
+def test_generate_prints_the_texts_in_order(run, make_engine, Params):
+    texts = [out.text for out in make_engine("llama").generate(["The cache", "A queue"], Params(max_tokens=9))]
+    code, out, err = run(*llama("The cache", "A queue", "--max-tokens", "9"))
+    assert (code, out) == (0, "".join(text + "\n" for text in texts))
+    assert err.count("\n") == 1  # what was chosen
+
+
+def test_stream_prints_the_same(run):
+    arguments = ("The cache", "A queue", "A", "--max-tokens", "15", "--temperature", "0.8", "--seed", "3")
+    assert run(*llama(*arguments))[:2] == run(*llama(*arguments, "--stream"))[:2]
+
+
+def test_stream_prints_as_tokens_come(module, make_engine, Params, capsys, monkeypatch):
+    """Each piece is flushed before the next token is computed."""
+    engine = make_engine("llama")
+    printed = []
+    step = engine.step
+
+    def watched_step():
+        printed.append(capsys.readouterr().out)
+        return step()
+
+    monkeypatch.setattr(engine, "step", watched_step)
+    module("__main__").stream_texts(engine, [[9, 10]], Params(max_tokens=12, ignore_eos=True))
+    assert sum(bool(piece) for piece in printed) > 4
+
+
+def test_every_sampling_flag_reaches_the_engine(run, make_engine, Params):
+    params = Params(max_tokens=21, temperature=1.1, top_k=40, top_p=0.9, seed=12)
+    [want] = make_engine("llama").generate(["The cache"], params)
+    flags = "--max-tokens 21 --temperature 1.1 --top-k 40 --top-p 0.9 --seed 12".split()
+    assert run(*llama("The cache", *flags))[1] == want.text + "\n"
+
+
+def test_stats_say_what_the_run_cost(run):
+    code, _, err = run(*llama("The cache", "--max-tokens", "5", "--stats"))
+    assert code == 0
+    assert "5 tokens in" in err and "tokens/s" in err and "forward passes over" in err
+
+
+def test_chat_wraps_the_prompt_in_the_template(run, make_engine, module, Params):
+    engine = make_engine("pocket")
+    prompt_ids = module("text").encode_chat(engine.tokenizer, [{"role": "user", "content": "What is paging?"}])
+    [want] = engine.generate([prompt_ids], Params(max_tokens=60))
+    code, out, _ = run("generate", "What is paging?", "--chat", "--max-tokens", "60", "--model", str(checkpoint("pocket")))
+    assert (code, out) == (0, want.text + "\n")
+
+
+def test_without_a_model_it_takes_the_variables_then_the_embedded_one(run, monkeypatch, module, tmp_path):
+    monkeypatch.setenv("STEPSERVE_MODEL", str(checkpoint("llama")))
+    assert run("generate", "A", "--max-tokens", "1")[2].startswith("llama-")
+    monkeypatch.delenv("STEPSERVE_MODEL")
+    assert run("generate", "A", "--max-tokens", "1")[2].startswith("pocket: ")
+    monkeypatch.setattr(module("__main__"), "POCKET", tmp_path / "nowhere")
+    assert run("generate", "A")[::2] == (
+        2,
+        "error: no model: give --model DIR, or set STEPSERVE_MODEL to a checkpoint directory\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (("generate", "A", "--model", "/nowhere"), "error: /nowhere is not a checkpoint: it has no config.json\n"),
+        (llama("A", "--temperature", "-1"), "error: temperature must be a number from 0 (greedy) up, got -1.0\n"),
+        (llama("A", "--max-tokens", "0"), "error: max_tokens must be an integer from 1 up or None, got 0\n"),
+        (llama("A", "--device", "mps"), "error: device mps is not supported"),
+        (llama("A", "--dtype", "int8"), "invalid choice: 'int8'"),
+        (llama(), "the following arguments are required: PROMPT"),
+        (llama("A", "--warp", "9"), "unrecognized arguments: --warp 9"),
+        ((), "the following arguments are required: COMMAND"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(run, argv, sentence):
+    code, out, err = run(*argv)
+    assert code == 2
+    assert sentence in err
+    assert "Traceback" not in err and out == ""
+
+
+def test_a_chapter_runs_on_its_own_somewhere_else(chapter, tmp_path):
+    """Copied out of the repository, started as a process, with nothing of ours on the path."""
+    place = tmp_path / "some where"
+    shutil.copytree(chapter.path, place / chapter.name, ignore=shutil.ignore_patterns("__pycache__"))
+    model = place / "model"
+    shutil.copytree(checkpoint("llama"), model)
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "STEPSERVE_MODEL")}
+    command = [sys.executable, "-m", chapter.name, "generate", "The cache", "--model", "model", "--max-tokens", "7"]
+    done = subprocess.run(command, cwd=place, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    want = chapter.load().Engine(checkpoint("llama")).generate(["The cache"], chapter.load().SamplingParams(max_tokens=7))
+    assert done.stdout == want[0].text + "\n"

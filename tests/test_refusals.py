@@ -1,0 +1,381 @@
+"""Refusals: each names the parameter, the range, the value and the remedy; each is read here."""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from shared.checkpoints import checkpoint
+
+pytestmark = pytest.mark.needs("generate")
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """A checkpoint to break: copy_of(name, key=value) changes its config; ... removes a key."""
+
+    def copy_of(name, **changes):
+        path = tmp_path / name
+        shutil.copytree(checkpoint(name), path)
+        config = json.loads((path / "config.json").read_text()) | changes
+        config = {key: value for key, value in config.items() if value is not ...}
+        (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    return copy_of
+
+
+@pytest.fixture
+def refused(chapter):
+    """The sentence with which Engine refuses a directory."""
+
+    def refused(path, **options):
+        with pytest.raises(ValueError) as error:
+            chapter.load().Engine(path, **options)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return refused
+
+
+def rewrite(path, change):
+    """Change the tensors of a one-file checkpoint."""
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+# ---- directories and files
+
+
+def test_a_directory_that_is_no_checkpoint(refused, tmp_path):
+    assert refused(tmp_path) == f"{tmp_path} is not a checkpoint: it has no config.json"
+    assert refused(tmp_path / "nowhere") == f"{tmp_path / 'nowhere'} is not a checkpoint: it has no config.json"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"llama"', "\x00"])
+def test_a_config_that_is_no_json_object(refused, copy_of, text):
+    path = copy_of("llama")
+    (path / "config.json").write_text(text)
+    assert "config.json" in refused(path) and "JSON" in refused(path)
+
+
+def test_weights_that_are_not_there(refused, copy_of):
+    path = copy_of("llama")
+    (path / "model.safetensors").unlink()
+    assert refused(path) == f"{path} is not a complete checkpoint: it has no model.safetensors"
+
+
+def test_a_shard_that_is_not_there(refused, copy_of):
+    path = copy_of("llama3-hub")
+    (path / "model-00002-of-00006.safetensors").unlink()
+    assert "it has no model-00002-of-00006.safetensors" in refused(path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 60_000])
+def test_a_truncated_file(refused, copy_of, keep):
+    path = copy_of("llama")
+    file = path / "model.safetensors"
+    assert file.stat().st_size > 60_000
+    file.write_bytes(file.read_bytes()[:keep])
+    assert "model.safetensors is damaged or no safetensors file" in refused(path)
+    assert "fetch it again" in refused(path)
+
+
+def test_an_index_that_names_a_tensor_no_shard_has(refused, copy_of):
+    path = copy_of("llama3-hub")
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.extra.weight"] = "model-00002-of-00006.safetensors"
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "missing: model.extra.weight" in refused(path)
+
+
+def test_a_tokenizer_that_is_not_there_or_broken(refused, copy_of):
+    path = copy_of("llama")
+    (path / "tokenizer.json").write_text("{")
+    assert f"the tokenizer of {path} cannot be read" in refused(path)
+    assert "Field 'attention_bias' expected bool" in refused(copy_of("qwen3", attention_bias=None))
+    (path / "tokenizer.json").unlink()
+    assert f"{path} has no tokenizer" in refused(path)
+
+
+# ---- tensors
+
+
+def test_a_missing_tensor(refused, copy_of):
+    path = copy_of("llama")
+    rewrite(path, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    assert "missing: model.layers.1.mlp.up_proj.weight" in refused(path)
+
+
+def test_a_surplus_tensor(refused, copy_of):
+    path = copy_of("llama")
+    rewrite(path, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(84)}))
+    assert "left over: model.layers.0.self_attn.q_proj.bias" in refused(path)
+
+
+def test_many_missing_tensors_are_counted_not_listed(refused, copy_of):
+    path = copy_of("llama", num_hidden_layers=5)
+    assert "and 14 more" in refused(path)
+
+
+def test_a_tensor_of_the_wrong_shape(refused, copy_of):
+    path = copy_of("llama", intermediate_size=90)
+    assert "tensor model.layers.0.mlp.gate_proj.weight has shape [88, 60], config.json says [90, 60]" in refused(path)
+
+
+def test_a_tensor_stored_as_integers(refused, copy_of):
+    path = copy_of("llama")
+    rewrite(path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(60, dtype=torch.int8)}))
+    assert "tensor model.norm.weight is stored as torch.int8" in refused(path)
+
+
+def test_a_tied_head_that_differs_is_surplus_and_one_that_is_equal_is_accepted(refused, copy_of, chapter):
+    path = copy_of("llama3")
+    rewrite(path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    chapter.load().Engine(path)
+    rewrite(path, lambda tensors: tensors["lm_head.weight"].add_(1))
+    assert "left over: lm_head.weight" in refused(path)
+
+
+def test_rotary_frequencies_in_the_file_are_accepted(copy_of, chapter):
+    """Old exports carry them; they follow from the config."""
+    path = copy_of("llama")
+    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(7) for i in range(3)}
+    rewrite(path, lambda tensors: tensors.update(extra))
+    chapter.load().Engine(path)
+
+
+# ---- features, by name
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"model_type": "gemma3"}, "model_type is 'gemma3'; supported are llama, mistral, qwen2, qwen3"),
+        ("llama", {"model_type": ...}, "model_type is None"),
+        ("mistral", {"sliding_window": 319}, "sliding_window is 319, below the 320 tokens"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_window is 64"),
+        ("qwen3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
+        ("llama", {"attention_bias": True}, "attention_bias is True"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias is True"),
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu', which is not supported; only 'silu' is"),
+        ("llama3-hub", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+        ("llama3-hub", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type llama3 needs low_freq_factor"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one for all layers"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config is {'quant_method': 'fp8'}"),
+        ("qwen3", {"num_experts": 8}, "num_experts is 8"),
+        ("mistral", {"num_local_experts": 8}, "num_local_experts is 8"),
+        ("llama", {"num_attention_heads": 5}, "num_attention_heads is 5, not a multiple of num_key_value_heads, 2"),
+        ("llama", {"head_dim": 15}, "head_dim is 15; rotary embedding needs an even one"),
+        ("llama", {"hidden_size": "60"}, "hidden_size in config.json must be an integer >= 1, got '60'"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers in config.json must be an integer >= 1, got 0"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(refused, copy_of, name, changes, message):
+    assert message in refused(copy_of(name, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mistral", {"sliding_window": 320}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 64}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 28}),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": True, "sliding_window": 4096}),
+        ("mistral", {"attention_bias": True}),  # a key its family does not have
+        ("llama", {"sliding_window": 64}),  # likewise
+        ("llama", {"attention_bias": ..., "hidden_act": ..., "mlp_bias": ...}),
+        ("llama", {"quantization_config": None, "num_experts": 0, "partial_rotary_factor": 1.0}),
+        ("llama", {"a_key_of_a_later_release": [1, 2]}),
+    ],
+)
+def test_what_is_inert_is_accepted(copy_of, chapter, name, changes):
+    chapter.load().Engine(copy_of(name, **changes))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_missing_key_takes_transformers_default_for_its_family(module, family):
+    """The table is held against transformers' own config classes, so that it cannot rot."""
+    theirs = AutoConfig.for_model(family)
+    for key, value in module("config").defaults_of(family).items():
+        if key == "rope_theta":
+            assert value == theirs.rope_parameters["rope_theta"]
+        elif key in ("num_key_value_heads", "head_dim") and value is None:
+            derived = {"num_key_value_heads": theirs.num_attention_heads, "head_dim": 4096 // 32}
+            assert getattr(theirs, key, derived[key]) == derived[key]
+        elif key == "sliding_window" and family.startswith("qwen"):
+            assert AutoConfig.for_model(family, use_sliding_window=True).sliding_window == value
+        elif hasattr(theirs, key):
+            assert getattr(theirs, key) == value, key
+
+
+def test_a_window_that_is_left_out_is_the_familys(copy_of, module):
+    config = module("config").load_config(copy_of("mistral", sliding_window=..., max_position_embeddings=5000))
+    with pytest.raises(ValueError, match="sliding_window is 4096, below the 5000 tokens"):
+        config.check_length(config.max_positions)
+
+
+def test_a_config_with_few_keys_loads_like_the_full_one(copy_of, chapter, Params):
+    """What equals the family's default may be left out."""
+    full = chapter.load().Engine(checkpoint("llama3-hub"))
+    sparse = chapter.load().Engine(
+        copy_of("llama3-hub", tie_word_embeddings=..., hidden_act=..., attention_bias=..., rope_theta=..., torch_dtype=...)
+    )
+    assert sparse.config == full.config
+
+
+def test_end_tokens_are_generation_configs_else_configs(copy_of, module):
+    load = module("config").load_config
+    path = copy_of("llama", eos_token_id=[5, 6])
+    (path / "generation_config.json").write_text('{"eos_token_id": [3, 4], "temperature": 0.1, "top_k": 1}')
+    assert load(path).end_ids == (3, 4)
+    (path / "generation_config.json").write_text('{"eos_token_id": 3}')
+    assert load(path).end_ids == (3,)
+    (path / "generation_config.json").write_text("{}")
+    assert load(path).end_ids == (5, 6)
+    (path / "generation_config.json").unlink()
+    assert load(path).end_ids == (5, 6)
+
+
+def test_generation_config_does_not_choose_the_sampling(copy_of, chapter, Params):
+    path = copy_of("llama")
+    (path / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.9, "top_k": 3, "eos_token_id": 1}')
+    plain, other = chapter.load().Engine(checkpoint("llama")), chapter.load().Engine(path)
+    params = Params(max_tokens=12, seed=0)
+    assert plain.generate([[9]], params) == other.generate([[9]], params)
+
+
+# ---- device and dtype
+
+
+def test_devices_and_dtypes_that_are_not_supported(refused):
+    path = checkpoint("llama")
+    assert refused(path, device="mps") == (
+        "device mps is not supported: nothing here has been tested on it; use cpu or cuda"
+    )
+    assert "device must be cpu, cuda or cuda:N, got 'toaster'" in refused(path, device="toaster")
+    assert "dtype must be one of float32, bfloat16, float16, got 'int8'" in refused(path, dtype="int8")
+    assert "dtype must be one of" in refused(path, dtype=torch.int64)
+    if not torch.cuda.is_available():
+        assert "this PyTorch sees 0 CUDA devices; use cpu" in refused(path, device="cuda")
+
+
+def test_the_default_dtype_is_float32_on_a_cpu_and_the_checkpoints_on_a_gpu(module, make_engine):
+    assert make_engine("llama3", device="cpu").dtype == torch.float32
+    choose = module("loader").choose_dtype
+    stored = module("loader").Checkpoint(checkpoint("llama3"))
+    assert choose(None, torch.device("cuda"), stored) == torch.bfloat16
+    assert choose("float16", torch.device("cuda"), stored) == torch.float16
+
+
+def test_what_was_chosen_is_said_in_one_line(chapter, capsys):
+    chapter.load().Engine(checkpoint("llama3"), device="cpu")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "float32 on cpu, max_model_len 320" in captured.err
+
+
+# ---- prompts and parameters
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompts[0] must be a text or a list of at least one token id, got []"),
+        ([401], "each token id of prompts[0] must be an integer from 0 to 400, got 401"),
+        ([-1], "each token id of prompts[0] must be an integer from 0 to 400, got -1"),
+        ([1.0], "each token id of prompts[0] must be an integer from 0 to 400, got 1.0"),
+        ([True], "each token id of prompts[0] must be an integer from 0 to 400, got True"),
+        (None, "prompts[0] must be a text or a list"),
+        (7, "prompts[0] must be a text or a list"),
+        ("\ud800", "prompt must be valid Unicode"),
+        ([9] * 305, "prompts[0] has 305 tokens and max_tokens is 16, but prompt and output together have at most"),
+    ],
+)
+def test_prompts_that_cannot_run(make_engine, Params, prompt, message):
+    engine = make_engine("llama")
+    with pytest.raises(ValueError) as error:
+        engine.generate([prompt], Params())
+    assert message in str(error.value)
+    with pytest.raises(ValueError):
+        engine.add_request(prompt, Params())
+    assert not engine.has_unfinished_requests()
+
+
+def test_an_empty_text_is_refused_where_the_tokenizer_adds_nothing(make_engine, Params, monkeypatch):
+    engine = make_engine("llama")
+    [out] = engine.generate([""], Params(max_tokens=1))
+    assert out.prompt_ids == [engine.tokenizer.bos_token_id]
+    monkeypatch.setattr(type(engine.tokenizer), "__call__", lambda *_: type("Encoding", (), {"input_ids": []}))
+    with pytest.raises(ValueError, match="at least one token id, got ''"):
+        engine.generate([""], Params(max_tokens=1))
+
+
+def test_a_length_that_does_not_fit_names_both_numbers_and_the_remedy(make_engine, Params):
+    engine = make_engine("llama")
+    with pytest.raises(ValueError) as error:
+        engine.add_request([9] * 20, Params(max_tokens=301))
+    assert str(error.value) == (
+        "prompt has 20 tokens and max_tokens is 301, but prompt and output together have at most "
+        "max_model_len = 320 tokens; shorten the prompt or lower max_tokens"
+    )
+    engine.abort_request(engine.add_request([9] * 20, Params(max_tokens=300)))
+    with pytest.raises(ValueError, match="max_tokens is None"):
+        engine.add_request([9] * 320, Params(max_tokens=None))
+
+
+def test_calls_that_are_no_list_of_prompts(make_engine, Params):
+    engine = make_engine("llama")
+    with pytest.raises(ValueError, match="prompts is one string; give a list of prompts"):
+        engine.generate("hello", Params())
+    with pytest.raises(ValueError, match="params has 1 items for 2 prompts; give one, or one per prompt"):
+        engine.generate([[9], [9]], [Params()])
+    with pytest.raises(ValueError, match="params must be SamplingParams"):
+        engine.generate([[9]], [{"max_tokens": 3}])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be an integer from 1 up or None, got 0"),
+        ({"max_tokens": 2.0}, "max_tokens must be an integer from 1 up or None, got 2.0"),
+        ({"max_tokens": True}, "max_tokens must be an integer from 1 up or None, got True"),
+        ({"temperature": -0.1}, "temperature must be a number from 0 (greedy) up, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be a number from 0 (greedy) up, got nan"),
+        ({"temperature": float("inf")}, "temperature must be a number from 0 (greedy) up, got inf"),
+        ({"temperature": "hot"}, "temperature must be a number from 0 (greedy) up, got 'hot'"),
+        ({"temperature": 1e-31}, "temperature 1e-31 is too small to divide by; use 0 for greedy"),
+        ({"top_k": -1}, "top_k must be an integer from 0 up, got -1"),
+        ({"top_k": None}, "top_k must be an integer from 0 up, got None"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1 (off), got 0.0"),
+        ({"top_p": 1.01}, "top_p must be above 0 and at most 1 (off), got 1.01"),
+        ({"top_p": float("nan")}, "top_p must be above 0 and at most 1 (off), got nan"),
+        ({"seed": 2**63}, "seed must be an integer from -9223372036854775808 to 9223372036854775807 or None"),
+        ({"seed": 1.5}, "seed must be an integer"),
+        ({"stop_token_ids": (-1,)}, "each of stop_token_ids must be an integer from 0 up, got -1"),
+        ({"logprobs": -1}, "logprobs must be an integer from 0 up or None, got -1"),
+    ],
+)
+def test_sampling_parameters_out_of_range(Params, keywords, message):
+    with pytest.raises(ValueError) as error:
+        Params(**keywords)
+    assert message in str(error.value)
+
+
+def test_sampling_parameters_beyond_the_vocabulary(make_engine, Params):
+    engine = make_engine("llama")
+    with pytest.raises(ValueError, match="each of stop_token_ids must be an integer from 0 to 400, got 401"):
+        engine.add_request([9], Params(stop_token_ids=(401,)))
+    with pytest.raises(ValueError, match="logprobs must be an integer from 0 to 401 or None, got 402"):
+        engine.add_request([9], Params(logprobs=402))
+    [out] = engine.generate([[9]], Params(max_tokens=2, temperature=1.0, top_k=10**6, logprobs=401))
+    assert len(out.logprobs[0]) == 401

@@ -1,0 +1,31 @@
+"""What stands in the source is true: shape comments and the examples in docstrings, both by running them."""
+import pytest
+
+from shared.book.doctests import check_package
+from shared.book.shapes import check_shapes
+from shared.checkpoints import checkpoint
+
+pytestmark = pytest.mark.needs("generate", "sample", "logprobs")
+
+
+def exercise(chapter):
+    """Runs that between them reach every line with a shape comment: all families, all filters."""
+    package = chapter.load()
+    for name in ("llama3", "qwen2", "qwen3"):
+        engine = package.Engine(checkpoint(name))
+        params = [
+            package.SamplingParams(max_tokens=3, temperature=0.8, top_k=5, top_p=0.9, logprobs=2),
+            package.SamplingParams(max_tokens=2),
+        ]
+        engine.generate([[9, 10, 11, 12, 13], [14, 15]], params)
+
+
+def test_every_shape_comment_is_reached_and_true(chapter):
+    report = check_shapes(chapter.path, lambda: exercise(chapter))
+    assert report.ok, str(report)
+    assert report.checked
+
+
+def test_every_example_in_a_docstring_is_true(chapter):
+    report = check_package(f"milestones.{chapter.name}")
+    assert report.attempted and not report.failures, "\n".join(report.failures)

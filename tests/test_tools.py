@@ -1,0 +1,234 @@
+"""What stands around the chapters: the harness's own guards, the commands behind make, checkpoints by name."""
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import conftest
+from shared import bench, checkpoints, demo, doctor, install, run
+from shared.chapters import CHAPTERS, ROOT, find
+from shared.checkpoints import RANDOM, checkpoint
+
+
+def definition(path, **marks):
+    """A test as the harness sees it."""
+    return SimpleNamespace(
+        nodeid="test",
+        path=path,
+        iter_markers=lambda name: [SimpleNamespace(args=marks[name])] if name in marks else [],
+    )
+
+
+# ---- the harness
+
+
+def test_a_test_that_needs_what_no_chapter_can_do_is_an_error():
+    with pytest.raises(pytest.UsageError, match="needs \\['telepathy'\\], which no chapter has"):
+        conftest.chapters_of(definition(Path("tests/test_x.py"), needs=("telepathy",)))
+
+
+def test_a_test_that_says_no_capability_is_an_error():
+    with pytest.raises(pytest.UsageError, match="says no capability"):
+        conftest.chapters_of(definition(Path("tests/test_x.py")))
+
+
+def test_a_claim_holds_from_its_chapter_until_the_one_that_ends_it():
+    path = Path("tests/claims/test_v01.py")
+    assert conftest.chapters_of(definition(path)) == list(CHAPTERS)
+    assert conftest.chapters_of(definition(path, until=("v02",))) == [CHAPTERS[0]]
+    with pytest.raises(AssertionError, match="is no chapter"):
+        conftest.chapters_of(definition(path, until=("v2",)))
+
+
+def test_a_distance_that_is_no_number_is_the_worst(request, measure):
+    kept = dict(request.config.distances)
+    measure("test", "a", [1.0], [1.0], "x")
+    measure("test", "b", [float("nan")], [1.0], "x")
+    measure("test", "c", [1.0], [2.0], "x")
+    worst = request.config.distances["test"]
+    request.config.distances.clear()
+    request.config.distances.update(kept)
+    assert worst["where"] == "b"
+
+
+def test_every_chapter_is_a_directory_and_every_directory_a_chapter():
+    directories = {path.name for path in (ROOT / "milestones").iterdir() if (path / "__init__.py").exists()}
+    assert directories == {chapter.name for chapter in CHAPTERS}
+    with pytest.raises(ValueError, match="there is no chapter 'v99'; the chapters are v01"):
+        find("v99")
+
+
+def test_chapters_import_nothing_from_outside():
+    for chapter in CHAPTERS:
+        for path in chapter.path.rglob("*.py"):
+            text = path.read_text()
+            assert "import shared" not in text and "from shared" not in text and "milestones" not in text, path
+
+
+# ---- checkpoints by name
+
+
+def test_every_family_and_storage_form_is_among_the_random_checkpoints():
+    specs = RANDOM.values()
+    assert {spec.family for spec in specs} == {"llama", "mistral", "qwen2", "qwen3"}
+    assert {spec.stored for spec in specs} == {"float32", "bfloat16", "float16"}
+    for choice in ("tied", "sharded", "hub_form", "llama3_rope"):
+        assert {getattr(spec, choice) for spec in specs} == {True, False}, choice
+
+
+def test_the_forms_are_what_they_are_called():
+    def config(name):
+        return json.loads((checkpoint(name) / "config.json").read_text())
+
+    assert "rope_parameters" in config("llama3") and "rope_scaling" not in config("llama3")
+    assert config("llama3-hub")["rope_scaling"]["rope_type"] == "llama3" and "rope_parameters" not in config("llama3-hub")
+    assert (checkpoint("mistral") / "model.safetensors.index.json").exists()
+
+
+def test_the_same_spec_gives_the_same_bytes(tmp_path):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        checkpoints.write_checkpoint(RANDOM["qwen2"], path)
+    first, second = ((path / "model.safetensors").read_bytes() for path in paths)
+    assert first == second
+
+
+def test_a_name_that_stands_for_nothing_is_refused():
+    with pytest.raises(ValueError, match="there is no checkpoint 'nothing': give a directory, a hub id"):
+        checkpoint("nothing")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("GatedRepoError", "owner/name is gated: accept its terms on its hub page, make a read token, and set HF_TOKEN"),
+        ("RepositoryNotFoundError", "the hub has no owner/name, or it is private"),
+        ("LocalEntryNotFoundError", "owner/name could not be fetched from the hub"),
+    ],
+)
+def test_a_hub_that_does_not_give_a_model_is_explained(monkeypatch, error, message):
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        kind = getattr(huggingface_hub.errors, error)
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ValueError) as raised:
+        checkpoint("owner/name")
+    assert message in str(raised.value)
+
+
+# ---- the commands behind make
+
+
+def test_run_sends_a_users_turn_where_there_is_a_template(capsys):
+    assert run.main(["v01", "Who are you?", "--max-tokens", "40"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("I am pocket")
+    assert "has a chat template" in captured.err
+
+
+def test_run_sends_the_text_as_it_is_where_there_is_none(capsys, tmp_path):
+    import shutil
+
+    path = tmp_path / "base"
+    shutil.copytree(checkpoint("llama"), path, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    assert run.main(["v01", "The cache", "--model", str(path), "--max-tokens", "3"]) == 0
+    assert "template" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["v99", "Hi"], ["v01", "Hi", "--model", "nothing"]])
+def test_run_answers_a_mistake_with_one_sentence(argv, capsys):
+    assert run.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: there is no ") and error.count("\n") == 1
+
+
+def test_doctor_reports_and_fails_when_something_is_missing(capsys, monkeypatch):
+    assert doctor.main() == 0
+    report = capsys.readouterr().out
+    for word in ("python", "torch", "transformers", "device", "triton runs", "memory"):
+        assert word in report
+    monkeypatch.setattr(doctor, "REQUIRED", (*doctor.REQUIRED, "no-such-package"))
+    assert doctor.main() == 1
+    assert "MISSING: run make setup" in capsys.readouterr().out
+
+
+def test_demo_shows_an_answer_and_that_all_agree(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "QUESTIONS", demo.QUESTIONS[:1])
+    assert demo.main() == 0
+    out = capsys.readouterr().out
+    assert "A KV cache keeps the keys and values" in out
+    assert "1 answer each, all identical to Hugging Face's" in out
+
+
+def test_demo_fails_when_a_chapter_differs(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "QUESTIONS", demo.QUESTIONS[:1])
+    monkeypatch.setattr(demo, "answer", lambda chapter, prompts, show: ([[1, 2, 3]], 1.0))
+    assert demo.main() == 1
+    captured = capsys.readouterr()
+    assert "NOT as Hugging Face" in captured.out and "other tokens than Hugging Face" in captured.err
+
+
+def test_setup_takes_cpu_wheels_only_where_no_gpu_is_seen(monkeypatch):
+    monkeypatch.delenv("TORCH_INDEX", raising=False)
+    monkeypatch.setattr(install.sys, "platform", "linux")
+    monkeypatch.setattr(install, "in_reach", lambda index: True)
+    monkeypatch.setattr(install, "has_nvidia_gpu", lambda: False)
+    assert install.torch_index() == install.CPU_INDEX
+    monkeypatch.setattr(install, "has_nvidia_gpu", lambda: True)
+    assert install.torch_index() is None
+    monkeypatch.setenv("TORCH_INDEX", "https://example.org/whl")
+    assert install.torch_index() == "https://example.org/whl"
+
+
+def test_setup_falls_back_to_the_default_index_and_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_INDEX", "http://127.0.0.1:9/whl")  # nobody listens there
+    assert install.torch_index() is None
+    assert "http://127.0.0.1:9/whl is out of reach" in capsys.readouterr().out
+
+
+def test_every_requirement_is_pinned():
+    pins = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    for requirement in install.requirements():
+        name = requirement.replace(">", " ").replace("=", " ").split()[0]
+        assert name in pins, name
+
+
+def test_make_has_a_target_for_every_chapter():
+    for target in ("test", "run", "diff", "traps"):
+        for chapter in CHAPTERS:
+            done = subprocess.run(["make", "-n", f"{target}-{chapter.id}"], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0 and chapter.id in done.stdout, done.stderr
+    assert "make demo" in subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+# ---- the timer
+
+
+def test_contestants_take_turns_after_one_unmeasured_run_each():
+    order = []
+    contestants = {name: lambda name=name: order.append(name) or bench.Timing(1.0, 1.0) for name in "AB"}
+    timings = bench.interleave(contestants, repeats=3)
+    assert "".join(order) == "AB" + "ABABAB"
+    assert {name: len(runs) for name, runs in timings.items()} == {"A": 3, "B": 3}
+
+
+def test_growth_measures_every_chapter_at_every_length(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "GROWTH_LENGTHS", (3, 5))
+    results = bench.growth(list(CHAPTERS), repeats=1)
+    for chapter in CHAPTERS:
+        assert {"3", "5", "ratio"} == set(results[chapter.id])
+        assert results[chapter.id]["5"]["wall_ms"] > 0
+    bench.print_growth(results)
+    assert "ms per token" in capsys.readouterr().out
+
+
+def test_a_noisy_measurement_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "GROWTH_LENGTHS", (3,))
+    timings = {"wall_ms": 1.0, "cpu_ms": 1.0, "spread": 0.9, "repeats": 2}
+    bench.print_growth({"v01": {"3": timings, "ratio": 1.0}})
+    assert "noisy: repeated runs differ by up to 90%" in capsys.readouterr().out
