@@ -1,0 +1,95 @@
+"""v02: keys and values of past tokens never change. Prefill once, then feed one token at a time."""
+import json
+import shutil
+
+import pytest
+import torch
+
+from shared.checkpoints import checkpoint
+from shared.workloads import random_ids
+
+
+def tokens_per_pass(engine, run):
+    """How many tokens each forward pass was fed, counted from outside."""
+    counts = []
+    hook = engine.model.register_forward_pre_hook(lambda _model, args: counts.append(len(args[0].token_ids)))
+    try:
+        run()
+    finally:
+        hook.remove()
+    return counts
+
+
+def test_the_prompt_is_fed_once_and_then_one_token_a_step(make_engine, Params, rng):
+    engine = make_engine("llama")
+    prompt_ids = random_ids(5, engine.config.vocab_size, rng)
+    counts = tokens_per_pass(engine, lambda: engine.generate([prompt_ids], Params(max_tokens=7, ignore_eos=True)))
+    assert counts == [5, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.until("v03")
+def test_the_cache_takes_the_bytes_that_the_formula_says(chapter, module):
+    engine = chapter.load().Engine(checkpoint("mistral"), dtype="bfloat16", max_model_len=77)
+    per_token = module("cache").kv_bytes_per_token(engine.config, engine.dtype)
+    assert per_token == 2 * 3 * 3 * 14 * 2  # keys and values, layers, KV heads, head_dim, bytes
+    assert engine.cache.k.nbytes + engine.cache.v.nbytes == 77 * per_token
+
+
+@pytest.mark.until("v03")
+@pytest.mark.parametrize("length", [1, 2, 40])
+def test_what_others_left_in_the_cache_is_never_read(make_engine, Params, rng, length):
+    """1e30 and not NaN: a key that is masked after it was read still makes a NaN of a NaN."""
+    engine = make_engine("qwen3")
+    prompt_ids = random_ids(length, engine.config.vocab_size, rng)
+    [clean] = engine.generate([prompt_ids], Params(max_tokens=9, seed=0))
+    engine.cache.k.fill_(1e30)
+    engine.cache.v.fill_(1e30)
+    [poisoned] = engine.generate([prompt_ids], Params(max_tokens=9, seed=0))
+    assert poisoned == clean
+
+
+def test_a_request_aborted_half_way_leaves_nothing_that_the_next_one_sees(make_engine, Params):
+    engine = make_engine("llama")
+    [clean] = engine.generate([[31, 32]], Params(max_tokens=9, seed=0))
+    request_id = engine.add_request(list(range(10, 60)), Params(max_tokens=50, ignore_eos=True))
+    for _ in range(20):
+        engine.step()
+    engine.abort_request(request_id)
+    assert engine.generate([[31, 32]], Params(max_tokens=9, seed=0)) == [clean]
+
+
+def test_max_model_len_limits_prompt_and_output_together(chapter, Params):
+    engine = chapter.load().Engine(checkpoint("llama"), max_model_len=50)
+    [out] = engine.generate([[9] * 41], Params(max_tokens=None, ignore_eos=True))
+    assert len(out.token_ids) == 9
+    with pytest.raises(ValueError, match="have at most max_model_len = 50 tokens"):
+        engine.add_request([9] * 41, Params(max_tokens=10))
+
+
+@pytest.mark.parametrize("length", [0, -1, 321, 1.5, "50"])
+def test_max_model_len_out_of_range_is_refused(chapter, length):
+    with pytest.raises(ValueError, match="max_model_len must be an integer from 1 to 320 or None, got"):
+        chapter.load().Engine(checkpoint("llama"), max_model_len=length)
+
+
+def test_a_window_that_max_model_len_stays_within_is_accepted(chapter, tmp_path):
+    path = tmp_path / "mistral"
+    shutil.copytree(checkpoint("mistral"), path)
+    config = json.loads((path / "config.json").read_text()) | {"sliding_window": 100}
+    (path / "config.json").write_text(json.dumps(config))
+    chapter.load().Engine(path, max_model_len=100)
+    with pytest.raises(ValueError, match="sliding_window is 100, below the 101 tokens"):
+        chapter.load().Engine(path, max_model_len=101)
+
+
+@pytest.mark.until("v05")
+def test_the_default_length_is_the_models_but_at_most_2048(module):
+    choose = module("engine").choose_length
+    assert choose(None, 320) == 320
+    assert choose(None, 131072) == 2048
+    assert choose(131072, 131072) == 131072
+
+
+def test_what_the_cache_costs_is_said(chapter, capsys):
+    chapter.load().Engine(checkpoint("llama"), max_model_len=320, dtype=torch.float32)
+    assert "of keys and values" in capsys.readouterr().err
