@@ -120,7 +120,7 @@ def download(hub_id: str) -> Path:
     except RepositoryNotFoundError:
         raise ValueError(f"the hub has no {hub_id}, or it is private: check the name, or set HF_TOKEN") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"{hub_id} could not be fetched from the hub: {error}") from error
+        raise ValueError(f"{hub_id} could not be fetched from the hub: {' '.join(str(error).split())}") from error
 
 
 def random_checkpoint(spec: Spec) -> Path:
