@@ -176,6 +176,11 @@ def test_rotary_frequencies_in_the_file_are_accepted(copy_of, chapter):
         ("llama", {"num_attention_heads": 5}, "num_attention_heads is 5, not a multiple of num_key_value_heads, 2"),
         ("llama", {"head_dim": 15}, "head_dim is 15; rotary embedding needs an even one"),
         ("llama", {"hidden_size": "60"}, "hidden_size in config.json must be an integer >= 1, got '60'"),
+        ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps in config.json must be a number above 0, got 'small'"),
+        ("llama3-hub", {"rope_theta": None}, "rope_theta in config.json must be a number above 0, got None"),
+        ("llama3-hub", {"rope_theta": float("inf")}, "rope_theta in config.json must be a number above 0, got inf"),
+        ("llama3-hub", {"rope_scaling": "llama3"}, "must be objects, got 'llama3'"),
+        ("qwen3", {"layer_types": [1]}, "layer_types in config.json must be a list of names, got [1]"),
         ("llama", {"num_hidden_layers": 0}, "num_hidden_layers in config.json must be an integer >= 1, got 0"),
     ],
 )
@@ -243,6 +248,20 @@ def test_end_tokens_are_generation_configs_else_configs(copy_of, module):
     assert load(path).end_ids == (5, 6)
     (path / "generation_config.json").unlink()
     assert load(path).end_ids == (5, 6)
+
+
+@pytest.mark.parametrize("end", ["x", [401], -1, [[1]], 1.5])
+def test_end_tokens_that_are_none_are_refused(refused, copy_of, end):
+    path = copy_of("llama")
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    assert f"eos_token_id must be a token id or a list of them, below 401, got {end!r}" in refused(path)
+
+
+@pytest.mark.parametrize("listed", [None, [], {"a": 1}, {"a": "../model.safetensors"}])
+def test_an_index_that_names_no_files(refused, copy_of, listed):
+    path = copy_of("llama3-hub")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    assert "must say for each tensor the name of a file beside it" in refused(path)
 
 
 def test_generation_config_does_not_choose_the_sampling(copy_of, chapter, Params):
@@ -335,8 +354,12 @@ def test_a_length_that_does_not_fit_names_both_numbers_and_the_remedy(make_engin
 
 def test_calls_that_are_no_list_of_prompts(make_engine, Params):
     engine = make_engine("llama")
-    with pytest.raises(ValueError, match="prompts is one string; give a list of prompts"):
+    with pytest.raises(ValueError, match="prompts must be a list of prompts, got str"):
         engine.generate("hello", Params())
+    with pytest.raises(ValueError, match="prompts must be a list of prompts, got NoneType"):
+        engine.generate(None, Params())
+    with pytest.raises(ValueError, match="params must be SamplingParams, got None"):
+        engine.generate([[9]], None)
     with pytest.raises(ValueError, match="params has 1 items for 2 prompts; give one, or one per prompt"):
         engine.generate([[9], [9]], [Params()])
     with pytest.raises(ValueError, match="params must be SamplingParams"):
@@ -362,6 +385,9 @@ def test_calls_that_are_no_list_of_prompts(make_engine, Params):
         ({"seed": 2**63}, "seed must be an integer from -9223372036854775808 to 9223372036854775807 or None"),
         ({"seed": 1.5}, "seed must be an integer"),
         ({"stop_token_ids": (-1,)}, "each of stop_token_ids must be an integer from 0 up, got -1"),
+        ({"stop_token_ids": None}, "stop_token_ids must be a tuple of token ids, got None"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a tuple of token ids, got 5"),
+        ({"ignore_eos": "no"}, "ignore_eos must be True or False, got 'no'"),
         ({"logprobs": -1}, "logprobs must be an integer from 0 up or None, got -1"),
     ],
 )

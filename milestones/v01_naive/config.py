@@ -1,5 +1,6 @@
 """What a checkpoint's config.json decides, under this book's names."""
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def load_config(model_dir: Path) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=positive(raw, "vocab_size"),
-        norm_eps=raw["rms_norm_eps"],
+        norm_eps=number(raw, "rms_norm_eps"),
         tied_head=bool(raw["tie_word_embeddings"]),
         max_positions=positive(raw, "max_position_embeddings"),
         sliding_window=load_sliding_window(raw),
@@ -144,29 +145,41 @@ def positive(raw: dict, key: str) -> int:
     return value
 
 
+def number(raw: dict, key: str) -> float:
+    """A constant of the model; ValueError unless it is a finite number above 0."""
+    value = raw[key]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{key} in config.json must be a number above 0, got {value!r}")
+    return value
+
+
 def load_rope(raw: dict) -> tuple[float, dict[str, float]]:
     """Base and scaling of the rotary embedding, from either form of the config.
 
     transformers 5 writes rope_parameters; most files on the hub have rope_theta and rope_scaling.
     """
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling and rope_parameters in config.json must be objects, got {rope!r}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"rope_type is {rope_type!r} in {rope}; supported are default and llama3, one for all layers")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']}, which is not supported; only 1.0 is")
-    theta = rope.get("rope_theta", raw["rope_theta"])
+    theta = number(raw | rope, "rope_theta")
     if rope_type == "default":
         return theta, {}
     missing = [key for key in LLAMA3_KEYS if key not in rope]
     if missing:
         raise ValueError(f"rope_type llama3 needs {', '.join(missing)}; config.json has only {', '.join(rope)}")
-    return theta, {key: rope[key] for key in LLAMA3_KEYS}
+    return theta, {key: number(rope, key) for key in LLAMA3_KEYS}
 
 
 def load_sliding_window(raw: dict) -> int | None:
     """Tokens that a query may look back on in some layer, or None if every layer looks back on all."""
     layer_types = raw.get("layer_types")
+    if layer_types is not None and not (isinstance(layer_types, list) and all(isinstance(t, str) for t in layer_types)):
+        raise ValueError(f"layer_types in config.json must be a list of names, got {layer_types!r}")
     others = sorted(set(layer_types or ()) - {"full_attention", "sliding_attention"})
     if others:
         raise ValueError(f"layer_types has {', '.join(others)}, which is not supported; only full_attention is")
@@ -188,4 +201,7 @@ def load_end_ids(model_dir: Path, raw: dict) -> tuple[int, ...]:
         generation = read_json(model_dir / "generation_config.json")
     end = generation.get("eos_token_id")
     end = raw["eos_token_id"] if end is None else end
-    return tuple([end] if isinstance(end, int) else end or ())
+    end_ids = [end] if isinstance(end, int) else end or []
+    if not isinstance(end_ids, list) or not all(isinstance(i, int) and 0 <= i < raw["vocab_size"] for i in end_ids):
+        raise ValueError(f"eos_token_id must be a token id or a list of them, below {raw['vocab_size']}, got {end!r}")
+    return tuple(end_ids)

@@ -92,9 +92,9 @@ class Engine:
         Raises:
             ValueError: if one of them is refused; then none was queued.
         """
-        if isinstance(prompts, str):
-            raise ValueError("prompts is one string; give a list of prompts")
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        if not isinstance(prompts, (list, tuple)):
+            raise ValueError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
+        each = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"params has {len(each)} items for {len(prompts)} prompts; give one, or one per prompt")
         seqs = [self.make_sequence(*pair, name=f"prompts[{i}]") for i, pair in enumerate(zip(prompts, each))]

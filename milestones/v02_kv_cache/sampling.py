@@ -33,8 +33,12 @@ class SamplingParams:
         check_integer("top_k", self.top_k, 0)
         check_integer("seed", self.seed, -(2**63), 2**63 - 1, optional=True)
         check_integer("logprobs", self.logprobs, 0, optional=True)
+        if not isinstance(self.stop_token_ids, (tuple, list)):
+            raise ValueError(f"stop_token_ids must be a tuple of token ids, got {self.stop_token_ids!r}")
         for token_id in self.stop_token_ids:
             check_integer("each of stop_token_ids", token_id, 0)
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
         if not is_number(self.temperature) or self.temperature < 0:
             raise ValueError(f"temperature must be a number from 0 (greedy) up, got {self.temperature!r}")
         # Logits divided by less than this may overflow float32.
