@@ -32,11 +32,14 @@ def main() -> int:
             differ.append(chapter.id)
         num_tokens = sum(len(token_ids) for token_ids in answers)
         same = "as Hugging Face" if answers == expected else "NOT as Hugging Face"
-        print(f"{chapter.name:24}{num_tokens:5} tokens in {seconds:6.2f} s {num_tokens / seconds:8.1f} tokens/s   {same}")
+        speed = f"{num_tokens:5} tokens in {seconds:6.2f} s {num_tokens / seconds:8.1f} tokens/s"
+        print(f"{chapter.name:24}{speed}   {same}")
     if differ:
-        print(f"\n{', '.join(differ)}: other tokens than Hugging Face; `make test-{differ[0]}` says where", file=sys.stderr)
+        where = f"`make test-{differ[0]}` says where"
+        print(f"\n{', '.join(differ)}: other tokens than Hugging Face; {where}", file=sys.stderr)
         return 1
-    print(f"\n{count(len(CHAPTERS), 'chapter')}, {count(len(QUESTIONS), 'answer')} each, all identical to Hugging Face's.")
+    chapters, answers = count(len(CHAPTERS), "chapter"), count(len(QUESTIONS), "answer")
+    print(f"\n{chapters}, {answers} each, all identical to Hugging Face's.")
     print(f"Next: open milestones/{CHAPTERS[0].name}/README.md, and ask a question of your own:")
     print(f'    make run-{CHAPTERS[0].id} PROMPT="What is a block table?"')
     return 0

@@ -68,7 +68,7 @@ class ModelConfig:
         return self.family == "qwen3"
 
     def check_length(self, max_model_len: int) -> None:
-        """Raise ValueError if max_model_len tokens would not fit the sliding window: attention here looks back on all."""
+        """Raise ValueError if a request of max_model_len tokens would outgrow the sliding window."""
         if self.sliding_window is not None and self.sliding_window < max_model_len:
             raise ValueError(
                 f"sliding_window is {self.sliding_window}, below the {max_model_len} tokens that a request may have, "
@@ -178,9 +178,10 @@ def load_rope(raw: dict) -> tuple[float, dict[str, float]]:
 def load_sliding_window(raw: dict) -> int | None:
     """Tokens that a query may look back on in some layer, or None if every layer looks back on all."""
     layer_types = raw.get("layer_types")
-    if layer_types is not None and not (isinstance(layer_types, list) and all(isinstance(t, str) for t in layer_types)):
-        raise ValueError(f"layer_types in config.json must be a list of names, got {layer_types!r}")
-    others = sorted(set(layer_types or ()) - {"full_attention", "sliding_attention"})
+    names = layer_types or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"layer_types in config.json must be a list of names, got {names!r}")
+    others = sorted(set(names) - {"full_attention", "sliding_attention"})
     if others:
         raise ValueError(f"layer_types has {', '.join(others)}, which is not supported; only full_attention is")
     # Llama has no such key, whatever its config.json holds.

@@ -41,7 +41,8 @@ class Checkpoint:
             self.open(model_dir / "model.safetensors")
             return
         listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(name, str) and Path(name).name == name for name in listed.values()):
+        names = listed.values() if isinstance(listed, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise ValueError(f"weight_map in {index} must say for each tensor the name of a file beside it")
         for file_name in sorted(set(listed.values())):
             self.open(model_dir / file_name)
