@@ -20,7 +20,8 @@ def cpu_name() -> str:
 
 def machine() -> str:
     """Processor, cores, memory, GPU if any, and the versions that decide the arithmetic."""
-    parts = [cpu_name(), f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = [cpu_name(), f"{cores} cores"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     parts.append(f"Python {platform.python_version()}")

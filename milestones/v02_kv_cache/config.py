@@ -164,8 +164,9 @@ def load_rope(raw: dict) -> tuple[float, dict[str, float]]:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"rope_type is {rope_type!r} in {rope}; supported are default and llama3, one for all layers")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']}, which is not supported; only 1.0 is")
+    share = rope.get("partial_rotary_factor", 1.0)
+    if share != 1.0:
+        raise ValueError(f"partial_rotary_factor is {share}, which is not supported; only 1.0 is")
     theta = number(raw | rope, "rope_theta")
     if rope_type == "default":
         return theta, {}
