@@ -3,9 +3,11 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from shared.chapters import ROOT
 from shared.checkpoints import checkpoint
 
 pytestmark = pytest.mark.needs("command_line", "chat")
@@ -82,8 +84,13 @@ def test_without_a_model_it_takes_the_variables_then_the_embedded_one(run, monke
     monkeypatch.setenv("STEPSERVE_MODEL", str(checkpoint("llama")))
     assert run("generate", "A", "--max-tokens", "1")[2].startswith("llama-")
     monkeypatch.delenv("STEPSERVE_MODEL")
+    main = module("__main__")
+    root = Path(main.__file__).parents[2]
+    assert main.POCKET.relative_to(root) == checkpoint("pocket").relative_to(ROOT)
+    # A chapter that was copied to plant a bug in it has no repository around it.
+    monkeypatch.setattr(main, "POCKET", checkpoint("pocket"))
     assert run("generate", "A", "--max-tokens", "1")[2].startswith("pocket: ")
-    monkeypatch.setattr(module("__main__"), "POCKET", tmp_path / "nowhere")
+    monkeypatch.setattr(main, "POCKET", tmp_path / "nowhere")
     assert run("generate", "A")[::2] == (
         2,
         "error: no model: give --model DIR, or set STEPSERVE_MODEL to a checkpoint directory\n",
