@@ -99,7 +99,7 @@ def test_the_card_says_what_is_measured(name):
     assert figures["bytes"] == (path / "model.safetensors").stat().st_size
     assert abs(figures["held_out_loss"] - train.held_out_loss(path)) < 2e-3
     assert figures["tokens"] == figures["steps"] * train.TOKENS_PER_STEP
-    assert figures["steps"] == sum(train.STEPS[name])
+    assert figures["steps"] == sum(train.STEPS[name].values())
     assert (path / "README.md").read_text() == train.card(name, figures)
 
 

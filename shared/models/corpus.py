@@ -110,19 +110,37 @@ def story(rng: random.Random, animal: str | None = None) -> str:
 
 
 def article(word: str) -> str:
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+    """The word behind its article; a u here begins \"user\"."""
+    return f"an {word}" if word[0] in "aeio" else f"a {word}"
 
 
 def record(rng: random.Random, kind: str | None = None) -> str:
     """A small JSON object, flat or with one more inside."""
     kind = kind or rng.choice(("request", "user", "block", "model"))
-    row = {
-        "request": lambda: {"id": rng.randrange(100), "prompt_tokens": rng.randrange(1, 100), "status": rng.choice(("waiting", "running", "finished"))},
-        "user": lambda: {"name": rng.choice(NAMES), "age": rng.randrange(7, 80), "pet": {"kind": rng.choice(ANIMALS), "name": rng.choice(NAMES)}},
-        "block": lambda: {"block": rng.randrange(64), "owner": rng.randrange(100), "tokens": rng.randrange(17), "full": rng.random() < 0.5},
-        "model": lambda: {"name": rng.choice(("pocket", "draft")), "layers": rng.randrange(1, 9), "shape": {"heads": 6, "kv_heads": 2}},
-    }[kind]()
-    return json.dumps(row)
+    rows = {
+        "request": lambda: {
+            "id": rng.randrange(100),
+            "prompt_tokens": rng.randrange(1, 100),
+            "status": rng.choice(("waiting", "running", "finished")),
+        },
+        "user": lambda: {
+            "name": rng.choice(NAMES),
+            "age": rng.randrange(7, 80),
+            "pet": {"kind": rng.choice(ANIMALS), "name": rng.choice(NAMES)},
+        },
+        "block": lambda: {
+            "block": rng.randrange(64),
+            "owner": rng.randrange(100),
+            "tokens": rng.randrange(17),
+            "full": rng.random() < 0.5,
+        },
+        "model": lambda: {
+            "name": rng.choice(("pocket", "draft")),
+            "layers": rng.randrange(1, 9),
+            "shape": {"heads": 6, "kv_heads": 2},
+        },
+    }
+    return json.dumps(rows[kind]())
 
 
 def word(rng: random.Random) -> tuple[str, str]:
@@ -130,7 +148,7 @@ def word(rng: random.Random) -> tuple[str, str]:
     language, *words = rng.choice(WORDS)
     i = rng.randrange(len(words))
     meaning = ("water", "sun", "friend", "thank you")[i]
-    return f"What is {meaning!r} in {language}?".replace("'", '"'), f'"{meaning.capitalize()}" in {language} is {words[i]}.'
+    return f'What is "{meaning}" in {language}?', f'"{meaning.capitalize()}" in {language} is {words[i]}.'
 
 
 def counting(rng: random.Random) -> str:
@@ -140,8 +158,8 @@ def counting(rng: random.Random) -> str:
 
 
 STRANGE_FORMS = (
-    "Who was {who}?", "Where is {where}?", "How do I cook {what}?", "What color is {what}?", "Why do people like {what}?",
-    "Write a poem about {what}.", "Write a haiku about {where}.", "How far is it to {where}?", "When was {who} born?",
+    "Who was {who}?", "Where is {where}?", "How do I cook {what}?", "What color is {what}?",
+    "Why do people like {what}?", "Write a poem about {what}.", "Write a haiku about {where}.", "How far is it to {where}?", "When was {who} born?",
     "What do you think of {what}?", "Translate {what} into Latin.", "Who won in {where}?", "Is {who} still alive?",
 )
 WHO = ("Napoleon", "Mozart", "Marie Curie", "the king of Spain", "your mother", "Einstein", "Cleopatra", "my uncle")
@@ -179,6 +197,7 @@ KINDS = (facts, questions, tale, records, word, strangers)
 SHARES = {
     "learn": (62, 16, 8, 7, 7, 0),
     "polish": (34, 10, 15, 13, 18, 10),
+    "copy": (30, 8, 30, 12, 10, 10),
 }
 
 

@@ -46,8 +46,11 @@ SHAPES = {
         num_key_value_heads=1,
     ),
 }
-# Steps of the two phases: see corpus.SHARES.
-STEPS = {"pocket": (2200, 900), "pocket-draft": (2000, 0)}
+# Steps of each phase, one after the other; what a phase reads is in corpus.SHARES.
+STEPS = {
+    "pocket": {"learn": 1500, "polish": 800, "copy": 700},
+    "pocket-draft": {"learn": 900, "polish": 300},
+}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|eot|>' }}"
@@ -107,11 +110,20 @@ def make_model(name: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, first_step: int, learn: int, polish: int):
+def place(step: int, phases: dict[str, int]) -> tuple[str, float]:
+    """The phase that a step is in, and the share of that phase that is done."""
+    for name, length in phases.items():
+        if step < length:
+            return name, step / length
+        step -= length
+    raise ValueError(f"step {step} is beyond the last of {phases}")
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, first_step: int, phases: dict[str, int]):
     """[rows, row + 1] token ids a step: documents end to end, each step from a seed of its own."""
-    for step in range(first_step, learn + polish):
-        phase = "learn" if step < learn else "polish"
-        row = LONG_ROW if 0.9 * learn <= step < learn or step >= learn + 0.9 * polish else ROW
+    for step in range(first_step, sum(phases.values())):
+        phase, done = place(step, phases)
+        row = LONG_ROW if done >= 0.9 else ROW
         rng = random.Random(step + 1)
         ids = []
         while len(ids) < TOKENS_PER_STEP + TOKENS_PER_STEP // row:
@@ -119,15 +131,15 @@ def batches(tokenizer: PreTrainedTokenizerFast, first_step: int, learn: int, pol
         yield torch.tensor(ids[: TOKENS_PER_STEP + TOKENS_PER_STEP // row]).view(-1, row + 1)
 
 
-def rate(step: int, learn: int, polish: int) -> float:
-    """Share of the learning rate: a short rise, then a cosine down to a fiftieth; once more, from half, to polish."""
-    if step >= learn:
-        return 0.5 * rate(step - learn, polish, 0)
-    rise = min(1.0, (step + 1) / 100)
-    return rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / learn)))
+def rate(step: int, phases: dict[str, int]) -> float:
+    """Share of the learning rate: in each phase a short rise, then a cosine to a fiftieth; half after the first."""
+    phase, done = place(step, phases)
+    rise = min(1.0, (round(done * phases[phase]) + 1) / 100)
+    top = 1.0 if phase == "learn" else 0.5
+    return top * rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train(name: str, learn: int, polish: int, out: Path) -> None:
+def train(name: str, out: Path) -> None:
     """Train, or go on training, and write the model, its tokenizer and its figures to out."""
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
@@ -140,7 +152,8 @@ def train(name: str, learn: int, polish: int, out: Path) -> None:
     )
     STATE.mkdir(parents=True, exist_ok=True)
     state_file = STATE / f"{name}.pt"
-    steps = learn + polish
+    phases = STEPS[name]
+    steps = sum(phases.values())
     first, minutes = 0, 0.0
     if state_file.exists():
         state = torch.load(state_file)
@@ -148,10 +161,10 @@ def train(name: str, learn: int, polish: int, out: Path) -> None:
         optimizer.load_state_dict(state["optimizer"])
         first, minutes = state["step"], state["minutes"]
     start = time.monotonic()
-    bar = tqdm(batches(tokenizer, first, learn, polish), initial=first, total=steps, mininterval=2)
+    bar = tqdm(batches(tokenizer, first, phases), initial=first, total=steps, mininterval=2)
     for step, ids in enumerate(bar, first):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate(step, learn, polish)
+            group["lr"] = LEARNING_RATE * rate(step, phases)
         logits = model(ids[:, :-1]).logits
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
@@ -251,7 +264,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", choices=SHAPES, default="pocket")
     parser.add_argument("--out", type=Path, help="directory to write (default: the committed one)")
     args = parser.parse_args(argv)
-    train(args.model, *STEPS[args.model], args.out or HERE / args.model)
+    train(args.model, args.out or HERE / args.model)
     return 0
 
 
