@@ -174,7 +174,12 @@ def train(name: str, out: Path) -> None:
         bar.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             spent = minutes + (time.monotonic() - start) / 60
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "minutes": spent}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+                "minutes": spent,
+            }
             draft = state_file.with_suffix(".tmp")
             torch.save(state, draft)
             draft.replace(state_file)
