@@ -93,3 +93,10 @@ def test_the_default_length_is_the_models_but_at_most_2048(module):
 def test_what_the_cache_costs_is_said(chapter, capsys):
     chapter.load().Engine(checkpoint("llama"), max_model_len=320, dtype=torch.float32)
     assert "of keys and values" in capsys.readouterr().err
+
+
+@pytest.mark.until("v03")
+def test_only_attention_learns_of_the_cache(chapter):
+    """The lesson is small: what sees one token at a time is, byte for byte, what it was."""
+    for name in ("layers.py", "model.py", "loader.py", "config.py", "sampling.py", "text.py", "scheduler.py"):
+        assert (chapter.path / name).read_bytes() == (chapter.previous.path / name).read_bytes(), name
