@@ -121,6 +121,12 @@ def test_many_missing_tensors_are_counted_not_listed(refused, copy_of):
     assert "and 14 more" in refused(path)
 
 
+def test_more_layers_than_there_are_tensors_are_refused_before_they_are_built(refused, copy_of):
+    assert refused(copy_of("llama", num_hidden_layers=10**12)) == (
+        "num_hidden_layers is 1000000000000; the checkpoint has 30 tensors"
+    )
+
+
 def test_a_tensor_of_the_wrong_shape(refused, copy_of):
     path = copy_of("llama", intermediate_size=90)
     assert "tensor model.layers.0.mlp.gate_proj.weight has shape [88, 60], config.json says [90, 60]" in refused(path)

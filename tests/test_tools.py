@@ -1,6 +1,8 @@
 """What stands around the chapters: the harness's own guards, the commands behind make, checkpoints by name."""
 import json
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,8 +134,6 @@ def test_run_sends_a_users_turn_where_there_is_a_template(capsys):
 
 
 def test_run_sends_the_text_as_it_is_where_there_is_none(capsys, tmp_path):
-    import shutil
-
     path = tmp_path / "base"
     shutil.copytree(checkpoint("llama"), path, ignore=shutil.ignore_patterns("chat_template.jinja"))
     assert run.main(["v01", "The cache", "--model", str(path), "--max-tokens", "3"]) == 0
@@ -204,6 +204,31 @@ def test_make_has_a_target_for_every_chapter():
             done = subprocess.run(["make", "-n", f"{target}-{chapter.id}"], cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0 and chapter.id in done.stdout, done.stderr
     assert "make demo" in subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_a_bug_mended_in_the_first_chapter_reaches_the_last_and_leaves_the_diffs_alone(tmp_path):
+    """On the real chapters, in a repository of their own."""
+    bug, mended = "first * cos + second * sin", "first * cos - second * sin"
+    for name in ("milestones", "shared"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "models"))
+    layers = [tmp_path / "milestones" / chapter.name / "layers.py" for chapter in CHAPTERS]
+    for path in layers:
+        path.write_text(path.read_text().replace(mended, bug))
+
+    def call(*command):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    call("git", "init", "-q")
+    call("git", "add", ".")
+    call("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "with a bug")
+    diffs = [call(sys.executable, "-m", "shared.book.diff", chapter.id) for chapter in CHAPTERS]
+    layers[0].write_text(layers[0].read_text().replace(bug, mended))
+    call(sys.executable, "-m", "shared.book.propagate", CHAPTERS[0].id, "--no-tests")
+    for path, chapter in zip(layers, CHAPTERS, strict=True):
+        assert path.read_text() == (chapter.path / "layers.py").read_text()
+    assert diffs == [call(sys.executable, "-m", "shared.book.diff", chapter.id) for chapter in CHAPTERS]
 
 
 # ---- the timer

@@ -108,6 +108,9 @@ def load_model(
     Raises:
         ValueError: for a tensor that is missing, left over, or of another shape than config.json says.
     """
+    # Each layer has tensors of its own: a number beyond theirs would only be built for minutes, then refused.
+    if config.num_layers > len(checkpoint.files):
+        raise ValueError(f"num_hidden_layers is {config.num_layers}; the checkpoint has {len(checkpoint.files)} tensors")
     # A parameter on the meta device has a shape and no memory: each weight is allocated once.
     with torch.device("meta"):
         model = CausalLM(config)
