@@ -3,8 +3,9 @@
     python -m shared.bench growth [v01 ...]    # time per token against the length of the sequence
 
 Runs are warmed up, then interleaved (A B A B ...), so that a machine that slows down slows all of them
-down. A figure is the median; beside it stands the spread, (slowest - fastest) / median. CPU seconds are
-counted too: where cores are shared, they tell more than wall time.
+down. A figure is the median; beside it stands the spread: the middle half of the runs, from its fastest to
+its slowest, divided by the median. CPU seconds are counted too: where cores are shared, they tell more than
+wall time.
 """
 import argparse
 import json
@@ -67,14 +68,15 @@ def summary(timings: list[Timing], units: int = 1) -> dict[str, float]:
     """Medians and spread of repeated runs, the times divided by the number of units of work in a run.
 
     >>> summary([Timing(2.0, 1.0), Timing(1.0, 1.0), Timing(4.0, 1.5)], units=2)
-    {'wall_ms': 1000.0, 'cpu_ms': 500.0, 'spread': 1.5, 'repeats': 3}
+    {'wall_ms': 1000.0, 'cpu_ms': 500.0, 'spread': 0.75, 'repeats': 3}
     """
     wall = [timing.wall_s for timing in timings]
     median = statistics.median(wall)
+    fast, _, slow = statistics.quantiles(wall, n=4, method="inclusive") if len(wall) > 1 else (median,) * 3
     return {
         "wall_ms": round(1e3 * median / units, 4),
         "cpu_ms": round(1e3 * statistics.median(timing.cpu_s for timing in timings) / units, 4),
-        "spread": round((max(wall) - min(wall)) / median, 3),
+        "spread": round((slow - fast) / median, 3),
         "repeats": len(timings),
     }
 
@@ -114,6 +116,7 @@ def growth(chapters: list[Chapter], repeats: int) -> dict:
     for chapter in chapters:
         lengths = results[chapter.id]
         first, last = (lengths[str(n)]["wall_ms"] for n in (GROWTH_LENGTHS[0], GROWTH_LENGTHS[-1]))
+        lengths["worst_spread"] = max(lengths[str(n)]["spread"] for n in GROWTH_LENGTHS)
         lengths["ratio"] = round(last / first, 2)
     return results
 
@@ -131,9 +134,8 @@ def print_growth(results: dict) -> None:
     for name, lengths in results.items():
         row = "".join(f"{lengths[str(n)]['wall_ms']:10.2f}" for n in GROWTH_LENGTHS)
         print(f"{name:24}{row}{lengths['ratio']:14.1f} x")
-        worst = max(lengths[str(n)]["spread"] for n in GROWTH_LENGTHS)
-        if worst > NOISY:
-            print(f"{'':24}noisy: repeated runs differ by up to {worst:.0%}; run it again on an idle machine")
+        if lengths["worst_spread"] > NOISY:
+            print(f"{'':24}noisy: runs differ by up to {lengths['worst_spread']:.0%}; run it again on an idle machine")
 
 
 def main(argv: list[str]) -> int:

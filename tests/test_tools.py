@@ -10,6 +10,7 @@ import pytest
 
 import conftest
 from shared import bench, checkpoints, demo, doctor, install, run
+from shared.book.doctests import check_package
 from shared.chapters import CHAPTERS, ROOT, find
 from shared.checkpoints import RANDOM, checkpoint
 
@@ -67,6 +68,11 @@ def test_chapters_import_nothing_from_outside():
         for path in chapter.path.rglob("*.py"):
             text = path.read_text()
             assert "import shared" not in text and "from shared" not in text and "milestones" not in text, path
+
+
+def test_every_example_in_the_docstrings_of_the_tools_is_true():
+    report = check_package("shared")
+    assert report.attempted and not report.failures, "\n".join(report.failures)
 
 
 # ---- checkpoints by name
@@ -246,7 +252,7 @@ def test_growth_measures_every_chapter_at_every_length(monkeypatch, capsys):
     monkeypatch.setattr(bench, "GROWTH_LENGTHS", (3, 5))
     results = bench.growth(list(CHAPTERS), repeats=1)
     for chapter in CHAPTERS:
-        assert {"3", "5", "ratio"} == set(results[chapter.id])
+        assert {"3", "5", "worst_spread", "ratio"} == set(results[chapter.id])
         assert results[chapter.id]["5"]["wall_ms"] > 0
     bench.print_growth(results)
     assert "ms per token" in capsys.readouterr().out
@@ -255,5 +261,5 @@ def test_growth_measures_every_chapter_at_every_length(monkeypatch, capsys):
 def test_a_noisy_measurement_says_so(capsys, monkeypatch):
     monkeypatch.setattr(bench, "GROWTH_LENGTHS", (3,))
     timings = {"wall_ms": 1.0, "cpu_ms": 1.0, "spread": 0.9, "repeats": 2}
-    bench.print_growth({"v01": {"3": timings, "ratio": 1.0}})
-    assert "noisy: repeated runs differ by up to 90%" in capsys.readouterr().out
+    bench.print_growth({"v01": {"3": timings, "worst_spread": 0.9, "ratio": 1.0}})
+    assert "noisy: runs differ by up to 90%" in capsys.readouterr().out
