@@ -130,6 +130,22 @@ def module(chapter):
 
 
 @pytest.fixture
+def tokens_per_pass():
+    """How many tokens each forward pass of a run was fed, counted from outside."""
+
+    def tokens_per_pass(engine, run):
+        counts = []
+        hook = engine.model.register_forward_pre_hook(lambda _model, args: counts.append(len(args[0].token_ids)))
+        try:
+            run()
+        finally:
+            hook.remove()
+        return counts
+
+    return tokens_per_pass
+
+
+@pytest.fixture
 def rng():
     return random.Random(20)
 

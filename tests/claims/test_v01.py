@@ -4,29 +4,18 @@ import pytest
 from shared.workloads import random_ids
 
 
-def positions_per_pass(engine, run):
-    """How many tokens each forward pass was fed, counted from outside."""
-    counts = []
-    hook = engine.model.register_forward_pre_hook(lambda _model, args: counts.append(len(args[0].token_ids)))
-    try:
-        run()
-    finally:
-        hook.remove()
-    return counts
-
-
 @pytest.mark.until("v02")
-def test_every_token_recomputes_the_whole_sequence(make_engine, Params, rng):
+def test_every_token_recomputes_the_whole_sequence(make_engine, tokens_per_pass, Params, rng):
     engine = make_engine("llama")
     prompt_ids = random_ids(5, engine.config.vocab_size, rng)
-    counts = positions_per_pass(engine, lambda: engine.generate([prompt_ids], Params(max_tokens=7, ignore_eos=True)))
+    counts = tokens_per_pass(engine, lambda: engine.generate([prompt_ids], Params(max_tokens=7, ignore_eos=True)))
     assert counts == [5, 6, 7, 8, 9, 10, 11]
 
 
-def test_the_engine_counts_its_passes_and_positions(make_engine, Params):
+def test_the_engine_counts_its_passes_and_positions(make_engine, tokens_per_pass, Params):
     engine = make_engine("llama")
     before = engine.num_steps, engine.num_positions
-    counts = positions_per_pass(engine, lambda: engine.generate([[9, 10]], Params(max_tokens=6, ignore_eos=True)))
+    counts = tokens_per_pass(engine, lambda: engine.generate([[9, 10]], Params(max_tokens=6, ignore_eos=True)))
     assert (engine.num_steps - before[0], engine.num_positions - before[1]) == (len(counts), sum(counts))
 
 

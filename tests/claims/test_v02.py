@@ -9,18 +9,7 @@ from shared.checkpoints import checkpoint
 from shared.workloads import random_ids
 
 
-def tokens_per_pass(engine, run):
-    """How many tokens each forward pass was fed, counted from outside."""
-    counts = []
-    hook = engine.model.register_forward_pre_hook(lambda _model, args: counts.append(len(args[0].token_ids)))
-    try:
-        run()
-    finally:
-        hook.remove()
-    return counts
-
-
-def test_the_prompt_is_fed_once_and_then_one_token_a_step(make_engine, Params, rng):
+def test_the_prompt_is_fed_once_and_then_one_token_a_step(make_engine, tokens_per_pass, Params, rng):
     engine = make_engine("llama")
     prompt_ids = random_ids(5, engine.config.vocab_size, rng)
     counts = tokens_per_pass(engine, lambda: engine.generate([prompt_ids], Params(max_tokens=7, ignore_eos=True)))
