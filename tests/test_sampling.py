@@ -135,3 +135,31 @@ def test_greedy_and_sampled_rows_share_a_batch(module, Params):
     assert token_ids[1:] == logits[1:].argmax(-1).tolist()
     alone = module("sampling").sample(logits[:1], draws[:1]).tolist()
     assert token_ids[:1] == alone
+
+
+@pytest.mark.parametrize("die", [0.0, 1 - 2**-53])
+def test_the_first_and_the_last_side_of_the_die_choose_a_token_that_is_left(module, Params, monkeypatch, die):
+    """At 0 the first tokens may be dropped ones; at the other end float32 probabilities may sum to less than 1."""
+    sampling = module("sampling")
+    monkeypatch.setattr(sampling, "uniform", lambda seed, index: die)
+    logits = torch.randn(50, V, generator=torch.Generator().manual_seed(2))
+    logits[:, [0, -1]] = -9.0  # never among the likeliest
+    params = Params(temperature=1.0, top_k=100)
+    token_ids = sampling.sample(logits, [(sequence(module, [1], params, seed=0), 1)] * 50)
+    probs = sampling.filter_logits(logits, [params] * 50).softmax(-1)
+    reached = probs.double().cumsum(-1)[:, -1]
+    assert reached.min() < 1 - 2**-53, "no row here sums to less than 1"
+    assert (probs.gather(1, token_ids[:, None]) > 0).all()
+
+
+def test_each_row_of_a_batch_reports_as_many_logprobs_as_it_asked_for(module, Params):
+    logits = torch.randn(3, V, generator=torch.Generator().manual_seed(3))
+    Draw = module("batch").Draw
+    draws = [Draw(sequence(module, [1], Params(logprobs=count), seed=0), 1) for count in (1, None, 4)]
+    found = module("sampling").top_logprobs(logits, draws, [7, 8, 9])
+    for row, count in ((0, 1), (2, 4)):
+        logprobs = logits[row].log_softmax(-1)
+        best = logprobs.topk(count)
+        want = {7 + row: logprobs[7 + row].item()} | dict(zip(best.indices.tolist(), best.values.tolist()))
+        assert found[row] == want
+    assert found[1] is None
