@@ -23,7 +23,7 @@ class Scheduler:
 
     def release(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it stands."""
-        if seq in self.waiting:
-            self.waiting.remove(seq)
-        else:
+        if seq in self.running:
             self.running.remove(seq)
+        else:
+            self.waiting.remove(seq)
