@@ -2,6 +2,8 @@
 
 N tokens of this step   L layers   T max_model_len   KV key/value heads   D head_dim   n tokens so far
 """
+import os
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,17 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
+def check_memory(kv_bytes: int, device: torch.device, remedy: str) -> None:
+    """Raise ValueError if a cache of so many bytes cannot be held: on a GPU by what is free, else by what there is."""
+    if device.type == "cuda":
+        memory_bytes = torch.cuda.mem_get_info(device)[0]
+    else:
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if kv_bytes > memory_bytes:
+        needed, there = f"{kv_bytes / 2**30:.1f} GiB", f"{memory_bytes / 2**30:.1f} GiB"
+        raise ValueError(f"the cache would take {needed} of memory, {device} has {there}; {remedy}")
+
+
 class KVCache:
     """One sequence's keys and values, in one piece, position by position.
 
@@ -21,6 +34,8 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, max_model_len: int, device: torch.device, dtype: torch.dtype):
+        self.kv_bytes = max_model_len * kv_bytes_per_token(config, dtype)
+        check_memory(self.kv_bytes, device, "lower max_model_len")
         shape = (config.num_layers, max_model_len, config.num_kv_heads, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # [L, T, KV, D]
         self.v = torch.zeros(shape, device=device, dtype=dtype)  # [L, T, KV, D]

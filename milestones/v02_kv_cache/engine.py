@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .batch import Batch, build_batch
-from .cache import KVCache, kv_bytes_per_token
+from .cache import KVCache
 from .config import load_config
 from .loader import Checkpoint, choose_device, choose_dtype, load_model
 from .sampling import SamplingParams, check_integer, sample, top_logprobs
@@ -85,7 +85,7 @@ class Engine:
             self.config.family,
             f"{self.dtype} on {self.device}",
             f"max_model_len {self.max_model_len}",
-            f"{self.max_model_len * kv_bytes_per_token(self.config, self.dtype) / 2**20:.1f} MiB of keys and values",
+            f"{self.cache.kv_bytes / 2**20:.1f} MiB of keys and values",
         ]
         return ", ".join(chosen)
 

@@ -21,7 +21,25 @@ def test_the_cache_takes_the_bytes_that_the_formula_says(chapter, module):
     engine = chapter.load().Engine(checkpoint("mistral"), dtype="bfloat16", max_model_len=77)
     per_token = module("cache").kv_bytes_per_token(engine.config, engine.dtype)
     assert per_token == 2 * 3 * 3 * 14 * 2  # keys and values, layers, KV heads, head_dim, bytes
-    assert engine.cache.k.nbytes + engine.cache.v.nbytes == 77 * per_token
+    assert engine.cache.k.nbytes + engine.cache.v.nbytes == engine.cache.kv_bytes == 77 * per_token
+
+
+def test_a_cache_that_no_memory_holds_is_refused_with_both_numbers(module):
+    """Before it is allocated: a CPU's memory is promised freely, and missed when it is touched."""
+    check = module("cache").check_memory
+    check(2**20, torch.device("cpu"), "")
+    with pytest.raises(ValueError, match=r"would take 1048576.0 GiB of memory, cpu has \d+.\d GiB; lower max_x"):
+        check(2**50, torch.device("cpu"), "lower max_x")
+
+
+@pytest.mark.until("v03")
+def test_a_length_that_no_memory_holds_is_refused(chapter, tmp_path):
+    path = tmp_path / "llama"
+    shutil.copytree(checkpoint("llama"), path)
+    config = json.loads((path / "config.json").read_text()) | {"max_position_embeddings": 2**40}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the cache would take .* lower max_model_len"):
+        chapter.load().Engine(path, max_model_len=2**40)
 
 
 @pytest.mark.until("v03")
