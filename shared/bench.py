@@ -1,6 +1,8 @@
 """The one timer: every figure of speed in this repository comes from here.
 
-    python -m shared.bench growth [v01 ...]    # time per token against the length of the sequence
+    python -m shared.bench growth [v01 ...]       # time per token against the length of the sequence
+    python -m shared.bench batch [v03 ...]        # tokens per second against the number of requests in a pass
+    python -m shared.bench staircase [v01 ...]    # every chapter on one ragged workload, and what it took
 
 Runs are warmed up, then interleaved (A B A B ...), so that a machine that slows down slows all of them
 down. A figure is the median; beside it stands the spread: the middle half of the runs, from its fastest to
@@ -13,8 +15,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from .chapters import CHAPTERS, ROOT, Chapter, find
@@ -57,7 +60,7 @@ def interleave(
     return timings
 
 
-def progress(items: range, label: str) -> Iterator[int]:
+def progress(items: Iterable, label: str) -> Iterator[int]:
     """A progress bar on stderr, where that is a terminal."""
     from tqdm import tqdm
 
@@ -82,12 +85,14 @@ def summary(timings: list[Timing], units: int = 1) -> dict[str, float]:
 
 
 def write(name: str, results: dict, command: str) -> Path:
-    """Commit-ready JSON: the results with the command, the machine and the date that made them."""
+    """Commit-ready JSON, a line a key: the results with the command, the machine and the date that made them."""
     from .machine import machine, today
 
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"command": command, "machine": machine(), "date": today()} | results, indent=2) + "\n")
+    everything = {"command": command, "machine": machine(), "date": today()} | results
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in everything.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return path
 
 
@@ -138,18 +143,169 @@ def print_growth(results: dict) -> None:
             print(f"{'':24}noisy: runs differ by up to {lengths['worst_spread']:.0%}; run it again on an idle machine")
 
 
+BATCH_SIZES = (1, 2, 4, 8, 16)
+BATCH_MODELS = ("pocket", "smollm2-135m-shape")
+BATCH_PROMPT, BATCH_TOKENS = 16, 8
+
+
+def batch(chapters: list[Chapter], repeats: int) -> dict:
+    """Tokens per second when this many requests share every pass: decode steps after short prompts, one thread."""
+    import torch
+
+    from .checkpoints import checkpoint
+
+    torch.set_num_threads(1)
+    results = {}
+    for chapter in (chapter for chapter in chapters if "max_num_seqs" in chapter.capabilities):
+        package, results[chapter.id] = chapter.load(), {}
+        for model in BATCH_MODELS:
+            engine = package.Engine(checkpoint(model), max_num_seqs=max(BATCH_SIZES), max_model_len=64)
+            contestants = {
+                str(size): lambda size=size: time_batch(package, engine, size) for size in BATCH_SIZES
+            }
+            sizes = {}
+            for size, timings in interleave(contestants, repeats, f"{chapter.id}, {model}").items():
+                sizes[size] = summary(timings, BATCH_TOKENS)
+                sizes[size]["tokens_per_s"] = round(1e3 * int(size) / sizes[size]["wall_ms"], 1)
+            sizes["weight_bytes"] = weight_bytes(engine.model)
+            sizes["worst_spread"] = max(sizes[str(size)]["spread"] for size in BATCH_SIZES)
+            results[chapter.id][model] = sizes
+    return results
+
+
+def time_batch(package, engine, size: int) -> Timing:
+    """The time of BATCH_TOKENS steps in which this many requests get a token each."""
+    params = package.SamplingParams(max_tokens=1 + BATCH_TOKENS, ignore_eos=True)
+    for number in range(size):
+        engine.add_request(random.Random(number).choices(range(8, 400), k=BATCH_PROMPT), params)
+    engine.step()
+    return timed(lambda: [engine.step() for _ in range(BATCH_TOKENS)])
+
+
+def weight_bytes(model) -> int:
+    """What one pass reads of the weights: all of them, but of an embedding that is not the head a few rows only."""
+    weights = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
+    embedding = model.model.embed_tokens.weight
+    if model.lm_head.weight.data_ptr() != embedding.data_ptr():
+        del weights[embedding.data_ptr()]
+    return sum(weights.values())
+
+
+def print_batch(results: dict) -> None:
+    print(f"{'tokens/s with requests in a pass':36}" + "".join(f"{size:>10}" for size in BATCH_SIZES))
+    for name, models in results.items():
+        for model, sizes in models.items():
+            print(f"{name + '  ' + model:36}" + "".join(f"{sizes[str(size)]['tokens_per_s']:10,.0f}" for size in BATCH_SIZES))
+            if sizes["worst_spread"] > NOISY:
+                print(f"noisy: runs differ by up to {sizes['worst_spread']:.0%}; run it again on an idle machine")
+
+
+def staircase(chapters: list[Chapter], repeats: int) -> dict:
+    """The chapters on one ragged workload: tokens per second, and what was computed, read and reserved for it.
+
+    pocket, one thread, float32; every chapter with its own limits. Counts come from one traced run, which
+    also checks that all chapters say the same; times from runs without a tracer.
+    """
+    import torch
+
+    from .checkpoints import POCKET
+    from .trace import record, run
+    from .workloads import staircase
+
+    torch.set_num_threads(1)
+    engines = {chapter.id: chapter.load().Engine(POCKET) for chapter in chapters}
+    requests = staircase(engines[chapters[0].id].config.vocab_size)
+    results, expected = {}, None
+    for chapter in progress(chapters, "tracing"):
+        engine = engines[chapter.id]
+        trace, tokens = record(chapter, engine, requests)
+        expected = expected or tokens
+        if tokens != expected:
+            raise AssertionError(f"{chapter.id} says other tokens than {chapters[0].id}")
+        results[chapter.id] = counts(engine, trace)
+    contestants = {
+        chapter.id: lambda chapter=chapter: timed(lambda: run(engines[chapter.id], chapter.load(), requests))
+        for chapter in chapters
+    }
+    for name, timings in interleave(contestants, repeats, "timing").items():
+        results[name] |= summary(timings)
+        results[name]["tokens_per_s"] = round(1e3 * results[name]["tokens"] / results[name]["wall_ms"], 1)
+    return results
+
+
+def counts(engine, trace) -> dict:
+    """What a traced run took, without its time; and the life of one request, with it."""
+    watched = watched_request(trace.lengths)
+    life = {}
+    for what, seconds in trace.life(watched):
+        life[what] = round(life.get(what, 0) + 1e3 * seconds, 2)
+    ended = [trace.ends()[number] for number, (_, output) in enumerate(trace.lengths) if output <= SHORT_OUTPUT]
+    seconds = list(accumulate(each.wall_s for each in trace.passes))
+    return {
+        "requests": len(trace.lengths),
+        "places": trace.places,
+        "tokens": trace.num_tokens,
+        "passes": len(trace.passes),
+        "tokens_per_pass": round(trace.num_tokens / len(trace.passes), 2),
+        "positions": trace.num_positions,
+        "needed": trace.num_needed,
+        "needed_share": round(trace.num_needed / trace.num_positions, 4),
+        "useful_share": round(trace.useful_share(), 4),
+        "kv_bytes": trace.kv_bytes,
+        "kv_read_bytes": trace.kv_read_bytes,
+        "weight_read_bytes": weight_bytes(engine.model) * len(trace.passes),
+        "short": {
+            "requests": len(ended),
+            "passes": statistics.median(ended),
+            "ms": round(1e3 * statistics.median(seconds[number - 1] for number in ended), 1),
+        },
+        "watched": {"request": watched, "lengths": trace.lengths[watched], "life_ms": life},
+    }
+
+
+# Requests that get no more tokens than this are the short ones.
+SHORT_OUTPUT = 20
+
+
+def watched_request(lengths: list[tuple[int, int]]) -> int:
+    """The request that is followed through all chapters: a short one that comes late."""
+    return min(range(len(lengths) // 2, len(lengths)), key=lambda number: abs(lengths[number][1] - 12))
+
+
+def print_staircase(results: dict) -> None:
+    columns = ("passes", "tokens/pass", "positions", "needed", "KV MiB", "tokens/s")
+    print(f"{'':8}" + "".join(f"{column:>13}" for column in columns))
+    for name, row in results.items():
+        cells = (
+            f"{row['passes']:,}",
+            f"{row['tokens_per_pass']:.2f}",
+            f"{row['positions']:,}",
+            f"{row['needed_share']:.0%}",
+            f"{row['kv_bytes'] / 2**20:.1f}",
+            f"{row['tokens_per_s']:,.0f}",
+        )
+        print(f"{name:8}" + "".join(f"{cell:>13}" for cell in cells))
+        if row["spread"] > NOISY:
+            print(f"{'':8}noisy: runs differ by {row['spread']:.0%}; run it again on an idle machine")
+
+
+WORKLOADS = {"growth": (growth, print_growth), "batch": (batch, print_batch), "staircase": (staircase, print_staircase)}
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.bench", description="Measure chapters side by side.")
-    parser.add_argument("workload", choices=["growth"])
+    parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("chapters", nargs="*", metavar="vNN", help="default: all")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
     args = parser.parse_args(argv)
     chapters = [find(text) for text in args.chapters] or list(CHAPTERS)
-    results = growth(chapters, args.repeats)
-    print_growth(results)
+    measure, show = WORKLOADS[args.workload]
+    results = measure(chapters, args.repeats)
+    show(results)
     if args.write:
-        print(write(args.workload, results, f"python -m shared.bench {' '.join(argv)}").relative_to(ROOT))
+        path = write(args.workload, results, " ".join(["python -m shared.bench", *argv]))
+        print(f"wrote {path.name}; now `make sync`")
     return 0
 
 

@@ -61,6 +61,16 @@ CHAPTERS = (
         idea="Keys and values of past tokens never change. Prefill once, then feed one token at a time.",
         adds=frozenset({"max_model_len", "previous"}),
     ),
+    Chapter(
+        name="v03_static_batch",
+        idea="One pass reads every weight, whether it serves one request or sixteen. Fill a rectangle.",
+        adds=frozenset({"max_num_seqs"}),
+    ),
+    Chapter(
+        name="v04_continuous_batch",
+        idea="Schedule by the step and by the token, not by the rectangle: a place freed now is taken in the next step.",
+        adds=frozenset(),
+    ),
 )
 
 

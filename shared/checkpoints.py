@@ -86,22 +86,39 @@ RANDOM = {
     "qwen3": Spec("qwen3", stored="bfloat16", num_heads=4, num_kv_heads=1, seed=5),
 }
 
+# Random weights in the shape of a published model: as slow as the real one, and as large.
+SHAPES = {
+    "smollm2-135m-shape": Spec(
+        family="llama",
+        stored="bfloat16",
+        tied=True,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        vocab_size=49152,
+        max_positions=8192,
+    ),
+}
+
 
 def checkpoint(name: str) -> Path:
-    """The directory of a checkpoint by name: pocket, one of RANDOM, a path, or a hub id.
+    """The directory of a checkpoint by name: pocket, one of RANDOM or SHAPES, a path, or a hub id.
 
     Raises:
         ValueError: if there is no such thing, or the hub does not give it; the message says what to do.
     """
     if name in ("pocket", "pocket-draft"):
         return POCKET.with_name(name)
-    if name in RANDOM:
-        return random_checkpoint(RANDOM[name])
+    if name in RANDOM | SHAPES:
+        return random_checkpoint((RANDOM | SHAPES)[name])
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return download(name)
-    known = ", ".join(["pocket", "pocket-draft", *RANDOM])
+    known = ", ".join(["pocket", "pocket-draft", *RANDOM, *SHAPES])
     raise ValueError(f"there is no checkpoint {name!r}: give a directory, a hub id (owner/name), or one of {known}")
 
 

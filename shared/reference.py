@@ -24,14 +24,17 @@ class Greedy:
 
 
 class Reference:
-    """A checkpoint as transformers runs it: eager attention, one prompt at a time, no batching."""
+    """A checkpoint as transformers runs it: one prompt at a time, no batching.
 
-    def __init__(self, model_dir: Path, dtype: torch.dtype = torch.float32):
+    attention: eager, every operation written out, or sdpa, PyTorch's fused one.
+    """
+
+    def __init__(self, model_dir: Path, dtype: torch.dtype = torch.float32, attention: str = "eager"):
         transformers_logging.disable_progress_bar()
         self.model = AutoModelForCausalLM.from_pretrained(
             model_dir,
             dtype=dtype,
-            attn_implementation="eager",
+            attn_implementation=attention,
             local_files_only=True,
         ).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
@@ -101,9 +104,9 @@ class Outputs(dict):
 
 
 @lru_cache(maxsize=None)
-def reference(model_dir: Path, dtype: torch.dtype = torch.float32) -> Reference:
+def reference(model_dir: Path, dtype: torch.dtype = torch.float32, attention: str = "eager") -> Reference:
     """The reference of a checkpoint, loaded once a process."""
-    return Reference(model_dir, dtype)
+    return Reference(model_dir, dtype, attention)
 
 
 def settled(ours: list[int], theirs: Greedy) -> tuple[list[int], list[int], bool]:

@@ -10,6 +10,7 @@ class Request:
     prompt_ids: list[int]
     max_tokens: int
     arrival_step: int = 0  # the engine step before which it is added
+    abort_step: int | None = None  # the engine step before which it is aborted, if it has not ended
 
 
 def random_ids(length: int, vocab_size: int, rng: random.Random) -> list[int]:
@@ -45,6 +46,29 @@ def ragged(
         for _ in range(num_requests)
     ]
 
+
+def fixed(lengths: list[tuple[int, int]], vocab_size: int, seed: int = 0) -> list[Request]:
+    """Requests of these lengths, prompt and output, that all arrive before the first step."""
+    rng = random.Random(seed)
+    return [Request(random_ids(prompt, vocab_size, rng), output) for prompt, output in lengths]
+
+
+def staircase(vocab_size: int) -> list[Request]:
+    """The workload on which all chapters are compared: 32 ragged requests, all there at the start.
+
+    Its lengths are the same for every vocabulary.
+
+    >>> sum(request.max_tokens for request in staircase(100))
+    1734
+    """
+    rng = random.Random(16)
+    # With these prompts no token of the embedded model is a tie.
+    return fixed([(rng.randint(4, 60), rng.randint(1, 120)) for _ in range(32)], vocab_size, seed=13)
+
+
+# Small enough to be drawn, a pass a column: one long request among short ones, and more than there are places.
+TIMELINE = [(7, 19), (3, 5), (5, 8), (2, 3), (4, 4), (9, 11), (3, 2), (6, 7), (2, 9), (4, 3)]
+TIMELINE_PLACES = 4
 
 # What the embedded model can answer, and a learner can read.
 QUESTIONS = (

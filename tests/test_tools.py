@@ -7,9 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file
 
 import conftest
-from shared import bench, checkpoints, demo, doctor, install, run
+from shared import bench, checkpoints, demo, doctor, install, run, trace, workloads
 from shared.book.doctests import check_package
 from shared.chapters import CHAPTERS, ROOT, find
 from shared.checkpoints import RANDOM, checkpoint
@@ -256,6 +257,59 @@ def test_growth_measures_every_chapter_at_every_length(monkeypatch, capsys):
         assert results[chapter.id]["5"]["wall_ms"] > 0
     bench.print_growth(results)
     assert "ms per token" in capsys.readouterr().out
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A staircase of few steps."""
+    requests = workloads.fixed([(3, 6), (5, 2), (4, 12), (2, 3)], 401)
+    monkeypatch.setattr(workloads, "staircase", lambda vocab_size: requests)
+
+
+def test_the_staircase_counts_and_times_every_chapter(small, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    assert bench.main(["staircase", "--repeats", "2", "--write"]) == 0
+    results = json.loads((tmp_path / "staircase.json").read_text())
+    # The embedded model's head is tied, so that all of its file is read in every pass.
+    stored = sum(tensor.numel() for tensor in load_file(checkpoint("pocket") / "model.safetensors").values())
+    assert results["command"] == "python -m shared.bench staircase --repeats 2 --write"
+    for chapter in CHAPTERS:
+        row = results[chapter.id]
+        assert (row["requests"], row["tokens"], row["needed"]) == (4, 23, 33)
+        assert row["tokens_per_s"] == pytest.approx(1e3 * 23 / row["wall_ms"], rel=0.01)
+        assert row["weight_read_bytes"] == row["passes"] * 4 * stored
+        assert row["watched"]["lengths"] == [4, 12]
+        assert row["short"]["requests"] == 4
+    assert results["v01"]["positions"] == sum(sum(range(p, p + n)) for p, n in [(3, 6), (5, 2), (4, 12), (2, 3)])
+    assert results["v02"]["positions"] == 33
+    assert "tokens/pass" in capsys.readouterr().out
+
+
+def test_a_staircase_whose_chapters_disagree_is_no_result(small, monkeypatch):
+    record = trace.record
+
+    def lie(chapter, engine, requests):
+        found, tokens = record(chapter, engine, requests)
+        return found, tokens if chapter.id == "v01" else [[1], *tokens[1:]]
+
+    monkeypatch.setattr(trace, "record", lie)
+    with pytest.raises(AssertionError, match="v02 says other tokens than v01"):
+        bench.staircase(list(CHAPTERS[:2]), repeats=1)
+
+
+def test_batch_measures_where_several_run_together(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "BATCH_SIZES", (1, 3))
+    monkeypatch.setattr(bench, "BATCH_MODELS", ("llama", "qwen2"))
+    results = bench.batch(list(CHAPTERS), repeats=1)
+    assert list(results) == [chapter.id for chapter in CHAPTERS if "max_num_seqs" in chapter.capabilities]
+    assert results["v03"]["llama"]["3"]["tokens_per_s"] > 0
+    # Tied, the embedding is the head and read whole; apart, only the head is.
+    for name, tied in (("llama", False), ("qwen2", True)):
+        parameters = checkpoints.AutoModelForCausalLM.from_pretrained(checkpoint(name)).num_parameters()
+        embedding = checkpoints.RANDOM[name].vocab_size * checkpoints.RANDOM[name].hidden_size
+        assert results["v03"][name]["weight_bytes"] == 4 * (parameters - (0 if tied else embedding))
+    bench.print_batch(results)
+    assert "tokens/s with requests in a pass" in capsys.readouterr().out
 
 
 def test_a_noisy_measurement_says_so(capsys, monkeypatch):

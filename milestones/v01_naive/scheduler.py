@@ -5,7 +5,7 @@ from .sequence import Sequence
 
 
 class Scheduler:
-    """First come, first served: one request at a time."""
+    """First come, first served."""
 
     def __init__(self):
         self.waiting: deque[Sequence] = deque()

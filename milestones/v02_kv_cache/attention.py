@@ -62,6 +62,6 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         q, k, v = self.project(hidden, cos, sin)
         batch.cache.write(self.layer_id, k, v, batch)
-        k, v = batch.cache.read(self.layer_id, batch)  # [n, KV, D]
+        k, v = batch.cache.read(self.layer_id, batch)
         out = attend(q, k, v, batch.positions)  # [N, H, D]
         return self.o_proj(out.flatten(1))

@@ -28,7 +28,7 @@ class Batch:
     logit_rows: Tensor  # [R] which of the N tokens' logits are wanted
     draws: list[Draw]  # [R] what each of those rows decides
     cache: KVCache  # read and written by attention
-    context_len: int  # tokens of the sequence, this step's included
+    context_len: int  # positions that attention reads, this step's included
 
 
 def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> Batch:

@@ -29,11 +29,17 @@ def check_memory(kv_bytes: int, device: torch.device, remedy: str) -> None:
 class KVCache:
     """One sequence's keys and values, in one piece, position by position.
 
-    The next sequence writes over the last one's. What is read is what the sequence has written itself:
-    a position is read only after it was written in the same pass or an earlier one.
+    The next sequence writes over the last one's. A token attends only to what its own sequence has written:
+    to a position after it was written, in the same pass or an earlier one.
     """
 
-    def __init__(self, config: ModelConfig, max_model_len: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_model_len: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         self.kv_bytes = max_model_len * kv_bytes_per_token(config, dtype)
         check_memory(self.kv_bytes, device, "lower max_model_len")
         shape = (config.num_layers, max_model_len, config.num_kv_heads, config.head_dim)

@@ -1,6 +1,6 @@
 """Writes what is generated in the texts, and says what is untrue in them.
 
-    python -m shared.book.sync            # write blocks and results
+    python -m shared.book.sync            # write blocks, results and the pictures drawn from results
     python -m shared.book.sync --check    # write nothing; fail if anything is stale, unclaimed or unmeasured
 
 A text is a chapter's README.md, the README.md at the top, or a page under docs/. `texts` tells how claims
@@ -11,6 +11,7 @@ reason in the paragraph below. In a later one every unit that differs from the c
 `diff` below the paragraph that says why, or, if only words differ, `words` with the reason below. Units in
 which only imports differ need none.
 """
+import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from shared.book.diff import changes_of
 from shared.book.texts import Claim, TextError, bare_numbers, fill_blocks, fill_results, find_claims, read_result
 from shared.book.tree import Tree, short, this_repository
 from shared.book.units import expand, misplaced, read_units
+from shared.pictures import draw_all
 
 MENDS = "run `make sync`"
 
@@ -188,13 +190,23 @@ def check_text(tree: Tree, page: Path, chapter: Path | None) -> list[Problem]:
     return problems
 
 
+def pictures(tree: Tree) -> dict[Path, str]:
+    """The pictures that are drawn from committed results, as they should be."""
+    drawn = draw_all(tree.results, lambda path: json.loads(path.read_text()))
+    return {tree.root / "docs" / "pictures" / name: content for name, content in drawn.items()}
+
+
 def check(tree: Tree) -> list[Problem]:
-    """All that is untrue in the texts; writes nothing."""
-    return [problem for page, chapter in texts(tree).items() for problem in check_text(tree, page, chapter)]
+    """All that is untrue in the texts and pictures; writes nothing."""
+    problems = [problem for page, chapter in texts(tree).items() for problem in check_text(tree, page, chapter)]
+    for path, content in pictures(tree).items():
+        if not path.is_file() or path.read_text() != content:
+            problems.append(Problem(path.relative_to(tree.root), 1, f"is not what its result draws; {MENDS}"))
+    return problems
 
 
 def sync(tree: Tree) -> tuple[list[Path], list[Problem]]:
-    """Write what is generated; the texts that changed, and the claims that say nothing."""
+    """Write what is generated; the texts and pictures that changed, and the claims that say nothing."""
     changed, problems = [], []
     for page, chapter in texts(tree).items():
         if not page.is_file():
@@ -204,6 +216,11 @@ def sync(tree: Tree) -> tuple[list[Path], list[Problem]]:
         if new != page.read_text():
             page.write_text(new)
             changed.append(page)
+    for path, content in pictures(tree).items():
+        if not path.is_file() or path.read_text() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+            changed.append(path)
     return changed, problems
 
 

@@ -369,3 +369,82 @@ def test_the_command_fails_where_the_check_does(book, capsys):
 def test_a_key_with_dots_is_found_whole(tmp_path):
     (tmp_path / "a.json").write_text('{"model.layers.0": {"max": 0.25}}')
     assert read_result(tmp_path, "a.json#model.layers.0.max .0%") == "25%"
+
+
+# ---- pictures and tables of committed results
+
+
+RUN = {
+    "chapter": "v03_a",
+    "places": 2,
+    "lengths": [[2, 1]],
+    "passes": [{"parts": [{"request": 0, "num_tokens": 2, "useful": 2, "got_token": True, "rows": [0]}], "waiting": [0]}],
+}
+
+
+def test_a_picture_is_what_its_result_draws(book):
+    assert not told(book)
+    book.results.mkdir(parents=True, exist_ok=True)
+    (book.results / "timeline.json").write_text(json.dumps({"date": "today", "v03": RUN, "v04": RUN}))
+    assert told(book) == [
+        f"docs/pictures/{name}_timeline.svg:1: is not what its result draws; run `make sync`" for name in ("v03", "v04")
+    ]
+    changed, problems = sync(book)
+    assert [path.name for path in changed] == ["v03_timeline.svg", "v04_timeline.svg"] and not problems
+    assert not told(book)
+    path = book.root / "docs" / "pictures" / "v03_timeline.svg"
+    path.write_text(path.read_text().replace("one token", "two tokens"))
+    assert told(book) == ["docs/pictures/v03_timeline.svg:1: is not what its result draws; run `make sync`"]
+
+
+def stairs(**changes):
+    """One chapter's row of the staircase."""
+    row = {
+        "requests": 3,
+        "tokens": 1200,
+        "passes": 1000,
+        "tokens_per_pass": 1.2,
+        "positions": 5000,
+        "needed_share": 0.5,
+        "kv_bytes": 3 * 2**20,
+        "kv_read_bytes": 20_000_000,
+        "weight_read_bytes": 3_000_000_000,
+        "tokens_per_s": 77.4,
+        "watched": {"request": 1, "lengths": [4, 2], "life_ms": {"waits": 64.0, "useful": 32.0, "wasted": 32.0}},
+    }
+    return row | changes
+
+
+def test_a_cost_card_shows_what_changed_in_bold(two):
+    text = "# Next\n\n<!-- table: cost -->\n\n<!-- table: strip -->\n"
+    tree = two(text)
+    assert any("there is no staircase.json" in problem for problem in told(tree))
+    tree.results.mkdir(parents=True, exist_ok=True)
+    life = {"waits": 8.0, "useful": 8.0, "rides": 100.0}
+    later = stairs(passes=900, watched={"request": 1, "lengths": [4, 2], "life_ms": life})
+    (tree.results / "staircase.json").write_text(json.dumps({"v01": stairs(), "v02": later}))
+    cache = tree.chapters[1] / "cache.py"
+    cache.write_text(cache.read_text().replace("SIZE = 4  # entries\n", "SIZE = 5  # entries\nMORE = 6\n"))
+    sync(tree)
+    lines = (tree.chapters[1] / "README.md").read_text().splitlines()
+    assert "| 3 requests to pocket, 1,200 tokens | v01 | v02 |" in lines
+    assert "| forward passes | 1,000 | **900** |" in lines
+    assert "| positions computed | 5,000 | 5,000 |" in lines
+    assert "| memory kept for keys and values | 3 MiB | 3 MiB |" in lines
+    assert "| lines of Python | | 2 added, 1 removed |" in lines
+    assert "request 2 of 3, 4 + 2 tokens; a character is 2 ms" in lines
+    assert f"v01  {'·' * 32}{'░' * 16}{'█' * 16}" in lines
+    assert f"v02  {'·' * 4}{'█' * 4}" in lines
+
+
+def test_the_staircase_in_a_text_of_no_chapter(two):
+    tree = two("# Next\n")
+    (tree.root / "README.md").write_text("# All\n\n<!-- table: staircase -->\n\n<!-- table: cost -->\n")
+    tree.results.mkdir(parents=True, exist_ok=True)
+    (tree.results / "staircase.json").write_text(json.dumps({"v01": stairs()}))
+    assert any("staircase.json has no v02; run" in problem for problem in told(tree))
+    (tree.results / "staircase.json").write_text(json.dumps({"v01": stairs(), "v02": stairs(tokens_per_s=1234.5)}))
+    sync(tree)
+    lines = (tree.root / "README.md").read_text().splitlines()
+    assert "| [v01](milestones/v01_a/README.md) | 1,000 | 1.20 | 5,000 | 50% | 3.0 GB | 0.02 GB | 3 MiB | 77 |" in lines
+    assert any("a cost card belongs to a chapter" in problem for problem in told(tree))

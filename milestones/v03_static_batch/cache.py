@@ -1,0 +1,59 @@
+"""Keys and values of the tokens already seen.
+
+N tokens of this step   S sequences   L layers   B max_num_seqs   T max_model_len   KV key/value heads   D head_dim
+n positions so far
+"""
+import os
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that one token's keys and values take, over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def check_memory(kv_bytes: int, device: torch.device, remedy: str) -> None:
+    """Raise ValueError if a cache of so many bytes cannot be held: on a GPU by what is free, else by what there is."""
+    if device.type == "cuda":
+        memory_bytes = torch.cuda.mem_get_info(device)[0]
+    else:
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if kv_bytes > memory_bytes:
+        needed, there = f"{kv_bytes / 2**30:.1f} GiB", f"{memory_bytes / 2**30:.1f} GiB"
+        raise ValueError(f"the cache would take {needed} of memory, {device} has {there}; {remedy}")
+
+
+class KVCache:
+    """A slab of keys and values: a row of max_model_len positions for each sequence of a batch.
+
+    The next sequence writes over the last one's. A token attends only to what its own sequence has written:
+    to a position after it was written, in the same pass or an earlier one.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_num_seqs: int,
+        max_model_len: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.kv_bytes = max_num_seqs * max_model_len * kv_bytes_per_token(config, dtype)
+        check_memory(self.kv_bytes, device, "lower max_num_seqs or max_model_len")
+        shape = (config.num_layers, max_num_seqs, max_model_len, config.num_kv_heads, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # [L, B, T, KV, D]
+        self.v = torch.zeros(shape, device=device, dtype=dtype)  # [L, B, T, KV, D]
+
+    def write(self, layer_id: int, k: Tensor, v: Tensor, batch) -> None:
+        """Store the step's keys and values, [N, KV, D], in their rows, at their positions."""
+        self.k[layer_id][batch.slot_rows, batch.positions] = k
+        self.v[layer_id][batch.slot_rows, batch.positions] = v
+
+    def read(self, layer_id: int, batch) -> tuple[Tensor, Tensor]:
+        """Keys and values of all positions so far, [S, n, KV, D]: views, not copies."""
+        s, n = batch.num_seqs, batch.context_len
+        return self.k[layer_id][:s, :n], self.v[layer_id][:s, :n]

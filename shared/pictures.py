@@ -1,0 +1,222 @@
+"""Pictures of committed results: SVG for the texts, and a page for a trace. `make sync` writes them.
+
+Standard library only. A picture follows the reader's light or dark theme, and says in its title what it shows.
+"""
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+
+STYLE = """\
+  text { font: 13px system-ui, sans-serif; fill: #24292f }
+  .head { font-weight: 600 }
+  .small { font-size: 11px; fill: #57606a }
+  .prompt { fill: #0550ae }
+  .token { fill: #54aeff }
+  .waste { fill: #d0d7de }
+  .waits { stroke: #8c959f; stroke-width: 1.2; stroke-dasharray: 2 3 }
+  .grid { stroke: #d8dee4 }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e6edf3 }
+    .small { fill: #9198a1 }
+    .prompt { fill: #79c0ff }
+    .token { fill: #1f6feb }
+    .waste { fill: #3d444d }
+    .waits { stroke: #656c76 }
+    .grid { stroke: #30363d }
+  }"""
+
+
+def svg(width: int, height: int, title: str, body: list[str]) -> str:
+    """A drawing with the common style; title is what a screen reader reads."""
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+        ' role="img" aria-labelledby="t">',
+        f'<title id="t">{escape(title)}</title>',
+        f"<style>\n{STYLE}\n</style>",
+        *body,
+        "</svg>\n",
+    ])
+
+
+def text(x: float, y: float, what: object, kind: str = "", anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(str(what))}</text>'
+
+
+def rect(x: float, y: float, width: float, height: float, kind: str, title: str = "") -> str:
+    tip = f"<title>{escape(title)}</title>" if title else ""
+    return f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="2">{tip}</rect>'
+
+
+# ---- timelines
+
+LEFT, TOP, CELL, LANE = 96, 56, 14, 18
+# What follows a timeline's last column, at the least.
+RIGHT = 24
+
+
+def name_of(request: int) -> str:
+    """A letter for each of the first 26 requests, then A1, B1, ...
+
+    >>> name_of(0), name_of(25), name_of(26)
+    ('A', 'Z', 'A1')
+    """
+    letter = chr(ord("A") + request % 26)
+    return f"{letter}{request // 26}" if request >= 26 else letter
+
+
+def timeline(trace: dict, num_columns: int | None = None) -> str:
+    """A run, one lane a request and one column a pass; of each block, the part that was needed is coloured.
+
+    num_columns: leave room for so many passes, so that pictures of several runs have one scale.
+    """
+    num_columns = num_columns or len(trace["passes"])
+    width = LEFT + max(num_columns * CELL, 440) + RIGHT
+    height = TOP + len(trace["lengths"]) * LANE + 30
+    passes = len(trace["passes"])
+    body = [text(16, 24, f"{trace['chapter']}: {passes} forward passes", "head"), *legend(LEFT, 42)]
+    for column in range(0, passes + 1, 5):
+        x = LEFT + column * CELL
+        body.append(f'<path class="grid" d="M{x} {TOP - 4}V{height - 22}"/>')
+        body.append(text(x, height - 8, column, "small", "middle"))
+    for request, (prompt, output) in enumerate(trace["lengths"]):
+        y = TOP + request * LANE
+        body.append(text(16, y + 12, f"{name_of(request)}  {prompt} + {output}"))
+        body += lane(trace["passes"], request, y)
+    return svg(width, height, f"{trace['chapter']}: which request took part in which forward pass", body)
+
+
+def legend(x: float, y: float) -> list[str]:
+    """What the colours mean, in one line."""
+    body = []
+    for kind, what, room in (("prompt", "its prompt", 84), ("token", "one token", 80), ("waste", "for nothing", 90)):
+        body += [rect(x, y - 10, CELL - 2, LANE - 6, kind), text(x + 18, y, what, "small")]
+        x += room
+    return [*body, f'<path class="waits" d="M{x} {y - 4}h16"/>', text(x + 22, y, "waits", "small")]
+
+
+def lane(passes: list[dict], request: int, y: float) -> list[str]:
+    """One request's way through the passes."""
+    body = []
+    for column, each in enumerate(passes):
+        x = LEFT + column * CELL
+        part = next((part for part in each["parts"] if part["request"] == request), None)
+        if part:
+            useful, total = part["useful"], part["num_tokens"]
+            tip = f"pass {column + 1}, request {name_of(request)}: {useful} of {total} positions needed, row {part['rows']}"
+            if useful < total:
+                body.append(rect(x + 1, y + 2, CELL - 2, LANE - 4, "waste", tip))
+            if useful:
+                height = (LANE - 4) * useful / total
+                kind = "prompt" if useful > 1 else "token"
+                body.append(rect(x + 1, y + LANE - 2 - height, CELL - 2, height, kind, tip))
+        elif request in each["waiting"]:
+            body.append(f'<path class="waits" d="M{x} {y + LANE / 2:g}h{CELL}"/>')
+    return body
+
+
+def page(traces: dict[str, dict]) -> str:
+    """Timelines of several runs as a page that needs nothing else; a pointer on a block says what it was."""
+    scale = max(len(trace["passes"]) for trace in traces.values())
+    sections = "\n".join(
+        f"<h2>{escape(trace['chapter'])}</h2>\n{timeline(trace, scale)}\n{table(trace)}" for trace in traces.values()
+    )
+    return PAGE.replace("SECTIONS", sections)
+
+
+def table(trace: dict) -> str:
+    """What each pass worked on, in words."""
+    rows = []
+    for number, each in enumerate(trace["passes"], 1):
+        ran = ", ".join(f"{name_of(part['request'])} {part['num_tokens']}" for part in each["parts"])
+        useful = sum(part["useful"] for part in each["parts"])
+        total = sum(part["num_tokens"] for part in each["parts"])
+        waiting = " ".join(map(name_of, each["waiting"])) or "nobody"
+        rows.append(f"<tr><td>{number}<td>{ran}<td>{useful} of {total}<td>{waiting}")
+    head = "<tr><th>pass<th>who, and how many positions<th>needed<th>waiting at its start"
+    return f"<details><summary>pass by pass</summary><table>{head}{''.join(rows)}</table></details>"
+
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Who ran in which forward pass</title>
+<style>
+  :root { color-scheme: light dark }
+  body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
+  svg { max-width: 100%; height: auto }
+  table { border-collapse: collapse; font-size: 13px }
+  td, th { padding: 2px 12px 2px 0; text-align: left }
+</style>
+<h1>Who ran in which forward pass</h1>
+<p>A lane is a request, with the tokens of its prompt and those it got; a column is a forward pass.</p>
+SECTIONS
+</html>
+"""
+
+
+# ---- the staircase
+
+STAIRS = (
+    ("tokens a second", "tokens_per_s", "{:,.0f}", 1),
+    ("forward passes", "passes", "{:,}", 1),
+    ("positions computed", "positions", "{:,}", 1),
+    ("MiB kept for keys and values", "kv_bytes", "{:,.0f}", 2**20),
+)
+
+
+def staircase(results: dict[str, dict]) -> str:
+    """The chapters on one workload: a panel for each quantity, a bar for each chapter."""
+    bar, panel_height, bar_room = 22, 30, 220
+    height_of_panel = panel_height + len(results) * bar + 16
+    body = []
+    for number, (what, key, form, unit) in enumerate(STAIRS):
+        left, top = 16 + number % 2 * 350, 10 + number // 2 * height_of_panel
+        body.append(text(left, top + 18, what, "head"))
+        largest = max(row[key] for row in results.values())
+        for line, (name, row) in enumerate(results.items()):
+            y = top + panel_height + line * bar
+            body.append(text(left, y + 13, name, "small"))
+            length = bar_room * row[key] / largest
+            body.append(rect(left + 32, y, max(length, 1), bar - 5, "token"))
+            body.append(text(left + 38 + length, y + 13, form.format(row[key] / unit if unit > 1 else row[key])))
+    height = 10 + 2 * height_of_panel
+    names = f"{next(iter(results))} to {list(results)[-1]}"
+    return svg(700, height, f"{names} on one workload: " + ", ".join(what for what, *_ in STAIRS), body)
+
+
+# ---- what is drawn from which result
+
+Picture = tuple[str, Callable[[dict], str]]
+
+
+def of_chapter(name: str) -> Callable[[dict], str]:
+    """The chapter's timeline, on the scale of the slowest that takes several requests at once."""
+
+    def draw(results: dict) -> str:
+        together = [len(trace["passes"]) for trace in results.values() if trace["places"] > 1]
+        return timeline(results[name], max(together))
+
+    return draw
+
+
+PICTURES: dict[str, Picture] = {
+    "staircase.svg": ("staircase.json", staircase),
+    "v03_timeline.svg": ("timeline.json", of_chapter("v03")),
+    "v04_timeline.svg": ("timeline.json", of_chapter("v04")),
+}
+
+
+def measured(results: dict) -> dict:
+    """A result without what it was measured with."""
+    return {key: value for key, value in results.items() if key not in ("command", "machine", "date")}
+
+
+def draw_all(results_dir: Path, read: Callable[[Path], dict]) -> dict[str, str]:
+    """Every picture whose result is there, by file name."""
+    return {
+        name: draw(measured(read(results_dir / file)))
+        for name, (file, draw) in PICTURES.items()
+        if (results_dir / file).is_file()
+    }

@@ -1,0 +1,132 @@
+"""v03: one pass reads every weight, whether it serves one request or sixteen. Fill a rectangle."""
+import pytest
+import torch
+
+from shared.checkpoints import checkpoint
+from shared.trace import record
+from shared.workloads import Request, fixed, ragged, random_ids, staircase
+
+# Five requests for two places: prompt, output.
+LENGTHS = [(3, 4), (5, 2), (2, 3), (1, 1), (4, 2)]
+
+
+def trace_of(chapter, engine, requests):
+    trace, _ = record(chapter, engine, requests)
+    return trace
+
+
+def test_requests_that_run_together_take_as_many_passes_as_the_longest(chapter, make_engine):
+    engine = make_engine("llama", max_num_seqs=8)
+    before = engine.num_steps
+    trace = trace_of(chapter, engine, fixed([(9, 7), (2, 11), (5, 3)], 401))
+    assert len(trace.passes) == engine.num_steps - before == 11  # the largest of 7, 11, 3, and not their sum
+
+
+@pytest.mark.until("v04")
+def test_a_group_is_one_rectangle_until_the_last_of_it_ends(chapter, make_engine):
+    """Who was in each pass, with how many positions: pads and finished rows are computed too."""
+    trace = trace_of(chapter, make_engine("llama", max_num_seqs=2), fixed(LENGTHS, 401))
+    assert trace.ledger() == [
+        {0: 5, 1: 5},
+        {0: 1, 1: 1},
+        {0: 1, 1: 1},
+        {0: 1, 1: 1},
+        {2: 2, 3: 2},
+        {2: 1, 3: 1},
+        {2: 1, 3: 1},
+        {4: 4},
+        {4: 1},
+    ]
+    assert [[part.useful for part in each.parts] for each in trace.passes[:5]] == [[3, 5], [1, 1], [1, 0], [1, 0], [2, 1]]
+
+
+@pytest.mark.until("v04")
+def test_who_comes_while_a_group_runs_waits_for_the_whole_of_it(chapter, make_engine):
+    """Head-of-line blocking: there is a free place from the start, and the newcomer does not get it."""
+    requests = [Request([9, 10], 6), Request([11], 1, arrival_step=1), Request([12], 1, arrival_step=2)]
+    trace = trace_of(chapter, make_engine("llama", max_num_seqs=3), requests)
+    assert trace.ledger() == [{0: 2}, *[{0: 1}] * 5, {1: 1, 2: 1}]
+    assert trace.waits(1) == 5 and trace.waits(2) == 4
+
+
+@pytest.mark.until("v04")
+def test_an_aborted_row_rides_along_and_says_nothing(chapter, make_engine):
+    requests = [Request([9, 10], 5), Request([11], 5, abort_step=2), Request([12], 2)]
+    trace = trace_of(chapter, make_engine("llama", max_num_seqs=2), requests)
+    assert trace.ledger() == [{0: 2, 1: 2}, *[{0: 1, 1: 1}] * 4, {2: 1}, {2: 1}]
+    assert trace.lengths == [(2, 5), (1, 2), (1, 2)]
+
+
+@pytest.mark.until("v04")
+def test_a_group_of_which_all_are_aborted_is_over(chapter, make_engine):
+    requests = [Request([9], 9, abort_step=2), Request([10], 9, abort_step=2), Request([11], 1)]
+    trace = trace_of(chapter, make_engine("llama", max_num_seqs=2), requests)
+    assert trace.ledger() == [{0: 1, 1: 1}, {0: 1, 1: 1}, {2: 1}]
+
+
+@pytest.mark.until("v04")
+def test_the_share_of_useful_places_is_what_the_lengths_say(chapter, make_engine):
+    """Written down by hand: in each group of eight, every place is held for as long as the longest output."""
+    requests = staircase(401)
+    trace = trace_of(chapter, make_engine("llama", max_num_seqs=8), requests)
+    outputs = [request.max_tokens for request in requests]
+    groups = [outputs[first : first + 8] for first in range(0, 32, 8)]
+    # While the last group runs, nobody waits.
+    held = sum(8 * max(group) for group in groups[:3])
+    useful = sum(sum(group) for group in groups[:3])
+    # In a group's own first pass the next groups wait as well; in the last one's first pass, it does itself.
+    assert trace.useful_share() == (useful + 8) / (held + 8)
+    assert trace.useful_share() < 0.65
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7])
+def test_how_many_run_together_changes_nothing_in_what_they_say(make_engine, Params, limit):
+    requests = ragged(7, 401, prompt_len=(1, 30), output_len=(1, 25), seed=3)
+    prompts = [request.prompt_ids for request in requests]
+    params = [Params(max_tokens=r.max_tokens, temperature=0.8 * (i % 2), seed=i) for i, r in enumerate(requests)]
+    assert make_engine("qwen3", max_num_seqs=limit).generate(prompts, params) == make_engine("qwen3").generate(prompts, params)
+
+
+@pytest.mark.until("v05")
+def test_a_slab_takes_the_bytes_that_the_formula_says(chapter, module):
+    engine = chapter.load().Engine(checkpoint("mistral"), dtype="bfloat16", max_model_len=77, max_num_seqs=5)
+    per_token = module("cache").kv_bytes_per_token(engine.config, engine.dtype)
+    assert per_token == 2 * 3 * 3 * 14 * 2  # keys and values, layers, KV heads, head_dim, bytes
+    assert engine.cache.k.nbytes + engine.cache.v.nbytes == engine.cache.kv_bytes == 5 * 77 * per_token
+
+
+@pytest.mark.until("v05")
+def test_a_slab_that_no_memory_holds_is_refused(chapter):
+    with pytest.raises(ValueError, match="would take .* GiB; lower max_num_seqs or max_model_len"):
+        chapter.load().Engine(checkpoint("llama"), max_num_seqs=2**40)
+
+
+@pytest.mark.until("v05")
+@pytest.mark.parametrize("length", [1, 2, 40])
+def test_what_others_left_in_the_slab_is_never_read(make_engine, Params, rng, length):
+    """Nor what neighbours have further on: 1e30 wherever nobody of the batch has written."""
+    engine = make_engine("qwen3")
+    prompts = [random_ids(n, engine.config.vocab_size, rng) for n in (length, 7, 23)]
+    clean = engine.generate(prompts, Params(max_tokens=9, seed=0))
+    engine.cache.k.fill_(1e30)
+    engine.cache.v.fill_(1e30)
+    assert engine.generate(prompts, Params(max_tokens=9, seed=0)) == clean
+    engine.cache.k.zero_()
+    engine.cache.v.zero_()
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, "8", None])
+def test_max_num_seqs_out_of_range_is_refused(chapter, limit):
+    with pytest.raises(ValueError, match="max_num_seqs must be an integer from 1 up, got"):
+        chapter.load().Engine(checkpoint("llama"), max_num_seqs=limit)
+
+
+def test_how_many_run_together_is_said(chapter, capsys):
+    chapter.load().Engine(checkpoint("llama"), max_num_seqs=3, dtype=torch.float32)
+    assert "max_num_seqs 3" in capsys.readouterr().err
+
+
+@pytest.mark.until("v04")
+def test_what_sees_one_token_at_a_time_is_byte_for_byte_what_it_was(chapter):
+    for name in ("layers.py", "model.py", "loader.py", "config.py", "sampling.py", "text.py", "sequence.py"):
+        assert (chapter.path / name).read_bytes() == (chapter.previous.path / name).read_bytes(), name

@@ -1,0 +1,44 @@
+"""Batched = alone, whatever the order of arrival, and whoever is aborted, at any step."""
+import random
+
+import pytest
+
+from shared.trace import run
+from shared.workloads import Request, ragged
+
+pytestmark = pytest.mark.needs("generate", "abort")
+
+
+def random_workload(vocab_size, seed):
+    """Requests that come and, some of them, go at random steps; several of the same prompt length."""
+    rng = random.Random(seed)
+    plain = ragged(9, vocab_size, prompt_len=(1, 12), output_len=(1, 20), last_arrival=25, seed=seed)
+    aborts = [request.arrival_step + rng.randint(0, 20) if rng.random() < 0.4 else None for request in plain]
+    return [
+        Request(request.prompt_ids, request.max_tokens, request.arrival_step, abort_step)
+        for request, abort_step in zip(plain, aborts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_arrivals_and_aborts_change_nothing_in_what_others_say(engine, chapter, Params, seed):
+    requests = random_workload(engine.config.vocab_size, seed)
+    tokens = run(engine, chapter.load(), requests)
+    assert any(request.abort_step is not None for request in requests)
+    for request, found in zip(requests, tokens, strict=True):
+        [alone] = engine.generate([request.prompt_ids], Params(max_tokens=request.max_tokens, ignore_eos=True))
+        assert found == alone.token_ids[: len(found)]
+        if request.abort_step is None:
+            assert len(found) == request.max_tokens
+    assert not engine.scheduler.running and not engine.scheduler.waiting
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+@pytest.mark.needs("max_num_seqs")
+def test_so_does_any_limit(make_engine, chapter, Params, limit):
+    engine = make_engine("llama", max_num_seqs=limit)
+    requests = random_workload(engine.config.vocab_size, seed=10 + limit)
+    for request, found in zip(requests, run(engine, chapter.load(), requests), strict=True):
+        [alone] = engine.generate([request.prompt_ids], Params(max_tokens=request.max_tokens, ignore_eos=True))
+        assert found == alone.token_ids[: len(found)]
+        assert request.abort_step is not None or len(found) == request.max_tokens
