@@ -81,3 +81,24 @@ QUESTIONS = (
     "Give me a JSON record of a request.",
     "Who are you?",
 )
+
+# Short answers and long ones, more than there are places: what the chapters race on.
+RACE = (
+    *QUESTIONS,
+    "Tell me a story about a hare.",
+    "What is a block table?",
+    "What is prefill?",
+    "What is decode?",
+    "Tell me a story about an owl.",
+    "What is static batching?",
+    "What is a slot mapping?",
+    "What is internal fragmentation?",
+    "Tell me a story about a turtle.",
+    "What is external fragmentation?",
+    "Tell me a story about a bear.",
+    "Give me a JSON record of a model.",
+    "What is a KV cache?",
+    "Tell me a story about a crow.",
+    "Who are you?",
+    "Tell me a story about a hedgehog.",
+)

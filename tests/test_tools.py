@@ -14,6 +14,7 @@ from shared import bench, checkpoints, demo, doctor, install, run, trace, worklo
 from shared.book.doctests import check_package
 from shared.chapters import CHAPTERS, ROOT, find
 from shared.checkpoints import RANDOM, checkpoint
+from shared.reference import reference
 
 
 def definition(path, **marks):
@@ -164,20 +165,71 @@ def test_doctor_reports_and_fails_when_something_is_missing(capsys, monkeypatch)
     assert "MISSING: run make setup" in capsys.readouterr().out
 
 
-def test_demo_shows_an_answer_and_that_all_agree(capsys, monkeypatch):
-    monkeypatch.setattr(demo, "QUESTIONS", demo.QUESTIONS[:1])
+def test_demo_races_shows_an_answer_and_that_all_agree(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "RACE", demo.RACE[:1])
     assert demo.main() == 0
     out = capsys.readouterr().out
     assert "A KV cache keeps the keys and values" in out
-    assert "1 answer each, all identical to Hugging Face's" in out
+    assert f"{len(CHAPTERS)} chapters, 1 answer each, all identical to Hugging Face's" in out
+    hf = reference(checkpoint("pocket"))
+    num_tokens = len(hf.greedy(demo.chat_ids(hf.tokenizer, demo.RACE[0]), 160).token_ids)
+    for chapter in CHAPTERS:
+        assert out.count(f"{chapter.name:{demo.NAME_WIDTH}}\u25cf  {num_tokens:4} tokens") == 1
 
 
 def test_demo_fails_when_a_chapter_differs(capsys, monkeypatch):
-    monkeypatch.setattr(demo, "QUESTIONS", demo.QUESTIONS[:1])
-    monkeypatch.setattr(demo, "answer", lambda chapter, prompts, show: ([[1, 2, 3]], 1.0))
+    race = demo.race
+
+    def lie(lanes, prompts):
+        race(lanes, prompts)
+        lanes[1].token_ids[0][-1] += 1
+
+    monkeypatch.setattr(demo, "RACE", demo.RACE[:1])
+    monkeypatch.setattr(demo, "race", lie)
     assert demo.main() == 1
     captured = capsys.readouterr()
-    assert "NOT as Hugging Face" in captured.out and "other tokens than Hugging Face" in captured.err
+    assert "v02: other tokens than Hugging Face; `make test-v02` says where" in captured.err
+    assert "identical" not in captured.out
+
+
+class FakeLane(demo.Lane):
+    """A lane whose steps take what they are told to."""
+
+    def __init__(self, name, cost_s, num_steps):
+        super().__init__(SimpleNamespace(name=name), None, None, request_ids=[0])
+        self.cost_s, self.num_steps = cost_s, num_steps
+
+    def start(self, prompts):
+        self.token_ids, self.texts = [[]], [""]
+
+    def step(self):
+        self.clock_s += self.cost_s
+        self.token_ids[0].append(1)
+        self.texts[0] += "word "
+        self.finished |= {0} if len(self.token_ids[0]) == self.num_steps else set()
+        self.log.append(self.chapter.name)
+
+
+def test_the_lane_that_is_furthest_behind_takes_the_next_step(capsys):
+    FakeLane.log = []
+    demo.race([FakeLane("slow", 4.0, 2), FakeLane("fast", 1.0, 6)], [[1]])
+    assert FakeLane.log == ["slow", "fast", "fast", "fast", "fast", "slow", "fast", "fast"]
+    printed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert printed == ["slow", "fast"]
+
+
+def test_in_a_terminal_the_lanes_are_drawn_over(capsys, monkeypatch):
+    monkeypatch.setattr(demo.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(demo.shutil, "get_terminal_size", lambda: SimpleNamespace(columns=40))
+    monkeypatch.setattr(demo, "FRAMES_PER_S", 10**9)
+    FakeLane.log = []
+    lane = FakeLane("only", 1.0, 20)
+    demo.race([lane], [[1]])
+    frames = capsys.readouterr().out.split("\x1b[2A")
+    assert len(frames) == 21 and all(frame.count("\n") == 2 for frame in frames)
+    lines = [line for frame in frames for line in frame.replace("\x1b[2K", "").splitlines()]
+    assert max(map(len, lines)) == 39
+    assert lines[1] == "    word " and lines[27] == "    \u2026" + ("word " * 14)[-34:] and lines[-1] == ""
 
 
 def test_setup_takes_cpu_wheels_only_where_no_gpu_is_seen(monkeypatch):
