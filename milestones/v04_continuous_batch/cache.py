@@ -16,14 +16,18 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
-def check_memory(kv_bytes: int, device: torch.device, remedy: str) -> None:
-    """Raise ValueError if a cache of so many bytes cannot be held: on a GPU by what is free, else by what there is."""
+def memory_bytes(device: torch.device) -> int:
+    """Bytes that a cache could take at the most: what is free of a GPU's memory, all there is of the machine's."""
     if device.type == "cuda":
-        memory_bytes = torch.cuda.mem_get_info(device)[0]
-    else:
-        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if kv_bytes > memory_bytes:
-        needed, there = f"{kv_bytes / 2**30:.1f} GiB", f"{memory_bytes / 2**30:.1f} GiB"
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(kv_bytes: int, device: torch.device, remedy: str) -> None:
+    """Raise ValueError if device cannot hold a cache of so many bytes."""
+    available = memory_bytes(device)
+    if kv_bytes > available:
+        needed, there = f"{kv_bytes / 2**30:.1f} GiB", f"{available / 2**30:.1f} GiB"
         raise ValueError(f"the cache would take {needed} of memory, {device} has {there}; {remedy}")
 
 
