@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
 	$(CHAPTERS:%=diff-%) $(CHAPTERS:%=traps-%) \
-	traps traps-matrix propagate
+	traps traps-matrix propagate trace soak
 
 help:
 	@echo "make demo         a fresh machine: set up, run every chapter on the embedded model, show that all say the same"
@@ -28,6 +28,8 @@ help:
 	@echo "make run-vNN      one prompt through a chapter: PROMPT=\"...\" MODEL=directory-or-hub-id ARGS=\"--stats\""
 	@echo "make diff-vNN     what a chapter changes, unit by unit"
 	@echo "make traps-vNN    plant each seeded bug of a chapter, and see the test that catches it"
+	@echo "make trace        who ran in which forward pass: ARGS=\"v03 v04\", ARGS=\"v03 --html trace.html\""
+	@echo "make soak         thousands of requests with aborts, and an audit of the memory at every step"
 	@echo "make new-vNN      begin a chapter as a copy of the last one: NAME=..."
 	@echo "make propagate    carry a change through all later chapters: FROM=vNN, or ARGS=--continue, ARGS=--abort"
 	@echo "make sync         write what is generated in the texts"
@@ -65,6 +67,12 @@ traps: $(READY)
 
 traps-matrix: $(READY)
 	@$(PY) -m shared.book.traps matrix
+
+trace: $(READY)
+	@$(PY) -m shared.trace $(ARGS)
+
+soak: $(READY)
+	@$(PY) -m shared.soak $(ARGS)
 
 propagate: $(READY)
 	@$(PY) -m shared.book.propagate $(FROM) $(ARGS)

@@ -1,7 +1,7 @@
 """The one timer: every figure of speed in this repository comes from here.
 
     python -m shared.bench growth [v01 ...]       # time per token against the length of the sequence
-    python -m shared.bench batch [v03 ...]        # tokens per second against the number of requests in a pass
+    python -m shared.bench batch [v02 v03 ...]    # tokens per second against the number of requests in a pass
     python -m shared.bench staircase [v01 ...]    # every chapter on one ragged workload, and what it took
 
 Runs are warmed up, then interleaved (A B A B ...), so that a machine that slows down slows all of them
@@ -149,26 +149,31 @@ BATCH_PROMPT, BATCH_TOKENS = 16, 8
 
 
 def batch(chapters: list[Chapter], repeats: int) -> dict:
-    """Tokens per second when this many requests share every pass: decode steps after short prompts, one thread."""
+    """Tokens per second when this many requests share every pass: decode steps after short prompts, one thread.
+
+    A chapter that runs one request at a time is measured with one.
+    """
     import torch
 
     from .checkpoints import checkpoint
 
     torch.set_num_threads(1)
     results = {}
-    for chapter in (chapter for chapter in chapters if "max_num_seqs" in chapter.capabilities):
+    for chapter in chapters:
         package, results[chapter.id] = chapter.load(), {}
+        together = "max_num_seqs" in chapter.capabilities
+        sizes_here = BATCH_SIZES if together else BATCH_SIZES[:1]
+        limits = {"max_model_len": 64} if "max_model_len" in chapter.capabilities else {}
+        limits |= {"max_num_seqs": max(BATCH_SIZES)} if together else {}
         for model in BATCH_MODELS:
-            engine = package.Engine(checkpoint(model), max_num_seqs=max(BATCH_SIZES), max_model_len=64)
-            contestants = {
-                str(size): lambda size=size: time_batch(package, engine, size) for size in BATCH_SIZES
-            }
+            engine = package.Engine(checkpoint(model), **limits)
+            contestants = {str(size): lambda size=size: time_batch(package, engine, size) for size in sizes_here}
             sizes = {}
             for size, timings in interleave(contestants, repeats, f"{chapter.id}, {model}").items():
                 sizes[size] = summary(timings, BATCH_TOKENS)
                 sizes[size]["tokens_per_s"] = round(1e3 * int(size) / sizes[size]["wall_ms"], 1)
             sizes["weight_bytes"] = weight_bytes(engine.model)
-            sizes["worst_spread"] = max(sizes[str(size)]["spread"] for size in BATCH_SIZES)
+            sizes["worst_spread"] = max(sizes[str(size)]["spread"] for size in sizes_here)
             results[chapter.id][model] = sizes
     return results
 
@@ -195,7 +200,8 @@ def print_batch(results: dict) -> None:
     print(f"{'tokens/s with requests in a pass':36}" + "".join(f"{size:>10}" for size in BATCH_SIZES))
     for name, models in results.items():
         for model, sizes in models.items():
-            print(f"{name + '  ' + model:36}" + "".join(f"{sizes[str(size)]['tokens_per_s']:10,.0f}" for size in BATCH_SIZES))
+            found = [sizes[str(size)]["tokens_per_s"] for size in BATCH_SIZES if str(size) in sizes]
+            print(f"{name + '  ' + model:36}" + "".join(f"{each:10,.0f}" for each in found))
             if sizes["worst_spread"] > NOISY:
                 print(f"noisy: runs differ by up to {sizes['worst_spread']:.0%}; run it again on an idle machine")
 
@@ -203,17 +209,16 @@ def print_batch(results: dict) -> None:
 def staircase(chapters: list[Chapter], repeats: int) -> dict:
     """The chapters on one ragged workload: tokens per second, and what was computed, read and reserved for it.
 
-    pocket, one thread, float32; every chapter with its own limits. Counts come from one traced run, which
+    pocket, one thread, float32. Counts come from one traced run, which
     also checks that all chapters say the same; times from runs without a tracer.
     """
     import torch
 
-    from .checkpoints import POCKET
     from .trace import record, run
     from .workloads import staircase
 
     torch.set_num_threads(1)
-    engines = {chapter.id: chapter.load().Engine(POCKET) for chapter in chapters}
+    engines = {chapter.id: staircase_engine(chapter) for chapter in chapters}
     requests = staircase(engines[chapters[0].id].config.vocab_size)
     results, expected = {}, None
     for chapter in progress(chapters, "tracing"):
@@ -227,10 +232,36 @@ def staircase(chapters: list[Chapter], repeats: int) -> dict:
         chapter.id: lambda chapter=chapter: timed(lambda: run(engines[chapter.id], chapter.load(), requests))
         for chapter in chapters
     }
-    for name, timings in interleave(contestants, repeats, "timing").items():
-        results[name] |= summary(timings)
-        results[name]["tokens_per_s"] = round(1e3 * results[name]["tokens"] / results[name]["wall_ms"], 1)
+    # What of a step is due to running several at once, and what to other changes of the same chapter.
+    lonely = [chapter for chapter in chapters if "max_num_seqs" in chapter.adds]
+    for chapter in lonely:
+        engine = staircase_engine(chapter, max_num_seqs=1)
+        contestants[f"{chapter.id}, one place"] = lambda chapter=chapter, engine=engine: timed(
+            lambda: run(engine, chapter.load(), requests)
+        )
+    timings = interleave(contestants, repeats, "timing")
+    for chapter in chapters:
+        row = results[chapter.id]
+        row |= summary(timings[chapter.id])
+        row["tokens_per_s"] = round(1e3 * row["tokens"] / row["wall_ms"], 1)
+    for chapter in lonely:
+        row = results[chapter.id]
+        row["one_place"] = summary(timings[f"{chapter.id}, one place"])
+        row["one_place"]["tokens_per_s"] = round(1e3 * row["tokens"] / row["one_place"]["wall_ms"], 1)
     return results
+
+
+# The bytes of v04's slab: 8 rows of 2,048 positions of pocket.
+STAIRCASE_KV_BYTES = 40 * 2**20
+
+
+def staircase_engine(chapter: Chapter, **limits):
+    """The chapter with its own limits; where memory is handed out, with as many bytes as the slab before it had."""
+    from .checkpoints import POCKET
+
+    if "kv_bytes" in chapter.capabilities:
+        limits = {"kv_bytes": STAIRCASE_KV_BYTES, "max_num_seqs": 32} | limits
+    return chapter.load().Engine(POCKET, **limits)
 
 
 def counts(engine, trace) -> dict:
@@ -299,7 +330,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
     args = parser.parse_args(argv)
-    chapters = [find(text) for text in args.chapters] or list(CHAPTERS)
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {args.repeats}")
+    if args.write and args.chapters and args.workload == "staircase":
+        parser.error("--write takes all chapters: each card stands beside the one before")
+    try:
+        chapters = [find(text) for text in args.chapters] or list(CHAPTERS)
+    except ValueError as error:
+        parser.error(str(error))
     measure, show = WORKLOADS[args.workload]
     results = measure(chapters, args.repeats)
     show(results)

@@ -71,6 +71,11 @@ CHAPTERS = (
         idea="Schedule by the step and by the token, not by the rectangle: a place freed now is taken in the next step.",
         adds=frozenset(),
     ),
+    Chapter(
+        name="v05_paged_cache",
+        idea="A slab reserves the longest length for everyone. Give memory out in blocks, and keep a table per sequence.",
+        adds=frozenset({"num_blocks", "block_size", "kv_bytes"}),
+    ),
 )
 
 

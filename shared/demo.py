@@ -140,7 +140,8 @@ def open_lane(chapter: Chapter) -> Lane:
 
     package = chapter.load()
     with contextlib.redirect_stderr(io.StringIO()):
-        return Lane(chapter, package, package.Engine(POCKET))
+        # In the precision in which Hugging Face is asked, on a GPU as well.
+        return Lane(chapter, package, package.Engine(POCKET, dtype="float32"))
 
 
 def race(lanes: list[Lane], prompts: list[list[int]]) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
+from shared.workloads import TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS
+
 STYLE = """\
   text { font: 13px system-ui, sans-serif; fill: #24292f }
   .head { font-weight: 600 }
@@ -15,6 +17,8 @@ STYLE = """\
   .waste { fill: #d0d7de }
   .waits { stroke: #8c959f; stroke-width: 1.2; stroke-dasharray: 2 3 }
   .grid { stroke: #d8dee4 }
+  .owner0 { fill: #54aeff } .owner1 { fill: #4ac26b } .owner2 { fill: #d4a72c } .owner3 { fill: #ff8182 }
+  .owner4 { fill: #c297ff }
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3 }
     .small { fill: #9198a1 }
@@ -23,6 +27,8 @@ STYLE = """\
     .waste { fill: #3d444d }
     .waits { stroke: #656c76 }
     .grid { stroke: #30363d }
+    .owner0 { fill: #1f6feb } .owner1 { fill: #238636 } .owner2 { fill: #9e6a03 } .owner3 { fill: #da3633 }
+    .owner4 { fill: #8957e5 }
   }"""
 
 
@@ -114,6 +120,37 @@ def lane(passes: list[dict], request: int, y: float) -> list[str]:
     return body
 
 
+NUM_OWNERS = 5  # colours; the letter says which of those that share one
+
+
+def blocks(trace: dict) -> str:
+    """Who owned which block in which pass: a lane a block, a column a pass; as full as a block is, so high is its colour."""
+    num_blocks, size = TIMELINE_BLOCKS, TIMELINE_BLOCK_SIZE
+    cell, lane_height, left, top = 30, 22, 76, 60
+    width, height = left + len(trace["passes"]) * cell + RIGHT, top + num_blocks * lane_height + 30
+    title = f"{trace['chapter']}: who owns which of {num_blocks} blocks of {size} tokens"
+    body = [text(16, 24, title, "head")]
+    body.append(text(16, 44, "a column is a forward pass; the coloured part of a block holds tokens, the grey part is empty", "small"))
+    for block_id in range(num_blocks):
+        body.append(text(16, top + block_id * lane_height + 15, f"block {block_id}", "small"))
+    reached = [0] * len(trace["lengths"])
+    for column, each in enumerate(trace["passes"]):
+        x = left + column * cell
+        body.append(text(x + cell / 2, height - 10, column + 1, "small", "middle"))
+        for part in each["parts"]:
+            request = part["request"]
+            reached[request] += part["useful"]
+            for index, block_id in enumerate(part["rows"]):
+                y = top + block_id * lane_height
+                held = min(size, reached[request] - index * size)
+                level = (lane_height - 3) * held / size
+                tip = f"pass {column + 1}: block {block_id} is number {index} of request {name_of(request)}, {held} of {size}"
+                body.append(rect(x + 1, y, cell - 2, lane_height - 3, "waste", tip))
+                body.append(rect(x + 1, y + lane_height - 3 - level, cell - 2, level, f"owner{request % NUM_OWNERS}", tip))
+                body.append(text(x + cell / 2, y + 14, name_of(request), "small", "middle"))
+    return svg(width, height, title, body)
+
+
 def page(traces: dict[str, dict]) -> str:
     """Timelines of several runs as a page that needs nothing else; a pointer on a block says what it was."""
     scale = max(len(trace["passes"]) for trace in traces.values())
@@ -174,7 +211,7 @@ def staircase(results: dict[str, dict]) -> str:
     for number, (what, key, form, unit) in enumerate(STAIRS):
         left, top = 16 + number % 2 * 350, 10 + number // 2 * height_of_panel
         body.append(text(left, top + 18, what, "head"))
-        largest = max(row[key] for row in results.values())
+        largest = max(row[key] for row in results.values()) or 1
         for line, (name, row) in enumerate(results.items()):
             y = top + panel_height + line * bar
             body.append(text(left, y + 13, name, "small"))
@@ -205,6 +242,7 @@ PICTURES: dict[str, Picture] = {
     "staircase.svg": ("staircase.json", staircase),
     "v03_timeline.svg": ("timeline.json", of_chapter("v03")),
     "v04_timeline.svg": ("timeline.json", of_chapter("v04")),
+    "v05_blocks.svg": ("timeline.json", lambda results: blocks(results["v05"])),
 }
 
 

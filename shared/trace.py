@@ -1,8 +1,8 @@
 """A real run, step by step, recorded from outside: who was in each forward pass, with how much, and for what.
 
-    python -m shared.trace v03 v04                    # the small workload, as timelines in the terminal
-    python -m shared.trace v03 v04 --html trace.html  # the same as a page that needs nothing else
-    python -m shared.trace --write                    # commit it: what the chapters' pictures are drawn from
+    make trace ARGS="v03 v04"                    # the small workload, as timelines in the terminal
+    make trace ARGS="v03 v04 --html trace.html"  # as a page that needs nothing else
+    make trace ARGS=--write                      # commit it: what the chapters' pictures are drawn from
 
 A chapter knows nothing of this: a hook before its model reads the batch and the scheduler's lists.
 """
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .pictures import name_of, page
-from .workloads import TIMELINE, TIMELINE_PLACES, Request, fixed
+from .workloads import TIMELINE, TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS, TIMELINE_PLACES, Request, fixed
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Part:
     num_tokens: int  # positions computed for it, padding included
     useful: int  # those of them that nobody had computed before and that its text needs
     got_token: bool
-    rows: list[int]  # what it holds of the cache
+    rows: list[int]  # what it holds of the cache: one row, or blocks
 
 
 @dataclass(frozen=True)
@@ -177,20 +177,29 @@ class Recorder:
 
 
 def held(seq, row: int) -> list[int]:
-    """What a sequence holds of the cache: its row, which is its place in the batch where it has no other."""
-    own = getattr(seq, "row", None)
-    return [row if own is None else own]
+    """What a sequence holds of the cache: its blocks, or its row, which is its place in the batch if it has no own."""
+    if hasattr(seq, "block_table"):
+        return list(seq.block_table)
+    return [getattr(seq, "row", row)]
 
 
 def run(engine, package, requests: list[Request], arrived=lambda number, request_id: None) -> list[list[int]]:
     """Step a workload to its end; each request comes, and goes if it is to be aborted, before its step.
 
     Every request runs to its max_tokens, greedily. Returns the tokens of each.
+
+    Raises:
+        ValueError: if the engine has other requests.
+        AssertionError: if it takes more steps than one token each would.
     """
+    if engine.has_unfinished_requests():
+        raise ValueError(f"the engine has requests {list(engine.seqs)}; a workload needs it idle")
     tokens = [[] for _ in requests]
     numbers = {}
     step_id = 0
+    limit = max((r.arrival_step for r in requests), default=0) + sum(r.max_tokens for r in requests) + 1
     while engine.has_unfinished_requests() or len(numbers) < len(requests):
+        assert step_id <= limit, f"requests {list(engine.seqs)} have not ended after {step_id} steps"
         for number, request in enumerate(requests):
             if request.arrival_step == step_id:
                 params = package.SamplingParams(max_tokens=request.max_tokens, ignore_eos=True)
@@ -267,19 +276,22 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.trace", description="Draw a real run, pass by pass.")
     parser.add_argument("chapters", nargs="*", metavar="vNN", help="default: all")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page")
-    parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
+    parser.add_argument("--write", action="store_true", help="write the result, of all chapters, under docs/results/")
     args = parser.parse_args(argv)
+    if args.write and args.chapters:
+        parser.error("--write takes all chapters: the pictures are drawn from one file")
     try:
         chapters = [find(text) for text in args.chapters] or list(CHAPTERS)
     except ValueError as error:
         parser.error(str(error))
     traces = {chapter.id: small_trace(chapter, POCKET) for chapter in chapters}
-    print(f"{PROMPT} its prompt   {TOKEN} one token   {WASTE} computed for nothing   {WAITS} waits")
-    for trace in traces.values():
-        print(f"\n{trace.chapter}: {summary(trace)}", *timeline(trace), sep="\n")
     if args.html:
         args.html.write_text(page({name: asdict(trace) for name, trace in traces.items()}))
-        print(f"\nwrote {args.html}")
+        print(f"wrote {args.html}")
+    else:
+        print(f"{PROMPT} its prompt   {TOKEN} one token   {WASTE} computed for nothing   {WAITS} waits")
+        for trace in traces.values():
+            print(f"\n{trace.chapter}: {summary(trace)}", *timeline(trace), sep="\n")
     if args.write:
         from .bench import write
 
@@ -291,6 +303,8 @@ def main(argv: list[str]) -> int:
 def small_trace(chapter, model_dir: Path) -> Trace:
     """The workload that is small enough to be drawn."""
     limits = {"max_num_seqs": TIMELINE_PLACES} if "max_num_seqs" in chapter.capabilities else {}
+    if "num_blocks" in chapter.capabilities:
+        limits |= {"num_blocks": TIMELINE_BLOCKS, "block_size": TIMELINE_BLOCK_SIZE}
     with contextlib.redirect_stderr(io.StringIO()):
         engine = chapter.load().Engine(model_dir, **limits)
     trace, _ = record(chapter, engine, fixed(TIMELINE, engine.config.vocab_size))

@@ -69,6 +69,8 @@ def staircase(vocab_size: int) -> list[Request]:
 # Small enough to be drawn, a pass a column: one long request among short ones, and more than there are places.
 TIMELINE = [(7, 19), (3, 5), (5, 8), (2, 3), (4, 4), (9, 11), (3, 2), (6, 7), (2, 9), (4, 3)]
 TIMELINE_PLACES = 4
+# For the same requests, a cache small enough to be drawn block by block.
+TIMELINE_BLOCKS, TIMELINE_BLOCK_SIZE = 16, 4
 
 # What the embedded model can answer, and a learner can read.
 QUESTIONS = (

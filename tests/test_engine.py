@@ -6,11 +6,13 @@ from shared.workloads import random_ids
 pytestmark = pytest.mark.needs("generate", "stream", "abort")
 
 
-def drain(engine):
+def drain(engine, limit=2000):
     outputs = []
-    while engine.has_unfinished_requests():
+    for _ in range(limit):
+        if not engine.has_unfinished_requests():
+            return outputs
         outputs += engine.step()
-    return outputs
+    raise AssertionError(f"requests {list(engine.seqs)} have not ended after {limit} steps")
 
 
 def test_step_reports_what_generate_returns(engine, Params, rng):
@@ -106,6 +108,41 @@ def test_generate_that_fails_half_way_leaves_nothing_behind(make_engine, Params,
     assert not engine.has_unfinished_requests()
     assert engine.scheduler.running == [] and not engine.scheduler.waiting
     assert len(engine.generate([[9]], Params(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
+
+
+def fail_once(engine, monkeypatch):
+    """Make the next forward pass raise."""
+    forward = engine.model.forward
+
+    def fail(batch):
+        monkeypatch.setattr(engine.model, "forward", forward)
+        raise RuntimeError("the machine is full")
+
+    monkeypatch.setattr(engine.model, "forward", fail)
+
+
+def test_a_failed_first_pass_costs_the_others_nothing(make_engine, Params, monkeypatch):
+    """Aborting what did not fit once left a neighbour as wide as its prompt, until it ran off the cache."""
+    engine = make_engine("llama")
+    params = Params(max_tokens=200, ignore_eos=True)
+    [alone] = engine.generate([[9] * 5], params)
+    stays = engine.add_request([9] * 5, params)
+    fail_once(engine, monkeypatch)
+    with pytest.raises(RuntimeError, match="the machine is full"):
+        engine.generate([[10] * 150], Params(max_tokens=1))
+    later = engine.add_request([11], Params(max_tokens=1, ignore_eos=True))
+    tokens = [output.token_id for output in drain(engine) if output.request_id == stays]
+    assert tokens == alone.token_ids
+    assert later not in engine.seqs
+
+
+def test_nothing_of_an_aborted_request_is_reported_not_even_what_generate_computed(make_engine, Params):
+    engine = make_engine("llama")
+    gone = engine.add_request([9, 10], Params(max_tokens=50, ignore_eos=True))
+    engine.step()
+    engine.generate([[11]], Params(max_tokens=3, ignore_eos=True))
+    aborted = engine.abort_request(gone)
+    assert [output.request_id for output in drain(engine)] == ([] if aborted else [gone] * 49)
 
 
 def test_the_end_token_is_in_the_ids_and_not_in_the_text(make_engine, Params):

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from shared import pictures, trace
+from shared.bench import staircase_engine
 from shared.book.texts import look_up
 from shared.chapters import ROOT
 from shared.checkpoints import POCKET
@@ -90,7 +91,7 @@ def test_the_committed_staircase_counts_what_a_run_does(chapter):
         positions = sum(sum(range(prompt, prompt + output)) for prompt, output in lengths)
         assert (committed["passes"], committed["positions"]) == (sum(output for _, output in lengths), positions)
         return
-    engine = chapter.load().Engine(POCKET)
+    engine = staircase_engine(chapter)
     run, _ = record(chapter, engine, staircase(engine.config.vocab_size))
     assert run.lengths == lengths
     assert (committed["passes"], committed["positions"]) == (len(run.passes), run.num_positions)
@@ -101,6 +102,8 @@ def test_the_committed_staircase_counts_what_a_run_does(chapter):
 def test_the_command_prints_and_writes_a_page(tmp_path, capsys):
     page = tmp_path / "trace.html"
     assert trace.main(["v02", "--html", str(page)]) == 0
+    assert capsys.readouterr().out == f"wrote {page}\n"
+    assert trace.main(["v02"]) == 0
     assert "v02_kv_cache: 10 requests, 1 at once: 71 passes, 106 positions of which 100% were needed" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         trace.main(["v99"])

@@ -158,12 +158,16 @@ class Engine:
         return bool(self.seqs or self.unreported)
 
     def abort_request(self, request_id: int) -> bool:
-        """End a request now, wherever it stands; False if it has ended already or never was."""
+        """End a request now, wherever it stands; False if it has ended already or never was.
+
+        Nothing of it is reported any more.
+        """
         if request_id not in self.seqs:
             return False
         seq = self.seqs[request_id]
         seq.finish_reason = "abort"
         self.release(seq)
+        self.unreported = [output for output in self.unreported if output.request_id != request_id]
         return True
 
     def release(self, seq: Sequence) -> None:

@@ -38,11 +38,11 @@ class Batch:
 
 def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> Batch:
     """Feed each sequence what the cache does not hold yet, padded on the right to the longest."""
-    width = max(len(seq.new_ids) for seq in seqs)
+    width = max(len(seq.new_ids) for seq in seqs if not seq.finished)
     token_ids, positions, logit_rows, draws, slot_rows = [], [], [], [], []
     for row, seq in enumerate(seqs):
-        new_ids = seq.new_ids
-        # A sequence that has ended rides along: it is fed, and nothing is drawn.
+        # A sequence that has ended rides along: it is fed what there is room for, and nothing is drawn.
+        new_ids = seq.new_ids[:width]
         if not seq.finished:
             logit_rows.append(len(token_ids) + len(new_ids) - 1)
             draws.append(Draw(seq, seq.num_tokens))

@@ -35,8 +35,9 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, layer_id: int, batch: Batch) 
     """Store the step's keys and values, [N, KV, D], then attend over the cache: q [N, H, D] to [N, H, D]."""
     batch.cache.write(layer_id, k, v, batch)
     out = torch.empty_like(q)
-    for queries, *where in batch.rectangles:
-        k, v = batch.cache.read(layer_id, *where)
+    for rectangle in batch.rectangles:
+        queries = rectangle.queries
+        k, v = batch.cache.read(layer_id, rectangle)
         out[queries] = attend(q[queries], k, v, batch.positions[queries])
     return out
 

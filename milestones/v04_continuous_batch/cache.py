@@ -57,6 +57,7 @@ class KVCache:
         self.k[layer_id][batch.slot_rows, batch.positions] = k
         self.v[layer_id][batch.slot_rows, batch.positions] = v
 
-    def read(self, layer_id: int, rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """Copies of the rows' first n positions, [S, n, KV, D]."""
+    def read(self, layer_id: int, rectangle) -> tuple[Tensor, Tensor]:
+        """Keys and values of all positions so far, [S, n, KV, D]: copies, since the rows lie anywhere."""
+        rows, n = rectangle.rows, rectangle.context_len
         return self.k[layer_id][:, :n].index_select(0, rows), self.v[layer_id][:, :n].index_select(0, rows)

@@ -93,11 +93,12 @@ def strip(tree: Tree, chapter: Path | None) -> list[str]:
         *(f"{name}  {bar(life, longest)}" for name, life in zip(names, lives)),
         "",
         f"{'':6}{'waits ' + STRIP['waits']:>12}{'for nothing ' + STRIP['wasted']:>16}"
-        f"{'needed ' + STRIP['useful']:>12}{'last token after':>20}",
+        f"{'needed ' + STRIP['useful']:>12}{'last token after':>20}{'then rides along':>20}",
     ]
-    for name, life in zip(names, lives):
-        cells = (life["waits"], life["wasted"], life["useful"], sum(life.values()))
-        lines.append(f"{name:6}" + "".join(f"{ms:>{width},.0f} ms" for ms, width in zip(cells, (9, 13, 9, 17))))
+    for name, life, row in zip(names, lives, rows):
+        rides = row["watched"]["life_ms"].get("rides", 0)
+        cells = (life["waits"], life["wasted"], life["useful"], sum(life.values()), rides)
+        lines.append(f"{name:6}" + "".join(f"{ms:>{width},.0f} ms" for ms, width in zip(cells, (9, 13, 9, 17, 17))))
     return [*lines, "```"]
 
 

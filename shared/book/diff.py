@@ -5,6 +5,7 @@
 Hunks are headed by the unit they are in, and what is unchanged is folded. Blank lines between units are
 not counted.
 """
+import signal
 import sys
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -124,4 +125,6 @@ def main(argv: list[str], tree: Tree | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Quietly, when `head` has seen enough.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))

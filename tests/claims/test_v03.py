@@ -40,6 +40,26 @@ def test_a_group_is_one_rectangle_until_the_last_of_it_ends(chapter, make_engine
     assert [[part.useful for part in each.parts] for each in trace.passes[:5]] == [[3, 5], [1, 1], [1, 0], [1, 0], [2, 1]]
 
 
+def test_as_many_run_together_as_max_num_seqs_says(chapter, make_engine):
+    trace = trace_of(chapter, make_engine("llama", max_num_seqs=12), fixed([(3, 2)] * 13, 401))
+    assert [len(each.parts) for each in trace.passes] == [12, 12, 1, 1]
+
+
+@pytest.mark.until("v04")
+def test_what_is_read_is_a_view_of_the_slab(make_engine, Params):
+    engine = make_engine("llama", max_num_seqs=3)
+    read, found = engine.cache.read, []
+    engine.cache.read = lambda layer_id, batch: found.append((layer_id, *read(layer_id, batch))) or found[-1][1:]
+    try:
+        engine.generate([[9] * 5, [10] * 7], Params(max_tokens=2, ignore_eos=True))
+    finally:
+        del engine.cache.read
+    for layer_id, k, v in found:
+        assert k.data_ptr() == engine.cache.k[layer_id].data_ptr()
+        assert v.data_ptr() == engine.cache.v[layer_id].data_ptr()
+    assert [k.shape[:2] for _, k, _ in found[::3]] == [(2, 7), (2, 8)]
+
+
 @pytest.mark.until("v04")
 def test_who_comes_while_a_group_runs_waits_for_the_whole_of_it(chapter, make_engine):
     """Head-of-line blocking: there is a free place from the start, and the newcomer does not get it."""
@@ -103,7 +123,7 @@ def test_a_slab_that_no_memory_holds_is_refused(chapter):
 
 @pytest.mark.until("v05")
 @pytest.mark.parametrize("length", [1, 2, 40])
-def test_what_others_left_in_the_slab_is_never_read(make_engine, Params, rng, length):
+def test_what_others_left_in_the_slab_changes_nothing(make_engine, Params, rng, length):
     """Nor what neighbours have further on: 1e30 wherever nobody of the batch has written."""
     engine = make_engine("qwen3")
     prompts = [random_ids(n, engine.config.vocab_size, rng) for n in (length, 7, 23)]
