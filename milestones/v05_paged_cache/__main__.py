@@ -20,7 +20,7 @@ ENGINE_FLAGS = {
     "max_num_seqs": dict(type=int, default=64, metavar="N", help="requests in one batch (default: 64)"),
     "num_blocks": dict(type=int, metavar="N", help="blocks of the cache (default: as many as kv_bytes holds)"),
     "block_size": dict(type=int, default=16, metavar="N", help="tokens in a block (default: 16)"),
-    "kv_bytes": dict(type=int, metavar="N", help="size of the cache (default: 1 GiB; on a GPU 60 %% of what is free)"),
+    "kv_bytes": dict(type=int, metavar="N", help="size of the cache (default: at most 1 GiB; on a GPU 60 %% of what is free)"),
 }
 SAMPLING_FLAGS = {
     "max_tokens": dict(type=int, default=128, metavar="N", help="new tokens at most (default: 128)"),

@@ -45,12 +45,23 @@ def choose_length(max_model_len: int | None, max_positions: int) -> int:
     return max_positions if max_model_len is None else max_model_len
 
 
-def choose_blocks(num_blocks: int | None, kv_bytes: int | None, block_bytes: int, device: torch.device) -> int:
-    """The blocks asked for, by number or by bytes; by default 60 % of a GPU's free memory, 1 GiB on a CPU."""
+def choose_blocks(
+    num_blocks: int | None,
+    kv_bytes: int | None,
+    block_bytes: int,
+    most_blocks: int,
+    device: torch.device,
+) -> int:
+    """The blocks asked for, by number or by bytes.
+
+    By default 60 % of a GPU's free memory or 1 GiB of a CPU's, but no more than most_blocks, which is what
+    max_num_seqs requests of the greatest length would fill.
+    """
     if num_blocks is not None:
         return num_blocks
     if kv_bytes is None:
         kv_bytes = int(0.6 * memory_bytes(device)) if device.type == "cuda" else 2**30
+        kv_bytes = min(kv_bytes, most_blocks * block_bytes)
     if kv_bytes < block_bytes:
         raise ValueError(f"kv_bytes is {kv_bytes}, one block takes {block_bytes}; raise kv_bytes or lower block_size")
     return kv_bytes // block_bytes
@@ -93,7 +104,9 @@ class Engine:
         self.model = load_model(checkpoint, self.config, self.device, self.dtype)
         self.tokenizer = load_tokenizer(model_dir)
         block_bytes = block_size * kv_bytes_per_token(self.config, self.dtype)
-        self.pool = BlockPool(choose_blocks(num_blocks, kv_bytes, block_bytes, self.device), block_size)
+        most_blocks = max_num_seqs * -(-self.max_model_len // block_size)
+        num_blocks = choose_blocks(num_blocks, kv_bytes, block_bytes, most_blocks, self.device)
+        self.pool = BlockPool(num_blocks, block_size)
         if max_model_len is None:
             self.max_model_len = min(self.max_model_len, self.pool.num_blocks * block_size)
         self.cache = KVCache(self.config, self.pool.num_blocks, block_size, self.device, self.dtype)

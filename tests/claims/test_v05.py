@@ -130,7 +130,9 @@ def test_the_cache_takes_the_bytes_that_were_asked_for(chapter, module):
     with pytest.raises(ValueError, match=f"kv_bytes is {per_block - 1}, one block takes {per_block}; raise kv_bytes"):
         chapter.load().Engine(checkpoint("mistral"), kv_bytes=per_block - 1, **options)
     choose = module("engine").choose_blocks
-    assert choose(None, None, per_block, torch.device("cpu")) == 2**30 // per_block
+    assert choose(None, None, per_block, 10**9, torch.device("cpu")) == 2**30 // per_block
+    assert choose(None, None, per_block, 12, torch.device("cpu")) == 12
+    assert choose(None, 99 * per_block, per_block, 12, torch.device("cpu")) == 99
 
 
 def test_the_default_length_is_the_models(module):
