@@ -76,6 +76,11 @@ CHAPTERS = (
         idea="A slab reserves the longest length for everyone. Give memory out in blocks, and keep a table per sequence.",
         adds=frozenset({"num_blocks", "block_size", "kv_bytes"}),
     ),
+    Chapter(
+        name="v06_triton_kernel",
+        idea="Gathering copies the whole cache at every step. A kernel can follow the tables itself, with an online softmax.",
+        adds=frozenset({"attention"}),
+    ),
 )
 
 

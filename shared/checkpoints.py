@@ -86,6 +86,12 @@ RANDOM = {
     "qwen3": Spec("qwen3", stored="bfloat16", num_heads=4, num_kv_heads=1, seed=5),
 }
 
+# Small enough for Triton's interpreter: one a family.
+TWO_LAYERS = {
+    f"{name}-two-layers": dataclasses.replace(RANDOM[name], num_layers=2, num_heads=4, num_kv_heads=2)
+    for name in ("llama", "mistral", "qwen2", "qwen3")
+}
+
 # Random weights in the shape of a published model: as slow as the real one, and as large.
 SHAPES = {
     "smollm2-135m-shape": Spec(
@@ -112,8 +118,9 @@ def checkpoint(name: str) -> Path:
     """
     if name in ("pocket", "pocket-draft"):
         return POCKET.with_name(name)
-    if name in RANDOM | SHAPES:
-        return random_checkpoint((RANDOM | SHAPES)[name])
+    made = RANDOM | TWO_LAYERS | SHAPES
+    if name in made:
+        return random_checkpoint(made[name])
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):

@@ -22,6 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# Kernels run compiled on a GPU, through Triton's interpreter elsewhere; Triton reads it when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from shared.chapters import CHAPTERS, ROOT, find  # noqa: E402
 from shared.checkpoints import RANDOM, checkpoint  # noqa: E402
 from shared.reference import reference  # noqa: E402

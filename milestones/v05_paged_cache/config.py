@@ -72,7 +72,7 @@ class ModelConfig:
         if self.sliding_window is not None and self.sliding_window < max_model_len:
             raise ValueError(
                 f"sliding_window is {self.sliding_window}, below the {max_model_len} tokens that a request may have, "
-                "and sliding-window attention is not supported; take a checkpoint without it"
+                "and sliding-window attention is not supported; lower max_model_len, or take a checkpoint without it"
             )
 
 

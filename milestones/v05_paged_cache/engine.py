@@ -106,10 +106,10 @@ class Engine:
         block_bytes = block_size * kv_bytes_per_token(self.config, self.dtype)
         most_blocks = max_num_seqs * -(-self.max_model_len // block_size)
         num_blocks = choose_blocks(num_blocks, kv_bytes, block_bytes, most_blocks, self.device)
+        self.cache = KVCache(self.config, num_blocks, block_size, self.device, self.dtype)
         self.pool = BlockPool(num_blocks, block_size)
         if max_model_len is None:
-            self.max_model_len = min(self.max_model_len, self.pool.num_blocks * block_size)
-        self.cache = KVCache(self.config, self.pool.num_blocks, block_size, self.device, self.dtype)
+            self.max_model_len = min(self.max_model_len, num_blocks * block_size)
         self.scheduler = Scheduler(max_num_seqs, self.pool)
         self.seqs: dict[int, Sequence] = {}
         self.unreported: list[StepOutput] = []
@@ -180,7 +180,8 @@ class Engine:
                 f"{name} has {num_prompt} tokens and max_tokens is {params.max_tokens}, but prompt and output together "
                 f"have at most max_model_len = {limit} tokens; shorten the prompt or lower max_tokens"
             )
-        need = self.pool.blocks_for(num_prompt + max_tokens)
+        # The last token is never fed.
+        need = self.pool.blocks_for(num_prompt + max_tokens - 1)
         if need > self.pool.num_blocks:
             raise ValueError(
                 f"{name} and its output may take {need} blocks of {self.pool.block_size} tokens, but num_blocks is "

@@ -36,8 +36,8 @@ class Sequence:
 
     @property
     def max_len(self) -> int:
-        """Tokens that it may come to have: what it is admitted for."""
-        return self.num_prompt + self.max_tokens
+        """Positions that it may come to hold in the cache: all of its tokens but the last, which is never fed."""
+        return self.num_prompt + self.max_tokens - 1
 
     @property
     def num_output(self) -> int:

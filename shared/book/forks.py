@@ -43,6 +43,7 @@ class Run:
 def preload(names) -> None:
     """Import what is slow, once, and keep torch from starting threads: a fork does not take them along."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRITON_INTERPRET", "1")
     for name in names:
         with contextlib.suppress(Exception):  # what it is needed for will say so
             importlib.import_module(name)

@@ -18,7 +18,8 @@ tests/traps/v05.toml holds them:
 `find` stands exactly once in the unit. The bug is planted in a copy of the chapter that a child process,
 forked from this one, finds in place of the chapter; this one has imported what is slow to import and
 nothing of milestones. First the same tests must pass without a bug, otherwise a failure means nothing.
-Killed is when a named test itself fails. All else is an error: a survivor, a test that cannot be found, a
+Killed is when a named test itself fails, or, for a trap with `crashes = true`, when the process dies of a
+signal: a stray address has no better sight. All else is an error: a survivor, a test that cannot be found, a
 fixture that fails, code that does not run, a minute without an answer.
 """
 import argparse
@@ -42,7 +43,8 @@ MATRIX_TIMEOUT_S = 900
 # A planted bug that cannot even run proves nothing about the test.
 BROKEN = ("NameError", "SyntaxError", "ImportError", "ModuleNotFoundError", "UnboundLocalError")
 COMMAND = (sys.executable, "-m", "shared.book.traps")
-KEYS = {"name", "file", "unit", "find", "replace", "test", "sees"}
+KEYS = {"name", "file", "unit", "find", "replace", "test", "sees", "crashes"}
+OPTIONAL = {"unit", "crashes"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Trap:
     test: tuple[str, ...]
     sees: str
     unit: str = ""
+    crashes: bool = False  # what the tests see of it is that the process dies of a signal
 
     @property
     def address(self) -> str:
@@ -80,8 +83,8 @@ def read_traps(path: Path) -> list[Trap]:
     traps = []
     for row in tomllib.loads(path.read_text()).get("trap", []):
         name = row.get("name", f"trap {len(traps) + 1}")
-        if set(row) | {"unit"} != KEYS:
-            wrong = ", ".join(sorted((set(row) | {"unit"}) ^ KEYS))
+        if set(row) | OPTIONAL != KEYS:
+            wrong = ", ".join(sorted((set(row) | OPTIONAL) ^ KEYS))
             keys = ", ".join(sorted(KEYS))
             raise ValueError(f"{path.name}: {name!r} lacks or does not know: {wrong}; the keys are {keys}")
         tests = [row["test"]] if isinstance(row["test"], str) else row["test"]
@@ -119,6 +122,8 @@ def verdict(trap: Trap, run: Run) -> tuple[str, str]:
     named = {test: how for test, how in run.failed.items() if belongs(test, trap.test)}
     if run.exit_code is None:
         return "error", f"no answer after {TIMEOUT_S} s; plant a bug that ends"
+    if not run.finished and trap.crashes and run.exit_code < 0:
+        return "killed", f"{', '.join(trap.test)}: the process died of signal {-run.exit_code}"
     if not run.finished:
         return "error", f"the process ended with {run.exit_code} before pytest did\n{run.tail}"
     if run.exit_code == 0:

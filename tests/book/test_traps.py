@@ -88,6 +88,11 @@ CASES = {
     "already wrong": (dict(test="tests/test_a.py::test_wrong"), "error", "test_a.py::test_wrong fails: assert 1 == 2"),
     "skipped": (dict(test="tests/test_a.py::test_skipped"), "error", "does not pass: it is skipped"),
     "ends the process": (dict(replace="[name] = __import__('os')._exit(0)"), "error", "ended with 0 before pytest did"),
+    "crashes": (
+        dict(replace="[name] = __import__('os').abort()", crashes=True), "killed", "test_write: the process died of signal 6"
+    ),
+    "crashes unannounced": (dict(replace="[name] = __import__('os').abort()"), "error", "ended with -6 before pytest did"),
+    "ends, and was to crash": (dict(replace="[name] = __import__('os')._exit(0)", crashes=True), "error", "ended with 0"),
     "hangs": (dict(find="self.numbers[name] = number", replace="while True: pass"), "error", "no answer after 2 s"),
 }
 

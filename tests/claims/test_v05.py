@@ -81,7 +81,7 @@ def test_at_equal_bytes_more_run_together_by_what_they_do_not_reserve(chapter):
     """
     max_model_len, places, block_size = 512, 8, 16
     requests = ragged(240, 401, prompt_len=(4, 60), output_len=(1, 120), seed=6)
-    promised = [-(-(len(r.prompt_ids) + r.max_tokens) // block_size) * block_size for r in requests]
+    promised = [-(-(len(r.prompt_ids) + r.max_tokens - 1) // block_size) * block_size for r in requests]
     passes = [request.max_tokens for request in requests]
     mean_promise = sum(each * lasts for each, lasts in zip(promised, passes)) / sum(passes)
     derived = max_model_len / mean_promise
@@ -100,17 +100,18 @@ def test_at_equal_bytes_more_run_together_by_what_they_do_not_reserve(chapter):
 def test_when_blocks_are_short_requests_wait_in_order(chapter):
     """The third would fit at once; but it came later than the second, which does not."""
     engine = chapter.load().Engine(checkpoint("llama"), num_blocks=6, block_size=BS)
-    requests = [Request([9] * 6, 11), Request([10] * 5, 4), Request([11], 2)]  # 5, 3 and 1 blocks of 6
+    requests = [Request([9] * 6, 12), Request([10] * 5, 4), Request([11], 2)]  # 5, 2 and 1 blocks of 6
     trace = trace_of(chapter, engine, requests)
-    assert trace.ledger()[:12] == [{0: 6}, *[{0: 1}] * 10, {1: 5, 2: 1}]
-    assert trace.lengths == [(6, 11), (5, 4), (1, 2)]
+    assert trace.ledger()[:13] == [{0: 6}, *[{0: 1}] * 11, {1: 5, 2: 1}]
+    assert trace.lengths == [(6, 12), (5, 4), (1, 2)]
 
 
 def test_a_request_that_can_never_fit_is_refused_at_once_with_both_numbers(chapter, Params):
     engine = chapter.load().Engine(checkpoint("llama"), num_blocks=6, block_size=BS, max_model_len=100)
-    assert len(engine.generate([[9] * 14], Params(max_tokens=10, ignore_eos=True))[0].token_ids) == 10
+    # 24 positions: the last token is not held.
+    assert len(engine.generate([[9] * 15], Params(max_tokens=10, ignore_eos=True))[0].token_ids) == 10
     with pytest.raises(ValueError, match=r"prompt and its output may take 7 blocks of 4 tokens, but num_blocks is 6; shorten"):
-        engine.add_request([9] * 15, Params(max_tokens=10))
+        engine.add_request([9] * 16, Params(max_tokens=10))
     assert not engine.has_unfinished_requests()
 
 
@@ -154,6 +155,9 @@ def test_two_sizes_at_once_are_refused(chapter):
 
 
 def test_a_pool_that_no_memory_holds_is_refused(chapter):
+    """At once: a list of its free blocks would fill the memory by itself."""
+    with pytest.raises(ValueError, match="would take .* GiB; lower kv_bytes, or num_blocks or block_size"):
+        chapter.load().Engine(checkpoint("llama"), kv_bytes=10**15)
     with pytest.raises(ValueError, match="would take .* GiB; lower kv_bytes, or num_blocks or block_size"):
         chapter.load().Engine(checkpoint("llama"), num_blocks=10, block_size=2**50)
 

@@ -1,0 +1,187 @@
+"""v06: attention reads the blocks where they lie. On a GPU the kernels run compiled, elsewhere through the interpreter."""
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from shared.chapters import ROOT
+from shared.checkpoints import TWO_LAYERS, checkpoint
+from shared.workloads import random_ids
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists for Linux only")
+
+
+@pytest.fixture
+def kernels(module):
+    module("attention").choose_attention("triton", DEVICE)
+    return module("kernels.paged_attention")
+
+
+def paged(lengths, num_heads, num_kv_heads, head_dim, block_size, dtype=torch.float32):
+    """Random arguments of paged_attention; whatever nobody may read is NaN. lengths: (queries, context) a sequence."""
+    generator = torch.Generator().manual_seed(1)
+    needed = [-(-context // block_size) for _, context in lengths]
+    num_blocks = sum(needed) + 3
+    free = torch.randperm(num_blocks - 1, generator=generator).add(1).tolist()  # block 0 is nobody's
+    caches = torch.full((2, num_blocks, block_size, num_kv_heads, head_dim), math.nan)
+    tables = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
+    for s, (_, context) in enumerate(lengths):
+        for i in range(needed[s]):
+            block_id, held = free.pop(), min(block_size, context - i * block_size)
+            tables[s, i] = block_id
+            caches[:, block_id, :held] = torch.randn(2, held, num_kv_heads, head_dim, generator=generator)
+    starts = torch.tensor([0, *(queries for queries, _ in lengths)]).cumsum(0).int()
+    q = torch.randn(int(starts[-1]), num_heads, head_dim, generator=generator)
+    contexts = torch.tensor([context for _, context in lengths], dtype=torch.int32)
+    k, v = caches.to(DEVICE, dtype)
+    return [each.to(DEVICE) for each in (q.to(dtype), k, v, tables, starts, contexts)]
+
+
+EDGES = [(1, 1), (1, 63), (1, 64), (1, 65), (1, 131)]
+RAGGED = [(5, 5), (1, 9), (33, 70), (2, 130)]
+
+
+@needs_triton
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize(
+    ("lengths", "num_heads", "num_kv_heads", "head_dim", "block_size"),
+    [
+        (EDGES, 6, 2, 14, 4),
+        (RAGGED, 6, 2, 14, 7),
+        (EDGES, 4, 1, 32, 16),
+        (RAGGED, 3, 3, 18, 100),
+        ([(1, 7), (3, 3)], 9, 3, 20, 1),
+    ],
+)
+def test_the_kernel_gives_what_plain_torch_gives(kernels, lengths, num_heads, num_kv_heads, head_dim, block_size, num_splits):
+    args = paged(lengths, num_heads, num_kv_heads, head_dim, block_size)
+    want = kernels.paged_attention_ref(*args)
+    most = [max(each) for each in zip(*lengths)]
+    got = kernels.paged_attention(*args, *most, num_splits=num_splits)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_in_16_bits_it_differs_by_their_rounding(kernels, dtype, atol):
+    args = paged(RAGGED, 6, 2, 14, 4, dtype)
+    got = kernels.paged_attention(*args, 33, 130)
+    torch.testing.assert_close(got, kernels.paged_attention_ref(*args), rtol=0, atol=atol)
+
+
+@needs_triton
+def test_nothing_is_written_past_the_last_query(kernels, monkeypatch):
+    """A tile has more rows than there are queries; what it writes past them is somebody else's."""
+    args = paged([(3, 3), (1, 9), (2, 2)], 6, 2, 14, 4)
+    frame = torch.full((10, 6, 14), 7.0, device=DEVICE)
+    empty = torch.empty
+    monkeypatch.setattr(kernels.torch, "empty", lambda *s, **o: frame[:6] if s == (6, 6, 14) else empty(*s, **o))
+    got = kernels.paged_attention(*args, 3, 9)
+    assert got.data_ptr() == frame.data_ptr()
+    assert (frame[6:] == 7).all()
+
+
+@needs_triton
+def test_keys_and_values_go_to_their_slots_and_nowhere_else(kernels):
+    k, v = torch.randn(2, 5, 3, 14, device=DEVICE)
+    k_cache, v_cache = torch.full((2, 4, 4, 3, 14), 7.0, device=DEVICE)
+    slots = [9, 0, 15, 3, 8]
+    kernels.write_slots(k, v, k_cache, v_cache, torch.tensor(slots, device=DEVICE))
+    for cache, new in ((k_cache.flatten(0, 1), k), (v_cache.flatten(0, 1), v)):
+        assert cache[slots].equal(new)
+        assert (cache[[slot for slot in range(16) if slot not in slots]] == 7).all()
+
+
+@needs_triton
+def test_addresses_beyond_two_to_the_31_are_reached(kernels):
+    """The cache is promised and not touched but for one block; of 32 bits the offset would wrap."""
+    args = paged([(1, 3)], 2, 1, 64, 4)
+    num_blocks = 2**31 // (4 * 64) + 5
+    k, v = (torch.empty(num_blocks, 4, 1, 64, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    block_id = int(args[3][0, 0])
+    k[-1], v[-1] = args[1][block_id], args[2][block_id]
+    want = kernels.paged_attention_ref(*args)
+    args[1:3] = k, v
+    args[0] = args[0].half()
+    args[3] = torch.full_like(args[3], num_blocks - 1)
+    torch.testing.assert_close(kernels.paged_attention(*args, 1, 3).float(), want, rtol=0, atol=1e-2)
+
+
+def test_the_online_softmax_of_the_text_with_a_pencil():
+    """The worked example of the chapter: scores 2, 3 then 5, 1, with values 10, 20, 30, 40."""
+    largest, total, mixed = -math.inf, 0.0, 0.0
+    steps = []
+    for scores, values in (((2, 3), (10, 20)), ((5, 1), (30, 40))):
+        new = max(largest, *scores)
+        rescale = math.exp(largest - new)
+        weights = [math.exp(score - new) for score in scores]
+        total = total * rescale + sum(weights)
+        mixed = mixed * rescale + sum(weight * value for weight, value in zip(weights, values))
+        largest = new
+        steps.append((largest, round(total, 3), round(mixed, 2)))
+    assert steps == [(3, 1.368, 23.68), (5, 1.203, 33.94)]
+    whole = [math.exp(score - 5) for score in (2, 3, 5, 1)]
+    assert mixed / total == pytest.approx(sum(w * v for w, v in zip(whole, (10, 20, 30, 40))) / sum(whole))
+    assert round(mixed / total, 2) == 28.2
+
+
+@needs_triton
+@pytest.mark.parametrize("name", TWO_LAYERS)
+def test_the_same_tokens_with_the_kernels_in_the_loop(chapter, Params, rng, name):
+    """Three sequences, one of which crosses a block's edge as it grows."""
+    prompts = [random_ids(length, 401, rng) for length in (3, 5, 9)]
+    said = []
+    for attention in ("torch", "triton"):
+        engine = chapter.load().Engine(
+            checkpoint(name), dtype="float32", num_blocks=40, block_size=5, attention=attention
+        )
+        outs = engine.generate(prompts, Params(max_tokens=6, ignore_eos=True, logprobs=1))
+        said.append([out.token_ids for out in outs])
+    assert said[0] == said[1]
+
+
+def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu(module):
+    attention = module("attention")
+    assert attention.choose_attention("auto", torch.device("cpu")) is attention.attend_cached
+    assert attention.choose_attention("torch", torch.device("cuda")) is attention.attend_cached
+
+
+def test_another_attention_is_refused(chapter):
+    with pytest.raises(ValueError, match="attention must be auto, torch or triton, got 'flash'"):
+        chapter.load().Engine(checkpoint("llama"), attention="flash")
+
+
+def test_without_triton_it_says_so(module, monkeypatch):
+    attention = module("attention")
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="'triton' on cpu, but Triton is not installed; use torch"):
+        attention.choose_attention("triton", torch.device("cpu"))
+
+
+def test_too_late_for_the_interpreter_it_says_so(module, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", sys)
+    with pytest.raises(ValueError, match="set TRITON_INTERPRET=1 in the environment before Python starts"):
+        module("attention").choose_attention("triton", torch.device("cpu"))
+
+
+@needs_triton
+def test_the_kernels_compile_for_gpus_that_are_not_here():
+    """Ahead of time, in a process that does not interpret: registers and spills are those that are committed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "shared.compile_kernels"], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    committed = json.loads((ROOT / "docs" / "results" / "kernels.json").read_text())
+    assert {name: list(rows) for name, rows in found.items()} == {
+        name: list(committed[name]) for name in found
+    }
+    for name, rows in found.items():
+        for target, row in rows.items():
+            assert row["spill_bytes"] <= 256, f"{name} for {target} spills {row['spill_bytes']} bytes a thread"
