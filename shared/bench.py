@@ -2,6 +2,7 @@
 
     python -m shared.bench growth [v01 ...]       # time per token against the length of the sequence
     python -m shared.bench batch [v02 v03 ...]    # tokens per second against the number of requests in a pass
+    python -m shared.bench decode v04 v05         # one decode step of 16 sequences of unequal length
     python -m shared.bench staircase [v01 ...]    # every chapter on one ragged workload, and what it took
 
 Runs are warmed up, then interleaved (A B A B ...), so that a machine that slows down slows all of them
@@ -187,6 +188,46 @@ def time_batch(package, engine, size: int) -> Timing:
     return timed(lambda: [engine.step() for _ in range(BATCH_TOKENS)])
 
 
+DECODE_SEQS, DECODE_STEPS, DECODE_CONTEXTS, DECODE_MAX_LEN = 16, 8, (40, 300), 512
+
+
+def decode(chapters: list[Chapter], repeats: int) -> dict:
+    """Milliseconds of a decode step of 16 sequences, whose contexts are 40 to 300 tokens long; equal memory, one thread."""
+    import torch
+
+    from .checkpoints import checkpoint
+
+    torch.set_num_threads(1)
+    results = {chapter.id: {} for chapter in chapters}
+    for model in BATCH_MODELS:
+        contestants = {}
+        for chapter in chapters:
+            limits = {"max_num_seqs": DECODE_SEQS, "max_model_len": DECODE_MAX_LEN}
+            limits |= {"num_blocks": DECODE_SEQS * DECODE_MAX_LEN // 16} if "num_blocks" in chapter.capabilities else {}
+            engine = chapter.load().Engine(checkpoint(model), **limits)
+            contestants[chapter.id] = lambda chapter=chapter, engine=engine: time_decode(chapter.load(), engine)
+        for name, timings in interleave(contestants, repeats, model).items():
+            results[name][model] = summary(timings, DECODE_STEPS)
+    return results
+
+
+def time_decode(package, engine) -> Timing:
+    """The time of DECODE_STEPS steps in which each sequence gets a token."""
+    rng = random.Random(1)
+    for _ in range(DECODE_SEQS):
+        prompt_ids = rng.choices(range(8, 400), k=rng.randint(*DECODE_CONTEXTS))
+        engine.add_request(prompt_ids, package.SamplingParams(max_tokens=1 + DECODE_STEPS, ignore_eos=True))
+    engine.step()
+    return timed(lambda: [engine.step() for _ in range(DECODE_STEPS)])
+
+
+def print_decode(results: dict) -> None:
+    print(f"{'ms a step of 16 sequences':28}" + "".join(f"{model:>24}" for model in BATCH_MODELS))
+    for name, models in results.items():
+        cells = (f"{models[model]['wall_ms']:.2f} (spread {models[model]['spread']:.0%})" for model in BATCH_MODELS)
+        print(f"{name:28}" + "".join(f"{cell:>24}" for cell in cells))
+
+
 def weight_bytes(model) -> int:
     """What one pass reads of the weights: all of them, but of an embedding that is not the head a few rows only."""
     weights = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
@@ -320,7 +361,12 @@ def print_staircase(results: dict) -> None:
             print(f"{'':8}noisy: runs differ by {row['spread']:.0%}; run it again on an idle machine")
 
 
-WORKLOADS = {"growth": (growth, print_growth), "batch": (batch, print_batch), "staircase": (staircase, print_staircase)}
+WORKLOADS = {
+    "growth": (growth, print_growth),
+    "batch": (batch, print_batch),
+    "decode": (decode, print_decode),
+    "staircase": (staircase, print_staircase),
+}
 
 
 def main(argv: list[str]) -> int:

@@ -365,6 +365,18 @@ def test_batch_measures_where_several_run_together(monkeypatch, capsys):
     assert "tokens/s with requests in a pass" in capsys.readouterr().out
 
 
+def test_decode_measures_a_step_of_sixteen(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "BATCH_MODELS", ("llama", "qwen2"))
+    chapters = [chapter for chapter in CHAPTERS if "max_num_seqs" in chapter.capabilities]
+    monkeypatch.setattr(bench, "DECODE_CONTEXTS", (3, 9))
+    # These have 320 positions.
+    monkeypatch.setattr(bench, "DECODE_MAX_LEN", 320)
+    results = bench.decode(chapters, repeats=1)
+    assert all(results[chapter.id][model]["wall_ms"] > 0 for chapter in chapters for model in ("llama", "qwen2"))
+    bench.print_decode(results)
+    assert "ms a step of 16 sequences" in capsys.readouterr().out
+
+
 def test_a_noisy_measurement_says_so(capsys, monkeypatch):
     monkeypatch.setattr(bench, "GROWTH_LENGTHS", (3,))
     timings = {"wall_ms": 1.0, "cpu_ms": 1.0, "spread": 0.9, "repeats": 2}
