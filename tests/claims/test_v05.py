@@ -163,7 +163,7 @@ def test_a_pool_that_no_memory_holds_is_refused(chapter):
 
 
 def test_what_is_read_is_looked_up_once_a_step_and_not_once_a_layer(make_engine, Params):
-    engine = make_engine("llama", num_blocks=40, block_size=BS)
+    engine = make_engine("llama", device="cpu", num_blocks=40, block_size=BS)
     read, tables = engine.cache.read, []
     engine.cache.read = lambda layer_id, where: tables.append((layer_id, where.block_tables)) or read(layer_id, where)
     try:
