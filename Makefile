@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
 	$(CHAPTERS:%=diff-%) $(CHAPTERS:%=traps-%) \
-	traps traps-matrix propagate trace soak
+	traps traps-matrix propagate trace soak bench-v06
 
 help:
 	@echo "make demo         a fresh machine: set up, run every chapter on the embedded model, show that all say the same"
@@ -30,6 +30,7 @@ help:
 	@echo "make traps-vNN    plant each seeded bug of a chapter, and see the test that catches it"
 	@echo "make trace        who ran in which forward pass: ARGS=\"v03 v04\", ARGS=\"v03 --html trace.html\""
 	@echo "make soak         thousands of requests with aborts, and an audit of the memory at every step"
+	@echo "make bench-v06    on a GPU: the attention kernel against torch and against the limit of the memory; ARGS=--dry-run anywhere"
 	@echo "make new-vNN      begin a chapter as a copy of the last one: NAME=..."
 	@echo "make propagate    carry a change through all later chapters: FROM=vNN, or ARGS=--continue, ARGS=--abort"
 	@echo "make sync         write what is generated in the texts"
@@ -73,6 +74,9 @@ trace: $(READY)
 
 soak: $(READY)
 	@$(PY) -m shared.soak $(ARGS)
+
+bench-v06: $(READY)
+	@$(PY) -m shared.bench_attention $(ARGS)
 
 propagate: $(READY)
 	@$(PY) -m shared.book.propagate $(FROM) $(ARGS)

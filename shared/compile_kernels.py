@@ -14,10 +14,14 @@ import tempfile
 from pathlib import Path
 
 TARGETS = {"sm_80": 80, "sm_90": 90}
-# A kernel and a shape a row: Llama 3.2 1B has 32 query heads, 8 KV heads and 64 elements a head.
+# Llama 3.2 1B has 32 query heads, 8 KV heads and 64 elements a head; Qwen3 0.6B 16, 8 and 128.
+LLAMA = {"GROUP": 4, "NUM_KV_HEADS": 8, "HEAD_DIM": 64, "PADDED_DIM": 64}
+QWEN = {"GROUP": 2, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "PADDED_DIM": 128}
 SHAPES = {
-    "decode": {"TILE_ROWS": 16},
-    "prefill": {"TILE_ROWS": 64},
+    "llama_decode": LLAMA | {"TILE_ROWS": 16},
+    "llama_prefill": LLAMA | {"TILE_ROWS": 64},
+    "qwen_decode": QWEN | {"TILE_ROWS": 16},
+    "qwen_prefill": QWEN | {"TILE_ROWS": 64},
 }
 
 
@@ -27,14 +31,10 @@ def compiled(target: int, **constants) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from milestones.v06_triton_kernel.kernels.paged_attention import TILE_KEYS, _attend_kernel
+    from milestones.v06_triton_kernel.kernels.paged_attention import NUM_WARPS, TILE_KEYS, _attend_kernel
 
     constants = {
-        "GROUP": 4,
-        "NUM_KV_HEADS": 8,
         "BLOCK_SIZE": 16,
-        "HEAD_DIM": 64,
-        "PADDED_DIM": 64,
         "TILE_KEYS": TILE_KEYS,
         "TILE_DTYPE": triton.language.bfloat16,
     } | constants
@@ -43,7 +43,7 @@ def compiled(target: int, **constants) -> dict:
     types |= {"lse_ptr": "*fp32", "scale": "fp32"} | {name: "constexpr" for name in constants}
     signature = {name: types.get(name, "i32") for name in _attend_kernel.arg_names}
     source = ASTSource(fn=_attend_kernel, signature=signature, constexprs=constants)
-    binary = triton.compile(source, target=GPUTarget("cuda", target, 32))
+    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": NUM_WARPS})
     usage = resources(binary.asm["cubin"])
     return {
         "registers": usage["REG"],
@@ -75,7 +75,9 @@ def main(argv: list[str]) -> int:
     if argv == ["--write"]:
         from .bench import write
 
-        write("kernels", results, "python -m shared.compile_kernels --write")
+        import triton
+
+        write("kernels", {"triton": triton.__version__} | results, "python -m shared.compile_kernels --write")
     return 0
 
 

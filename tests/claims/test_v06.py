@@ -1,4 +1,5 @@
 """v06: attention reads the blocks where they lie. On a GPU the kernels run compiled, elsewhere through the interpreter."""
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from shared import bench_attention
 from shared.chapters import ROOT
 from shared.checkpoints import TWO_LAYERS, checkpoint
 from shared.workloads import random_ids
@@ -172,16 +174,27 @@ def test_too_late_for_the_interpreter_it_says_so(module, monkeypatch):
 
 @needs_triton
 def test_the_kernels_compile_for_gpus_that_are_not_here():
-    """Ahead of time, in a process that does not interpret: registers and spills are those that are committed."""
+    """Ahead of time, in a process that does not interpret; by the Triton that made it, the committed result again."""
     done = subprocess.run(
         [sys.executable, "-m", "shared.compile_kernels"], cwd=ROOT, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     committed = json.loads((ROOT / "docs" / "results" / "kernels.json").read_text())
-    assert {name: list(rows) for name, rows in found.items()} == {
-        name: list(committed[name]) for name in found
-    }
+    if importlib.metadata.version("triton") == committed["triton"]:
+        assert found == {name: committed[name] for name in found}
     for name, rows in found.items():
         for target, row in rows.items():
-            assert row["spill_bytes"] <= 256, f"{name} for {target} spills {row['spill_bytes']} bytes a thread"
+            if name.endswith("decode"):
+                assert row["spill_bytes"] <= 64, f"{name} for {target} spills {row['spill_bytes']} bytes a thread"
+
+
+@needs_triton
+def test_the_benchmark_of_a_gpu_runs_dry_without_one(capsys):
+    """Three ways to attend agree before any is timed; one that differs stops it."""
+    assert bench_attention.main(["--dry-run"]) == 0
+    assert capsys.readouterr().out.count("kernel, torch, contiguous agree") == 2
+    one, other = torch.zeros(1), torch.ones(1)
+    with pytest.raises(AssertionError, match="contiguous"):
+        bench_attention.check({"kernel": lambda: one, "torch": lambda: one, "contiguous": lambda: other}, atol=1e-5)
+    assert bench_attention.kv_bytes(bench_attention.SHAPES["llama-3.2-1b"], 128, 4, 2) == 2 * 8 * 64 * 2 * 128 * 4

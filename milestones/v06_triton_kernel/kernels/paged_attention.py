@@ -11,6 +11,8 @@ from torch import Tensor
 # A program takes so many keys at a time, whatever the size of a block.
 TILE_KEYS = 64
 TILE_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+# Their keys, values and sums stay in registers; over 4 warps they would not fit when heads have 128 elements.
+NUM_WARPS = 8
 # Contexts are split only into pieces that are worth a program.
 MIN_SPLIT_KEYS = 256
 
@@ -262,7 +264,7 @@ def paged_attention(
         q.stride(0), q.stride(1), block_tables.stride(0),
         head_dim**-0.5, num_tokens, num_splits,
         GROUP=group, NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
-        TILE_ROWS=tile_rows, TILE_KEYS=TILE_KEYS, TILE_DTYPE=tile_dtype,
+        TILE_ROWS=tile_rows, TILE_KEYS=TILE_KEYS, TILE_DTYPE=tile_dtype, num_warps=NUM_WARPS,
     )
     if num_splits > 1:
         _combine_kernel[(num_tokens * num_heads,)](
