@@ -18,7 +18,8 @@ STYLE = """\
   .waits { stroke: #8c959f; stroke-width: 1.2; stroke-dasharray: 2 3 }
   .grid { stroke: #d8dee4 }
   .owner0 { fill: #54aeff } .owner1 { fill: #4ac26b } .owner2 { fill: #d4a72c } .owner3 { fill: #ff8182 }
-  .owner4 { fill: #c297ff }
+  .owner4 { fill: #c297ff } .owner5 { fill: #ffa657 } .owner6 { fill: #39c5cf } .owner7 { fill: #f778ba }
+  .owner8 { fill: #a8b35b } .owner9 { fill: #9db2d0 }
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3 }
     .small { fill: #9198a1 }
@@ -28,7 +29,8 @@ STYLE = """\
     .waits { stroke: #656c76 }
     .grid { stroke: #30363d }
     .owner0 { fill: #1f6feb } .owner1 { fill: #238636 } .owner2 { fill: #9e6a03 } .owner3 { fill: #da3633 }
-    .owner4 { fill: #8957e5 }
+    .owner4 { fill: #8957e5 } .owner5 { fill: #bc4c00 } .owner6 { fill: #1b7c83 } .owner7 { fill: #bf4b8a }
+    .owner8 { fill: #6e7f2a } .owner9 { fill: #57708f }
   }"""
 
 
@@ -120,7 +122,7 @@ def lane(passes: list[dict], request: int, y: float) -> list[str]:
     return body
 
 
-NUM_OWNERS = 5  # colours; the letter says which of those that share one
+NUM_OWNERS = 10  # colours; the letter says which of those that share one
 
 
 def blocks(trace: dict) -> str:
