@@ -3,7 +3,7 @@
     python -m shared.compile_kernels            # JSON
     python -m shared.compile_kernels --write    # commit it
 
-Registers, shared memory and spills are read from the machine code, by the cuobjdump that comes with Triton.
+Registers, shared memory and the stack, to which registers are spilled, are read from the machine code, by the cuobjdump that comes with Triton.
 """
 import json
 import os
@@ -15,39 +15,59 @@ from pathlib import Path
 
 TARGETS = {"sm_80": 80, "sm_90": 90}
 # Llama 3.2 1B has 32 query heads, 8 KV heads and 64 elements a head; Qwen3 0.6B 16, 8 and 128.
-LLAMA = {"GROUP": 4, "NUM_KV_HEADS": 8, "HEAD_DIM": 64, "PADDED_DIM": 64}
-QWEN = {"GROUP": 2, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "PADDED_DIM": 128}
-SHAPES = {
-    "llama_decode": LLAMA | {"TILE_ROWS": 16},
-    "llama_prefill": LLAMA | {"TILE_ROWS": 64},
-    "qwen_decode": QWEN | {"TILE_ROWS": 16},
-    "qwen_prefill": QWEN | {"TILE_ROWS": 64},
+LLAMA = {"GROUP": 4, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 16, "HEAD_DIM": 64, "PADDED_DIM": 64, "TILE_KEYS": 64}
+QWEN = LLAMA | {"GROUP": 2, "HEAD_DIM": 128, "PADDED_DIM": 128}
+# What a launch fixes: a 1 among the integers counts as fixed too.
+DECODE, PREFILL, ONE_SPLIT = {"TILE_ROWS": 16}, {"TILE_ROWS": 64}, {"num_splits": 1}
+KERNELS = {
+    "llama_decode": ("_attend_kernel", LLAMA | DECODE | ONE_SPLIT),
+    "llama_decode_split": ("_attend_kernel", LLAMA | DECODE),
+    "llama_prefill": ("_attend_kernel", LLAMA | PREFILL | ONE_SPLIT),
+    "qwen_decode": ("_attend_kernel", QWEN | DECODE | ONE_SPLIT),
+    "qwen_prefill": ("_attend_kernel", QWEN | PREFILL | ONE_SPLIT),
+    "llama_combine": ("_combine_kernel", {"HEAD_DIM": 64, "PADDED_DIM": 64, "PADDED_SPLITS": 16}),
+    "llama_write": ("_write_kernel", {"HEAD_DIM": 64, "SIZE": 512, "PADDED_SIZE": 512}),
+}
+TYPES = {
+    "block_tables_ptr": "*i32",
+    "query_starts_ptr": "*i32",
+    "context_lens_ptr": "*i32",
+    "slot_mapping_ptr": "*i64",
+    "lse_ptr": "*fp32",
+    "parts_ptr": "*fp32",
+    "scale": "fp32",
 }
 
 
-def compiled(target: int, **constants) -> dict:
-    """What the attention kernel takes on a GPU of this compute capability."""
+def compiled(target: int, kernel: str, constants: dict) -> dict:
+    """What a kernel takes on a GPU of this compute capability, compiled for what a launch passes it.
+
+    Tensors begin at multiples of 16 bytes, and their strides are multiples of 16 elements; with num_splits left
+    open, the attention kernel writes the float32 parts of a split.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from milestones.v06_triton_kernel.kernels.paged_attention import NUM_WARPS, TILE_KEYS, _attend_kernel
+    import milestones.v06_triton_kernel.kernels  # noqa: F401
 
-    constants = {
-        "BLOCK_SIZE": 16,
-        "TILE_KEYS": TILE_KEYS,
-        "TILE_DTYPE": triton.language.bfloat16,
-    } | constants
-    types = {name: "*bf16" for name in ("out_ptr", "q_ptr", "k_cache_ptr", "v_cache_ptr")}
-    types |= {name: "*i32" for name in ("block_tables_ptr", "query_starts_ptr", "context_lens_ptr")}
-    types |= {"lse_ptr": "*fp32", "scale": "fp32"} | {name: "constexpr" for name in constants}
-    signature = {name: types.get(name, "i32") for name in _attend_kernel.arg_names}
-    source = ASTSource(fn=_attend_kernel, signature=signature, constexprs=constants)
-    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": NUM_WARPS})
+    # The package has a function of the module's name.
+    function = getattr(sys.modules["milestones.v06_triton_kernel.kernels.paged_attention"], kernel)
+    if kernel == "_attend_kernel":
+        constants = constants | {"TILE_DTYPE": triton.language.bfloat16}
+    types = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in function.arg_names} | TYPES
+    if kernel == "_attend_kernel" and "num_splits" not in constants:
+        types["out_ptr"] = "*fp32"
+    types |= {name: "constexpr" for name in constants}
+    signature = {name: types[name] for name in function.arg_names}
+    aligned = [name.endswith("_ptr") or name.startswith(("stride_q", "stride_k")) for name in function.arg_names]
+    attrs = {(i,): [["tt.divisibility", 16]] for i, is_aligned in enumerate(aligned) if is_aligned}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
+    binary = triton.compile(source, target=GPUTarget("cuda", target, 32))
     usage = resources(binary.asm["cubin"])
     return {
         "registers": usage["REG"],
-        "spill_bytes": usage["STACK"],
+        "stack_bytes": usage["STACK"],
         "shared_bytes": binary.metadata.shared,
         "warps": binary.metadata.num_warps,
     }
@@ -69,7 +89,7 @@ def main(argv: list[str]) -> int:
     # Interpreted functions cannot be compiled.
     os.environ["TRITON_INTERPRET"] = "0"
     results = {
-        name: {target: compiled(number, **shape) for target, number in TARGETS.items()} for name, shape in SHAPES.items()
+        name: {target: compiled(number, *kernel) for target, number in TARGETS.items()} for name, kernel in KERNELS.items()
     }
     print(json.dumps(results, indent=2))
     if argv == ["--write"]:

@@ -46,7 +46,7 @@ def written(row: dict, key: str, form: str, unit: float) -> str:
 def lines_changed(before: Path, after: Path) -> tuple[int, int]:
     """Lines of Python added and removed between two chapters, as `diff -u` counts them."""
     added = removed = 0
-    names = {path.name for chapter in (before, after) for path in python_files(chapter)}
+    names = {path.relative_to(chapter) for chapter in (before, after) for path in python_files(chapter)}
     for name in sorted(names):
         old, new = ((chapter / name).read_text().splitlines() if (chapter / name).is_file() else []
                     for chapter in (before, after))
@@ -54,6 +54,12 @@ def lines_changed(before: Path, after: Path) -> tuple[int, int]:
             added += line.startswith("+")
             removed += line.startswith("-")
     return added, removed
+
+
+def within_noise(rows: list[dict]) -> bool:
+    """Whether two speeds differ by less than their runs do among themselves."""
+    first, second = (row["tokens_per_s"] for row in rows)
+    return abs(second - first) / first < sum(row["spread"] for row in rows)
 
 
 def cost(tree: Tree, chapter: Path | None) -> list[str]:
@@ -69,7 +75,7 @@ def cost(tree: Tree, chapter: Path | None) -> list[str]:
     ]
     for what, key, form, unit in COSTS:
         cells = [written(row, key, form, unit) for row in rows]
-        if len(cells) == 2 and cells[0] != cells[1]:
+        if len(cells) == 2 and cells[0] != cells[1] and not (key == "tokens_per_s" and within_noise(rows)):
             cells[1] = f"**{cells[1]}**"
         lines.append(f"| {what} | {' | '.join(cells)} |")
     if len(chapters) == 2:

@@ -114,7 +114,7 @@ def test_addresses_beyond_two_to_the_31_are_reached(kernels):
     torch.testing.assert_close(kernels.paged_attention(*args, 1, 3).float(), want, rtol=0, atol=1e-2)
 
 
-def test_the_online_softmax_of_the_text_with_a_pencil():
+def test_the_online_softmax_of_the_text_with_a_pencil(chapter):
     """The worked example of the chapter: scores 2, 3 then 5, 1, with values 10, 20, 30, 40."""
     largest, total, mixed = -math.inf, 0.0, 0.0
     steps = []
@@ -185,8 +185,8 @@ def test_the_kernels_compile_for_gpus_that_are_not_here():
         assert found == {name: committed[name] for name in found}
     for name, rows in found.items():
         for target, row in rows.items():
-            if name.endswith("decode"):
-                assert row["spill_bytes"] <= 64, f"{name} for {target} spills {row['spill_bytes']} bytes a thread"
+            if "decode" in name:
+                assert row["stack_bytes"] == 0, f"{name} for {target} spills"
 
 
 @needs_triton

@@ -11,9 +11,7 @@ from torch import Tensor
 # A program takes so many keys at a time, whatever the size of a block.
 TILE_KEYS = 64
 TILE_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-# Their keys, values and sums stay in registers; over 4 warps they would not fit when heads have 128 elements.
-NUM_WARPS = 8
-# Contexts are split only into pieces that are worth a program.
+# The longest context is split only into pieces that are worth a program.
 MIN_SPLIT_KEYS = 256
 
 
@@ -110,7 +108,10 @@ def _attend_kernel(
     TILE_KEYS: tl.constexpr,
     TILE_DTYPE: tl.constexpr,  # in which tiles are multiplied; sums are float32
 ):
-    """Program (s, kv, i) attends, for one tile of sequence s's queries and the query heads of kv, over one split of its keys."""
+    """Program (s, kv, i) attends, for one tile of sequence s's queries and the query heads of kv, over one split of its keys.
+
+    i is tile * num_splits + split. Products are taken in full precision (ieee), never in TF32.
+    """
     # which piece is mine; addresses are int64, because a cache can have more than 2**31 elements
     s = tl.program_id(0).to(tl.int64)
     kv = tl.program_id(1)
@@ -235,7 +236,7 @@ def paged_attention(
         block_tables: [S, M] int32; entry i is the block of positions i * BS to (i + 1) * BS - 1.
         query_starts: [S + 1] int32; sequence s has rows query_starts[s] to query_starts[s + 1] of q.
         context_lens: [S] int32, positions to attend over, those of q included.
-        max_query_len, max_context_len: the largest of them, which size the grid.
+        max_query_len, max_context_len: the most queries and the most positions of a sequence, which size the grid.
         num_splits: pieces of each context that programs share; by default what keeps the device busy.
     Returns:
         [N, H, D] in q's dtype; accumulated in float32.
@@ -256,7 +257,7 @@ def paged_attention(
     out = torch.empty(num_tokens, num_heads, head_dim, device=q.device, dtype=q.dtype)
     parts = torch.empty(num_splits, *out.shape, device=q.device, dtype=torch.float32) if num_splits > 1 else out
     lse = torch.empty(num_splits, num_tokens, num_heads, device=q.device, dtype=torch.float32)
-    # The interpreter multiplies no bfloat16.
+    # The interpreter multiplies no bfloat16, so tiles of 16 bits are multiplied on a GPU alone.
     tile_dtype = TILE_DTYPES[q.dtype] if q.is_cuda else tl.float32
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     _attend_kernel[(num_seqs, num_kv_heads, num_tiles * num_splits)](
@@ -264,7 +265,7 @@ def paged_attention(
         q.stride(0), q.stride(1), block_tables.stride(0),
         head_dim**-0.5, num_tokens, num_splits,
         GROUP=group, NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
-        TILE_ROWS=tile_rows, TILE_KEYS=TILE_KEYS, TILE_DTYPE=tile_dtype, num_warps=NUM_WARPS,
+        TILE_ROWS=tile_rows, TILE_KEYS=TILE_KEYS, TILE_DTYPE=tile_dtype,
     )
     if num_splits > 1:
         _combine_kernel[(num_tokens * num_heads,)](
