@@ -245,7 +245,7 @@ class Engine:
         if not seqs:
             return []
         batch = build_batch(seqs, self.cache, self.device)
-        logits = self.model(batch).float()  # [R, V]
+        logits = self.model.compute_logits(self.model(batch))  # [R, V]
         token_ids = sample(logits, batch.draws).tolist()  # [R]
         self.num_steps += 1
         self.num_positions += len(batch.token_ids)

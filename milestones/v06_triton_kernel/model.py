@@ -44,7 +44,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """Tokens to logits, for the rows that are asked for."""
+    """Tokens to hidden states, and those to logits, for the rows that are asked for."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -52,6 +52,10 @@ class CausalLM(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits [R, V] of the batch's logit_rows, in the model's dtype."""
+        """The last hidden states [R, E] of the batch's logit_rows."""
         hidden = self.model(batch)  # [N, E]
-        return self.lm_head(hidden[batch.logit_rows])
+        return hidden[batch.logit_rows]
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [R, V] in float32, of hidden states [R, E]."""
+        return self.lm_head(hidden).float()
