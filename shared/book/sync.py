@@ -8,8 +8,8 @@ and result tokens are written, `blocks` what each generates.
 
 In the first chapter every unit is shown once by `code`, or listed in `<!-- unshown: ... -->` with the
 reason in the paragraph below. In a later one every unit that differs from the chapter before has one home:
-`diff` below the paragraph that says why, or, if only words differ, `words` with the reason below. Units in
-which only imports differ need none.
+`diff` below the paragraph that says why; or, if only words differ, `words` with the reason below; or, if it is
+new and better read in its file, `unshown` with the reason below. Units in which only imports differ need none.
 """
 import json
 import sys
@@ -93,15 +93,23 @@ def unclaimed(tree: Tree, chapter: Path, claims: list[Claim]) -> list[Problem]:
     """Units that differ from the chapter before without one home, and homes without such a unit."""
     name, before = readme(tree, chapter), short(tree.previous(chapter))
     changes = {change.address: change for change in changes_of(tree, chapter)}
-    homes = {kind: Counter() for kind in ("diff", "words")}
+    homes = {kind: Counter() for kind in ("diff", "words", "unshown")}
     problems = []
     for claim in claims:
         if claim.kind not in homes:
             continue
         try:
-            addresses = [a for a in expand(claim.what, changes) if changes[a].kind != "identical"]
-        except ValueError:
-            continue  # told where the block is generated
+            named = expand(claim.what, changes)
+        except ValueError as error:
+            # Of the others it is told where their block is generated.
+            if claim.kind == "unshown":
+                problems.append(Problem(name, claim.line, f"{claim}: {error}"))
+            continue
+        for address in named:
+            if changes[address].kind != "added" and claim.kind == "unshown":
+                message = f"{address} is {changes[address].kind} since {before}, not new; show how with diff:"
+                problems.append(Problem(name, claim.line, message))
+        addresses = [address for address in named if changes[address].kind != "identical"]
         homes[claim.kind].update(addresses)
         for address in addresses:
             cosmetic = changes[address].kind == "cosmetic"
@@ -112,7 +120,7 @@ def unclaimed(tree: Tree, chapter: Path, claims: list[Claim]) -> list[Problem]:
                 message = f"more than words of {address} differs from {before}; claim it with diff:"
                 problems.append(Problem(name, claim.line, message))
     for address, change in changes.items():
-        count = homes["diff"][address] + homes["words"][address]
+        count = sum(home[address] for home in homes.values())
         if change.kind == "cosmetic" and not count:
             advice = "undo it, or claim it with words: and the reason"
             problems.append(Problem(name, 1, f"only words of {address} differ from {before}; {advice}"))

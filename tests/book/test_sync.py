@@ -209,6 +209,18 @@ def test_a_change_of_words_alone_is_refused_without_a_reason(two, first):
     assert "more than words of cache.py::cost differs" in told(two(words + "\nA lie.\n", cache_py=changed))[0]
 
 
+def test_a_new_unit_may_be_left_to_its_file_with_a_reason_and_a_changed_one_may_not(two, first):
+    text = "# Second\n\n<!-- unshown: cache.py::late -->\n\nIt is read in its file.\n"
+    source = first["cache.py"] + "\n\ndef late():\n    pass\n"
+    assert told(two(text, cache_py=source)) == []
+    assert "has no reason" in told(two(text.replace("It is read in its file.", ""), cache_py=source))[0]
+    [message] = told(two(text.replace("late", "cost")))
+    assert "cache.py::cost is identical since v01, not new" in message
+    changed = first["cache.py"].replace("    return n * SIZE", CHANGED)
+    assert "cache.py::cost is changed since v01, not new" in told(two(text.replace("late", "cost"), cache_py=changed))[0]
+    assert "there is no unit cache.py::lost" in told(two(text.replace("late", "lost"), cache_py=source))[0]
+
+
 def test_units_in_another_order_are_told(two, first):
     head, _, cost = first["cache.py"].partition("\n\ndef cost")
     cost = f"def cost{cost}"
