@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
 	$(CHAPTERS:%=diff-%) $(CHAPTERS:%=traps-%) \
-	traps traps-matrix propagate trace soak bench-v06
+	traps traps-matrix propagate trace soak bench-v06 serve chat load
 
 help:
 	@echo "make demo         a fresh machine: set up, run every chapter on the embedded model, show that all say the same"
@@ -24,6 +24,9 @@ help:
 	@echo
 	@echo "make setup        .venv with everything for the tests; does nothing when it is up to date"
 	@echo "make doctor       versions, device, memory, what is missing: what a bug report needs"
+	@echo "make serve        the last chapter's server: MODEL=directory-or-hub-id ARGS=\"--port 8000\""
+	@echo "make chat         talk to it, from a second terminal"
+	@echo "make load         clients for it, and what they feel: ARGS=\"--connections 16\" or ARGS=\"--rate 4\""
 	@echo "make test-vNN     one chapter's tests"
 	@echo "make run-vNN      one prompt through a chapter: PROMPT=\"...\" MODEL=directory-or-hub-id ARGS=\"--stats\""
 	@echo "make diff-vNN     what a chapter changes, unit by unit"
@@ -74,6 +77,15 @@ trace: $(READY)
 
 soak: $(READY)
 	@$(PY) -m shared.soak $(ARGS)
+
+serve: $(READY)
+	@$(PY) -m shared.serve --model "$(MODEL)" $(ARGS)
+
+chat: $(READY)
+	@$(PY) -m shared.chat $(ARGS)
+
+load: $(READY)
+	@$(PY) -m shared.load $(ARGS)
 
 bench-v06: $(READY)
 	@$(PY) -m shared.bench_attention $(ARGS)

@@ -81,6 +81,11 @@ CHAPTERS = (
         idea="Gathering copies the whole cache at every step. A kernel can follow the tables itself, with an online softmax.",
         adds=frozenset({"attention"}),
     ),
+    Chapter(
+        name="v07_server",
+        idea="One thread steps the engine, the event loop keeps the connections, and queues lie between them.",
+        adds=frozenset({"stop_strings", "prompt_logprobs", "serve"}),
+    ),
 )
 
 

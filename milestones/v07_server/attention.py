@@ -1,0 +1,102 @@
+"""Attention: the one layer in which a token sees others.
+
+N tokens of this step   S sequences   Q = N / S queries each   H query heads   KV key/value heads   G = H / KV
+D head_dim   n keys
+"""
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .batch import Batch
+from .config import ModelConfig
+from .layers import RMSNorm, rotate
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    """Mix, for each query, the values of the keys at or before its position.
+
+    Args:
+        q: [N, H, D], a rectangle: Q of each sequence, one sequence after the other.
+        k, v: [S, n, KV, D]; key i is at position i. Query heads i * G to (i + 1) * G - 1 share KV head i.
+        positions: [N] of the queries.
+    Returns:
+        [N, H, D]; the softmax is taken in float32.
+    Source: https://arxiv.org/abs/1706.03762; grouped heads, https://arxiv.org/abs/2305.13245.
+    """
+    num_seqs, num_keys = k.shape[:2]
+    past = torch.arange(num_keys, device=k.device) <= positions.view(num_seqs, 1, -1, 1)  # [S, 1, Q, n]
+    q = q.unflatten(0, (num_seqs, -1))  # [S, Q, H, D]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=past, enable_gqa=True)  # [S, H, Q, D]
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, layer_id: int, batch: Batch) -> Tensor:
+    """Store the step's keys and values, [N, KV, D], then attend over the cache: q [N, H, D] to [N, H, D]."""
+    batch.cache.write(layer_id, k, v, batch)
+    out = torch.empty_like(q)
+    for rectangle in batch.rectangles:
+        queries = rectangle.queries
+        k, v = batch.cache.read(layer_id, rectangle)
+        out[queries] = attend(q[queries], k, v, batch.positions[queries])
+    return out
+
+
+def choose_attention(attention: str, device: torch.device) -> Callable:
+    """attend_cached as it was asked for: torch, triton, or auto, which is triton on a GPU and torch on a CPU.
+
+    On a CPU Triton's kernels run through its interpreter: to be tested and stepped through, not to be fast.
+    """
+    if attention not in ("auto", "torch", "triton"):
+        raise ValueError(f"attention must be auto, torch or triton, got {attention!r}")
+    if attention == "torch" or (attention == "auto" and device.type == "cpu"):
+        return attend_cached
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(f"attention is {attention!r} on {device}, but Triton is not installed; use torch")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads it when it is imported.
+        if "triton" in sys.modules:
+            raise ValueError("attention is 'triton' on cpu; set TRITON_INTERPRET=1 in the environment before Python starts")
+        os.environ["TRITON_INTERPRET"] = "1"
+    from .kernels import attend_in_place
+
+    return attend_in_place
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention."""
+
+    def __init__(self, config: ModelConfig, layer_id: int):
+        super().__init__()
+        self.layer_id = layer_id
+        self.attend_cached = attend_cached
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of each token, queries and keys turned to its position."""
+        num_tokens = hidden.shape[0]
+        q = self.q_proj(hidden).view(num_tokens, -1, self.head_dim)  # [N, H, D]
+        k = self.k_proj(hidden).view(num_tokens, -1, self.head_dim)  # [N, KV, D]
+        v = self.v_proj(hidden).view(num_tokens, -1, self.head_dim)  # [N, KV, D]
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        q, k, v = self.project(hidden, cos, sin)
+        out = self.attend_cached(q, k, v, self.layer_id, batch)  # [N, H, D]
+        return self.o_proj(out.flatten(1))

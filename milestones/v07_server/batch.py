@@ -1,0 +1,99 @@
+"""What one forward pass works on.
+
+N tokens of this step   R rows whose logits are wanted
+"""
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .sequence import Sequence
+
+
+class Draw(NamedTuple):
+    """What one row of logits decides: the token of seq at position."""
+
+    seq: Sequence
+    position: int
+
+
+class Rectangle(NamedTuple):
+    """Sequences that bring equally many tokens, so that one call attends for all of them."""
+
+    queries: Tensor  # [S * Q] where their tokens stand among the N, one sequence after the other
+    block_tables: Tensor  # [S, M] the blocks of each, in order; 0 behind the end of a shorter table
+    context_len: int  # positions that attention reads, this step's included
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one step, all sequences end to end; built once, read by every layer."""
+
+    token_ids: Tensor  # [N]
+    positions: Tensor  # [N]
+    logit_rows: Tensor  # [R] which of the N tokens' logits are wanted
+    draws: list[Draw]  # [R] what each of those rows decides
+    cache: KVCache  # read and written by attention
+    slot_mapping: Tensor  # [N] the slot of the cache in which each token's key and value are kept: block * BS + offset
+    rectangles: list[Rectangle]  # each sequence is in one
+    block_tables: Tensor  # [S, M] int32, of all sequences, in the order of their tokens
+    query_starts: Tensor  # [S + 1] int32; sequence s brings tokens query_starts[s] to query_starts[s + 1] of the N
+    context_lens: Tensor  # [S] int32, positions of each sequence, this step's included
+    max_query_len: int  # the most tokens that a sequence brings
+    max_context_len: int
+
+
+def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> Batch:
+    """Feed each sequence what the cache does not hold yet, one sequence after the other."""
+    token_ids, positions, logit_rows, draws, slot_mapping = [], [], [], [], []
+    equally_long = defaultdict(list)
+    query_starts, context_lens = [0], []
+    for seq in seqs:
+        new_ids = seq.new_ids
+        equally_long[len(new_ids)].append((len(token_ids), seq))
+        for position in range(seq.num_tokens - seq.num_draws + 1, seq.num_tokens + 1):
+            logit_rows.append(len(token_ids) + position - 1 - seq.num_computed)
+            draws.append(Draw(seq, position))
+        for position in range(seq.num_computed, seq.num_computed + len(new_ids)):
+            block_id = seq.block_table[position // cache.block_size]
+            slot_mapping.append(block_id * cache.block_size + position % cache.block_size)
+        token_ids += new_ids
+        positions += range(seq.num_computed, seq.num_computed + len(new_ids))
+        query_starts.append(len(token_ids))
+        context_lens.append(seq.num_computed + len(new_ids))
+    return Batch(
+        token_ids=torch.tensor(token_ids, device=device),
+        positions=torch.tensor(positions, device=device),
+        logit_rows=torch.tensor(logit_rows, device=device),
+        draws=draws,
+        cache=cache,
+        slot_mapping=torch.tensor(slot_mapping, device=device),
+        rectangles=[build_rectangle(width, members, device) for width, members in equally_long.items()],
+        block_tables=pad_tables([seq.block_table for seq in seqs], device).int(),
+        query_starts=torch.tensor(query_starts, device=device, dtype=torch.int32),
+        context_lens=torch.tensor(context_lens, device=device, dtype=torch.int32),
+        max_query_len=max(equally_long),
+        max_context_len=max(context_lens),
+    )
+
+
+def build_rectangle(width: int, members: list[tuple[int, Sequence]], device: torch.device) -> Rectangle:
+    """Attention's view of sequences that bring width tokens each; members say where their first token stands."""
+    return Rectangle(
+        queries=torch.tensor([first + i for first, _ in members for i in range(width)], device=device),
+        block_tables=pad_tables([seq.block_table for _, seq in members], device),
+        context_len=max(seq.num_computed for _, seq in members) + width,
+    )
+
+
+def pad_tables(tables: list[list[int]], device: torch.device) -> Tensor:
+    """Tables of unequal length as one tensor.
+
+    >>> pad_tables([[5], [7, 2]], torch.device("cpu")).tolist()
+    [[5, 0], [7, 2]]
+    """
+    width = max(map(len, tables))
+    return torch.tensor([table + [0] * (width - len(table)) for table in tables], device=device)

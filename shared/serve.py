@@ -1,0 +1,26 @@
+"""Serve a model by the last chapter that can: what `make serve` runs.
+
+    python -m shared.serve [--model directory-or-hub-id] [flags of the chapter's serve command]
+"""
+import importlib
+import sys
+
+from .chapters import CHAPTERS
+
+
+def main(argv: list[str]) -> int:
+    from .checkpoints import checkpoint
+
+    chapter = [each for each in CHAPTERS if "serve" in each.capabilities][-1]
+    if "--model" in argv[:-1]:
+        where = argv.index("--model") + 1
+        try:
+            argv = [*argv[:where], str(checkpoint(argv[where])), *argv[where + 1:]]
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    return importlib.import_module(f"milestones.{chapter.name}.__main__").main(["serve", *argv])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

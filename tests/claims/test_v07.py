@@ -1,0 +1,50 @@
+"""v07: a server around v06's engine."""
+import filecmp
+
+import httpx
+import pytest
+
+from shared.checkpoints import checkpoint
+from shared.serving import serving
+
+CHAT = [{"role": "user", "content": "Hello!"}]
+
+
+@pytest.mark.until("v08")
+def test_cache_layers_attention_model_and_kernels_are_the_last_chapters(chapter):
+    names = ["attention.py", "cache.py", "config.py", "layers.py", "loader.py", "model.py", "scheduler.py"]
+    names += ["kernels/__init__.py", "kernels/paged_attention.py"]
+    for name in names:
+        assert filecmp.cmp(chapter.path / name, chapter.previous.path / name, shallow=False), name
+
+
+def test_completions_and_chat_know_nothing_of_responses(chapter):
+    found = [
+        line.strip()
+        for path in chapter.path.glob("*.py")
+        for line in path.read_text().splitlines()
+        if line.strip().startswith(("from", "import")) and ".responses" in line.replace("starlette.responses", "")
+    ]
+    assert found == ["from .responses import router as responses_router"]
+
+
+@pytest.mark.until("v08")
+def test_a_silent_max_tokens_is_a_promise_of_the_whole_context(chapter, make_engine):
+    """64 say hello at once: 8 of 1,024 / 128 blocks run together; who is given 256 tokens at the most is one of 60."""
+    engine = make_engine("pocket", num_blocks=1024, max_num_seqs=64)
+    for default, together in ((None, 8), (256, 60)):
+        with serving(chapter, engine, default_max_tokens=default) as server:
+            most = []
+            schedule = engine.scheduler.schedule
+
+            def counted(schedule=schedule, most=most):
+                seqs = schedule()
+                most.append(len(seqs))
+                return seqs
+
+            engine.scheduler.schedule = counted
+            # One call of 64 answers is in the queue as a whole before the next step.
+            body = {"model": "pocket", "messages": CHAT, "n": 64, "temperature": 0}
+            assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+            engine.scheduler.schedule = schedule
+            assert max(most) == together

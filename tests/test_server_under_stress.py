@@ -1,0 +1,381 @@
+"""The service when things go wrong: full queues, faults, clients that leave or do not read, signals."""
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import httpx
+import openai
+import pytest
+import torch
+
+from shared.chapters import ROOT
+from shared.checkpoints import checkpoint
+from shared.serving import FakeEngine, serving, wait_until
+
+pytestmark = pytest.mark.needs("serve")
+
+CHAT = [{"role": "user", "content": "What is a KV cache?"}]
+LONG = {"model": "pocket", "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True}
+
+
+@pytest.fixture(scope="session")
+def engine(chapter):
+    return chapter.load().Engine(checkpoint("pocket"), max_num_seqs=16, max_model_len=512, kv_bytes=20 * 2**20)
+
+
+@pytest.fixture
+def tokenizer(engine):
+    return engine.tokenizer
+
+
+def health(server):
+    return httpx.get(f"{server.url}/health", timeout=2).json()
+
+
+def idle(server):
+    state = health(server)
+    return not state["running"] and not state["waiting"] and state["free_blocks"] == state["total_blocks"]
+
+
+def client_of(server, **options):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, **options)
+
+
+# ---- the queue
+
+
+def test_a_full_queue_answers_429_and_later_room_again(chapter, tokenizer):
+    fake = FakeEngine(chapter, tokenizer, places=1)
+    fake.gate.clear()
+    with serving(chapter, fake, max_waiting=2) as server, client_of(server) as client:
+        streams = []
+        for number in range(3):
+            asked = dict(model="pocket", prompt=[20, 21, 22], max_tokens=3, stream=True)
+            streams.append(threading.Thread(target=lambda: list(client.completions.create(**asked))))
+            streams[-1].start()
+            # The first goes into a step, which lasts; the others have to wait for their turn.
+            wait_until(lambda: len(server.service.engine.live) == number + 1, 3)
+        wait_until(lambda: server.service.engine.num_waiting >= 2, 3)
+        with pytest.raises(openai.RateLimitError, match="at most 2 may") as caught:
+            client.completions.create(model="pocket", prompt=[20], max_tokens=1)
+        assert caught.value.response.headers["retry-after"] == "1"
+        with pytest.raises(openai.BadRequestError, match="at most 2 requests"):
+            client.completions.create(model="pocket", prompt=[20], n=3, max_tokens=1)
+        fake.gate.set()
+        for stream in streams:
+            stream.join(10)
+        assert client.completions.create(model="pocket", prompt=[20], max_tokens=1).choices[0].finish_reason == "length"
+
+
+def test_of_a_call_all_requests_are_queued_or_none(chapter, tokenizer):
+    fake = FakeEngine(chapter, tokenizer)
+    with serving(chapter, fake) as server, client_of(server) as client:
+        with pytest.raises(openai.BadRequestError, match="which this engine refuses") as caught:
+            client.completions.create(model="pocket", prompt=[[20], [21], [13]])
+        assert caught.value.param == "prompt"
+        wait_until(lambda: idle(server))
+        assert fake.aborted == [1, 2]
+
+
+# ---- who leaves
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_ends_its_request(chapter, engine, path, stream, monkeypatch):
+    monkeypatch.setattr(engine, "config", replace(engine.config, end_ids=()))
+    body = {
+        "/v1/completions": LONG | {"n": 2},
+        "/v1/chat/completions": {"model": "pocket", "messages": CHAT},
+        "/v1/responses": {"model": "pocket", "input": "Hi"},
+    }[path]
+    with serving(chapter, engine) as server:
+        raw = json.dumps(body | {"stream": stream}).encode()
+        with socket.create_connection(("127.0.0.1", int(server.url.split(":")[-1]))) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+            before = engine.num_steps
+            connection.sendall(head.encode() + raw)
+            wait_until(lambda: health(server)["running"])
+        wait_until(lambda: idle(server), 10)
+        # To the end it would have been 400 or more.
+        assert engine.num_steps - before < 300
+        assert not engine.has_unfinished_requests() and not server.service.engine.live
+        assert engine.pool.num_free == engine.pool.num_blocks
+
+
+def test_50_clients_that_leave_at_random_moments_leave_nothing_behind(chapter, engine):
+    leave_some(chapter, engine, 50, seed=1)
+
+
+def leave_some(chapter, engine, count, seed):
+    rng = random.Random(seed)
+
+    async def one(client, server):
+        path, body = rng.choice(
+            [
+                ("/v1/completions", LONG | {"max_tokens": rng.randint(1, 60), "n": rng.randint(1, 3)}),
+                ("/v1/chat/completions", {"model": "pocket", "messages": CHAT, "max_tokens": rng.randint(1, 60)}),
+                ("/v1/responses", {"model": "pocket", "input": "Hi", "background": rng.random() < 0.2, "max_output_tokens": 20}),
+            ]
+        )
+        stream = rng.random() < 0.6 and not body.get("background")
+        try:
+            await asyncio.wait_for(client.post(f"{server.url}{path}", json=body | {"stream": stream}), rng.uniform(0.005, 0.5))
+        except (asyncio.TimeoutError, httpx.HTTPError):
+            pass
+
+    async def all_of_them(server):
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=12)) as client:
+            await asyncio.gather(*(one(client, server) for _ in range(count)))
+
+    with serving(chapter, engine) as server:
+        asyncio.run(all_of_them(server))
+        wait_until(lambda: idle(server) and not server.service.num_active)
+        assert not engine.has_unfinished_requests() and not server.service.engine.live
+        assert not server.service.engine.owners
+        with client_of(server) as client:
+            assert client.completions.create(model="pocket", prompt="x", max_tokens=2).usage.completion_tokens > 0
+
+
+def test_a_slow_reader_slows_nobody(chapter, engine):
+    """One client asks and does not read; others are served while its stream is stuck."""
+    with serving(chapter, engine) as server, client_of(server) as client:
+        with socket.socket() as stuck:
+            stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            stuck.connect(("127.0.0.1", int(server.url.split(":")[-1])))
+            raw = json.dumps(LONG | {"stream": True, "n": 8, "logprobs": 5, "max_tokens": 100}).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+            stuck.sendall(head.encode() + raw)
+            wait_until(lambda: health(server)["running"] == 8)
+            text = client.completions.create(model="pocket", prompt="Once", max_tokens=5, temperature=0).choices[0].text
+            assert len(text) > 5
+            # Its tokens are computed and wait for it; its blocks are free for others.
+            wait_until(lambda: idle(server))
+        wait_until(lambda: not server.service.num_active)
+
+
+# ---- faults
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_in_a_step_fails_the_requests_in_it_and_no_others(chapter, engine, stream, monkeypatch):
+    with serving(chapter, engine) as server, client_of(server) as client:
+        want = client.completions.create(model="pocket", prompt="Once", max_tokens=6, temperature=0).choices[0].text
+        real = engine.model.forward
+        calls = []
+
+        def fails_once(batch):
+            calls.append(len(batch.draws))
+            if len(calls) == 3:
+                engine.cache.k[:] = torch.nan
+                raise RuntimeError("injected")
+            return real(batch)
+
+        monkeypatch.setattr(engine.model, "forward", fails_once)
+        with pytest.raises(openai.APIError, match="the step that computed this request failed.*injected") as caught:
+            asked = dict(model="pocket", prompt="Once upon", max_tokens=9, n=2, stream=stream)
+            done = client.completions.create(**asked)
+            list(done)
+        if stream:
+            assert caught.value.body["type"] == "server_error" and caught.value.body["code"] == 500
+        else:
+            assert isinstance(caught.value, openai.InternalServerError)
+        engine.cache.k[torch.isnan(engine.cache.k)] = 0
+        wait_until(lambda: idle(server))
+        assert client.completions.create(model="pocket", prompt="Once", max_tokens=6, temperature=0).choices[0].text == want
+
+
+def test_a_fault_fails_a_response_with_its_own_events(chapter, tokenizer):
+    fake = FakeEngine(chapter, tokenizer)
+    with serving(chapter, fake) as server, client_of(server) as client:
+        fake.fault = RuntimeError("injected")
+        events = list(client.responses.create(model="pocket", input="Hi there", stream=True))
+        assert [event.type for event in events[-2:]] == ["error", "response.failed"]
+        assert "injected" in events[-1].response.error.message
+        fake.fault = RuntimeError("injected")
+        with pytest.raises(openai.InternalServerError, match="injected"):
+            client.responses.create(model="pocket", input="Hi there")
+        assert client.responses.create(model="pocket", input="Hi there", max_output_tokens=2).output_text
+
+
+def test_requests_that_waited_outlive_a_fault(chapter, tokenizer):
+    fake = FakeEngine(chapter, tokenizer, places=1)
+    fake.gate.clear()
+    with serving(chapter, fake) as server, client_of(server) as client:
+        found = {}
+
+        def ask(name):
+            try:
+                found[name] = client.completions.create(model="pocket", prompt=[20, 21], max_tokens=2).choices[0].finish_reason
+            except openai.InternalServerError:
+                found[name] = "failed"
+
+        threads = []
+        for name in ("first", "second"):
+            threads.append(threading.Thread(target=ask, args=(name,)))
+            threads[-1].start()
+            wait_until(lambda: len(server.service.engine.live) == len(threads))
+        # Only a request that is in can be in the step that fails; the second one's turn comes later.
+        fake.fault = RuntimeError("injected")
+        fake.gate.set()
+        for thread in threads:
+            thread.join(10)
+        assert found == {"first": "failed", "second": "length"}
+
+
+def test_when_the_engine_has_stopped_everybody_hears_of_it(chapter, tokenizer, monkeypatch):
+    fake = FakeEngine(chapter, tokenizer)
+    monkeypatch.setattr(fake, "fail_step", lambda: [])
+    with serving(chapter, fake) as server, client_of(server) as client:
+        fake.fault = RuntimeError("the last one")
+        with pytest.raises(openai.InternalServerError, match="the engine has stopped.*the last one"):
+            client.completions.create(model="pocket", prompt=[20, 21])
+        with pytest.raises(openai.InternalServerError, match="the engine has stopped"):
+            client.completions.create(model="pocket", prompt=[20, 21])
+        response = httpx.get(f"{server.url}/health")
+        assert response.status_code == 500 and response.json()["status"] == "dead"
+
+
+@pytest.mark.parametrize("what", ["encode", "template", "step", "add_request", "decode"])
+def test_nothing_slow_runs_on_the_event_loop(chapter, tokenizer, what, monkeypatch):
+    """Each is made to wait until /health has answered, which it can only on a loop that is free."""
+    answered = threading.Event()
+    fake = FakeEngine(chapter, tokenizer)
+    with serving(chapter, fake) as server, client_of(server) as client:
+        waited = []
+
+        def slow(real):
+            def wait(*args, **options):
+                waited.append(answered.wait(4))
+                return real(*args, **options)
+
+            return wait
+
+        own = server.service.engine.tokenizer
+        if what == "encode":
+            monkeypatch.setattr(type(own), "__call__", slow(type(own).__call__))
+        elif what == "template":
+            monkeypatch.setattr(own, "apply_chat_template", slow(own.apply_chat_template))
+        elif what == "decode":
+            monkeypatch.setattr(own, "decode", slow(own.decode))
+        else:
+            monkeypatch.setattr(fake, what, slow(getattr(fake, what)))
+        done = []
+        ask = {
+            "template": lambda: client.chat.completions.create(model="pocket", messages=CHAT, max_tokens=1),
+            "decode": lambda: client.completions.create(model="pocket", prompt=[20, 21], echo=True, max_tokens=1),
+        }.get(what, lambda: client.completions.create(model="pocket", prompt="Once", max_tokens=1))
+        thread = threading.Thread(target=lambda: done.append(ask()))
+        thread.start()
+        time.sleep(0.2)
+        assert health(server)["status"] == "ok"
+        answered.set()
+        thread.join(15)
+        assert done and waited and all(waited)
+
+
+# ---- the end
+
+
+def test_a_response_in_the_background_is_cancelled(chapter, tokenizer):
+    fake = FakeEngine(chapter, tokenizer)
+    fake.gate.clear()
+    with serving(chapter, fake) as server, client_of(server) as client:
+        begun = client.responses.create(model="pocket", input="Hi", background=True)
+        assert client.responses.cancel(begun.id).status == "cancelled"
+        fake.gate.set()
+        wait_until(lambda: idle(server) and not server.service.num_active)
+        assert client.responses.cancel(begun.id).status == client.responses.retrieve(begun.id).status == "cancelled"
+        with pytest.raises(openai.BadRequestError, match="is cancelled"):
+            client.responses.create(model="pocket", input="Hi", previous_response_id=begun.id)
+
+
+def test_a_server_that_drains_ends_what_runs_and_takes_nothing_new(chapter, tokenizer):
+    fake = FakeEngine(chapter, tokenizer)
+    fake.gate.clear()
+    with serving(chapter, fake) as server, client_of(server, timeout=3) as client:
+        found = []
+        asked = dict(model="pocket", prompt=[20, 21, 22], max_tokens=3)
+        thread = threading.Thread(target=lambda: found.append(client.completions.create(**asked)))
+        thread.start()
+        wait_until(lambda: health(server)["running"])
+        server.handle_exit(signal.SIGTERM, None)
+        assert health(server)["status"] == "draining"
+        with pytest.raises(openai.InternalServerError, match="shutting down") as caught:
+            client.completions.create(**asked)
+        assert caught.value.status_code == 503 and caught.value.response.headers["retry-after"] == "5"
+        fake.gate.set()
+        thread.join(10)
+        assert found[0].usage.completion_tokens == 3
+        wait_until(lambda: server.should_exit)
+
+
+def test_what_does_not_end_in_time_is_failed(chapter, tokenizer):
+    fake = FakeEngine(chapter, tokenizer)
+    fake.gate.clear()
+    with serving(chapter, fake, drain_seconds=1) as server, client_of(server) as client:
+        found = []
+
+        def ask():
+            try:
+                list(client.completions.create(model="pocket", prompt=[20, 21, 22], stream=True))
+            except openai.APIError as error:
+                found.append(str(error))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        wait_until(lambda: health(server)["running"])
+        server.handle_exit(signal.SIGTERM, None)
+        thread.join(5)
+        assert found == ["the server was shut down before this request was done"]
+        fake.gate.set()
+
+
+@pytest.fixture
+def process(chapter):
+    """The server as a user starts it, on a free port, with the line that it prints."""
+    command = [sys.executable, "-m", f"milestones.{chapter.name}", "serve", "--port", "0", "--drain-seconds", "10"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    lines = []
+    while not (lines and lines[-1].startswith("  curl ")):
+        lines.append(process.stderr.readline())
+        assert lines[-1], "".join(lines)
+    process.curl = lines[-1]
+    process.url = lines[-1].split()[1].removesuffix("/v1/completions")
+    yield process
+    process.kill()
+    process.wait()
+    process.stderr.close()
+
+
+def test_sigterm_lets_streams_end_and_the_process_exits_0(process):
+    body = json.loads(process.curl.split("-d '")[1].rstrip().rstrip("'"))
+    assert httpx.post(f"{process.url}/v1/completions", json=body).json()["usage"]["completion_tokens"] == 32
+    with httpx.stream("POST", f"{process.url}/v1/completions", json=LONG | {"stream": True}, timeout=30) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{process.url}/health").json()["status"] == "draining")
+        assert httpx.get(f"{process.url}/v1/models").status_code == 503
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
+    assert process.wait(10) == 0
+
+
+def test_a_second_sigterm_ends_it_at_once(process):
+    with httpx.stream("POST", f"{process.url}/v1/completions", json=LONG | {"stream": True, "n": 16}, timeout=30) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{process.url}/health").json()["status"] == "draining")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(2) == 1
