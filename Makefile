@@ -77,6 +77,7 @@ trace: $(READY)
 
 soak: $(READY)
 	@$(PY) -m shared.soak $(ARGS)
+	@$(PY) -m shared.soak_server
 
 serve: $(READY)
 	@$(PY) -m shared.serve --model "$(MODEL)" $(ARGS)

@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--api-key", default="none")
     parser.add_argument("--model", help="(default: the first that the server lists)")
     parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, help="(default: what the context has room for)")
     args = parser.parse_args(argv)
     client = openai.OpenAI(base_url=f"{args.url}/v1", api_key=args.api_key, max_retries=0)
     try:
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def talk(client: openai.OpenAI, model: str, temperature: float, max_tokens: int) -> None:
+def talk(client: openai.OpenAI, model: str, temperature: float, max_tokens: int | None) -> None:
     messages = []
     while True:
         try:
@@ -52,7 +52,7 @@ def talk(client: openai.OpenAI, model: str, temperature: float, max_tokens: int)
                 messages.pop()
 
 
-def listen(client: openai.OpenAI, model: str, messages: list[dict], temperature: float, max_tokens: int) -> str:
+def listen(client: openai.OpenAI, model: str, messages: list[dict], temperature: float, max_tokens: int | None) -> str:
     """Print an answer as it comes; what there was of it, if Ctrl-C ended it."""
     answer = ""
     print(f"{model}: ", end="", flush=True)

@@ -1,8 +1,6 @@
 """The service when things go wrong: full queues, faults, clients that leave or do not read, signals."""
-import asyncio
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -19,6 +17,7 @@ import torch
 from shared.chapters import ROOT
 from shared.checkpoints import checkpoint
 from shared.serving import FakeEngine, serving, wait_until
+from shared.soak_server import is_idle, leave
 
 pytestmark = pytest.mark.needs("serve")
 
@@ -38,11 +37,6 @@ def tokenizer(engine):
 
 def health(server):
     return httpx.get(f"{server.url}/health", timeout=2).json()
-
-
-def idle(server):
-    state = health(server)
-    return not state["running"] and not state["waiting"] and state["free_blocks"] == state["total_blocks"]
 
 
 def client_of(server, **options):
@@ -81,7 +75,7 @@ def test_of_a_call_all_requests_are_queued_or_none(chapter, tokenizer):
         with pytest.raises(openai.BadRequestError, match="which this engine refuses") as caught:
             client.completions.create(model="pocket", prompt=[[20], [21], [13]])
         assert caught.value.param == "prompt"
-        wait_until(lambda: idle(server))
+        wait_until(lambda: is_idle(server))
         assert fake.aborted == [1, 2]
 
 
@@ -104,7 +98,7 @@ def test_a_client_that_hangs_up_ends_its_request(chapter, engine, path, stream, 
             before = engine.num_steps
             connection.sendall(head.encode() + raw)
             wait_until(lambda: health(server)["running"])
-        wait_until(lambda: idle(server), 10)
+        wait_until(lambda: is_idle(server), 10)
         # To the end it would have been 400 or more.
         assert engine.num_steps - before < 300
         assert not engine.has_unfinished_requests() and not server.service.engine.live
@@ -112,37 +106,8 @@ def test_a_client_that_hangs_up_ends_its_request(chapter, engine, path, stream, 
 
 
 def test_50_clients_that_leave_at_random_moments_leave_nothing_behind(chapter, engine):
-    leave_some(chapter, engine, 50, seed=1)
-
-
-def leave_some(chapter, engine, count, seed):
-    rng = random.Random(seed)
-
-    async def one(client, server):
-        path, body = rng.choice(
-            [
-                ("/v1/completions", LONG | {"max_tokens": rng.randint(1, 60), "n": rng.randint(1, 3)}),
-                ("/v1/chat/completions", {"model": "pocket", "messages": CHAT, "max_tokens": rng.randint(1, 60)}),
-                ("/v1/responses", {"model": "pocket", "input": "Hi", "background": rng.random() < 0.2, "max_output_tokens": 20}),
-            ]
-        )
-        stream = rng.random() < 0.6 and not body.get("background")
-        try:
-            await asyncio.wait_for(client.post(f"{server.url}{path}", json=body | {"stream": stream}), rng.uniform(0.005, 0.5))
-        except (asyncio.TimeoutError, httpx.HTTPError):
-            pass
-
-    async def all_of_them(server):
-        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=12)) as client:
-            await asyncio.gather(*(one(client, server) for _ in range(count)))
-
-    with serving(chapter, engine) as server:
-        asyncio.run(all_of_them(server))
-        wait_until(lambda: idle(server) and not server.service.num_active)
-        assert not engine.has_unfinished_requests() and not server.service.engine.live
-        assert not server.service.engine.owners
-        with client_of(server) as client:
-            assert client.completions.create(model="pocket", prompt="x", max_tokens=2).usage.completion_tokens > 0
+    how = leave(chapter, engine, 50, seed=1)
+    assert min(how.values()) > 0, how
 
 
 def test_a_slow_reader_slows_nobody(chapter, engine):
@@ -158,7 +123,7 @@ def test_a_slow_reader_slows_nobody(chapter, engine):
             text = client.completions.create(model="pocket", prompt="Once", max_tokens=5, temperature=0).choices[0].text
             assert len(text) > 5
             # Its tokens are computed and wait for it; its blocks are free for others.
-            wait_until(lambda: idle(server))
+            wait_until(lambda: is_idle(server))
         wait_until(lambda: not server.service.num_active)
 
 
@@ -189,7 +154,7 @@ def test_a_fault_in_a_step_fails_the_requests_in_it_and_no_others(chapter, engin
         else:
             assert isinstance(caught.value, openai.InternalServerError)
         engine.cache.k[torch.isnan(engine.cache.k)] = 0
-        wait_until(lambda: idle(server))
+        wait_until(lambda: is_idle(server))
         assert client.completions.create(model="pocket", prompt="Once", max_tokens=6, temperature=0).choices[0].text == want
 
 
@@ -292,7 +257,7 @@ def test_a_response_in_the_background_is_cancelled(chapter, tokenizer):
         begun = client.responses.create(model="pocket", input="Hi", background=True)
         assert client.responses.cancel(begun.id).status == "cancelled"
         fake.gate.set()
-        wait_until(lambda: idle(server) and not server.service.num_active)
+        wait_until(lambda: is_idle(server) and not server.service.num_active)
         assert client.responses.cancel(begun.id).status == client.responses.retrieve(begun.id).status == "cancelled"
         with pytest.raises(openai.BadRequestError, match="is cancelled"):
             client.responses.create(model="pocket", input="Hi", previous_response_id=begun.id)

@@ -43,7 +43,7 @@ from .sampling import choices
 from .text import encode, encode_chat, vocabulary_bytes
 
 MAX_BODY_BYTES = 16 * 2**20
-ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503)}
+ERRORS = {status: {"model": ErrorBody, "description": "An error, in OpenAI's body"} for status in ("4XX", "5XX")}
 
 
 class Service:

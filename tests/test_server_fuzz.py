@@ -1,0 +1,49 @@
+"""The service against its own description: whatever the schema allows, and a little more, is answered and never a 5xx."""
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, seed, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
+
+from shared.checkpoints import checkpoint
+from shared.serving import serving
+
+pytestmark = pytest.mark.needs("serve")
+
+CHECKS = (not_a_server_error, response_schema_conformance, content_type_conformance)
+
+
+@pytest.fixture(scope="session")
+def server(chapter):
+    engine = chapter.load().Engine(checkpoint("pocket"), max_num_seqs=16, max_model_len=256)
+    # With few tokens where the fuzzer names no number, many requests fit into the time.
+    with serving(chapter, engine, default_max_tokens=2, max_waiting=16) as server:
+        yield server
+
+
+def test_no_request_that_the_schema_allows_is_a_5xx(server, num_examples=60):
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert {operation.path for operation in operations} >= {"/v1/completions", "/v1/chat/completions", "/v1/responses"}
+    statuses = {}
+    for operation in operations:
+        seen = statuses[f"{operation.method} {operation.path}"] = set()
+        fuzz(operation, seen, num_examples if operation.method == "post" else 5)
+    # It was no test if everything had been refused.
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
+        assert 200 in statuses[f"post {path}"] and 400 in statuses[f"post {path}"], statuses
+
+
+def fuzz(operation, seen, num_examples):
+    @seed(1)
+    @settings(max_examples=num_examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy())
+    def one(case):
+        # Of random names hardly one is the model's.
+        if isinstance(case.body, dict) and "model" in case.body:
+            case.body["model"] = "pocket"
+        response = case.call(timeout=20)
+        seen.add(response.status_code)
+        case.validate_response(response, checks=CHECKS)
+
+    one()
