@@ -15,10 +15,13 @@ def main(argv: list[str]) -> int:
     if "--model" in argv[:-1]:
         where = argv.index("--model") + 1
         try:
-            argv = [*argv[:where], str(checkpoint(argv[where])), *argv[where + 1:]]
+            model_dir = checkpoint(argv[where])
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        # A checkpoint of the hub lies in a directory that is named by a hash.
+        name = [] if model_dir.name in argv[where] else ["--served-model-name", argv[where]]
+        argv = [*argv[:where], str(model_dir), *name, *argv[where + 1:]]
     return importlib.import_module(f"milestones.{chapter.name}.__main__").main(["serve", *argv])
 
 

@@ -83,7 +83,7 @@ class ResponseRequest(Strict):
     def check_pairs(self):
         if self.background and (self.stream or not self.store):
             raise ApiError(400, "background needs store to be true and stream to be false", "background")
-        if self.top_logprobs is not None and not self.include:
+        if self.top_logprobs and not self.include:
             raise ApiError(400, "top_logprobs needs message.output_text.logprobs in include", "top_logprobs")
         return self
 
