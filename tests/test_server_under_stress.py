@@ -1,4 +1,5 @@
 """The service when things go wrong: full queues, faults, clients that leave or do not read, signals."""
+import importlib
 import json
 import os
 import signal
@@ -334,6 +335,31 @@ def test_sigterm_lets_streams_end_and_the_process_exits_0(process):
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
     assert process.wait(10) == 0
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(chapter, capsys):
+    command_line = importlib.import_module(f"milestones.{chapter.name}.__main__")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        assert command_line.main(["serve", "--port", port, "--model", "nowhere"]) == 2
+    assert f"127.0.0.1:{port} cannot be listened on: [Errno 98]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--port", "70000"], "port must be an integer from 0 to 65535, got 70000"),
+        (["--max-waiting", "0"], "max_waiting must be an integer from 1 up, got 0"),
+        (["--default-max-tokens", "0"], "default_max_tokens must be an integer from 1 up or None, got 0"),
+        (["--drain-seconds", "0"], "drain_seconds must be above 0, got 0.0"),
+        (["--api-key", ""], "api_key must be ASCII, and not empty"),
+        (["--api-key", "schlüssel"], "api_key must be ASCII, and not empty"),
+    ],
+)
+def test_wrong_flags_are_refused_by_name(chapter, capsys, flags, message):
+    command_line = importlib.import_module(f"milestones.{chapter.name}.__main__")
+    assert command_line.main(["serve", *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_second_sigterm_ends_it_at_once(process):

@@ -30,7 +30,7 @@ SERVER_FLAGS = {
     "served_model_name": dict(metavar="NAME", help="what clients call the model (default: the directory's name)"),
     "max_waiting": dict(type=int, default=256, metavar="N", help="more waiting requests get 429 (default: 256)"),
     "default_max_tokens": dict(type=int, metavar="N", help="for who names none (default: 16, in chat all there is room for)"),
-    "drain_seconds": dict(type=float, default=30.0, metavar="S", help="how long SIGTERM waits for answers (default: 30)"),
+    "drain_seconds": dict(type=float, default=30.0, metavar="S", help="in which SIGTERM ends it, answers and all (default: 30)"),
 }
 SAMPLING_FLAGS = {
     "max_tokens": dict(type=int, default=128, metavar="N", help="new tokens at most (default: 128)"),
@@ -115,7 +115,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def run_serve(args: argparse.Namespace) -> int:
     """Serve the model until a signal says otherwise."""
-    from .server import Service, serve
+    from .server import Service, bind, serve
 
     check_integer("port", args.port, 0, 65535)
     check_integer("max_waiting", args.max_waiting, 1)
@@ -124,6 +124,8 @@ def run_serve(args: argparse.Namespace) -> int:
         raise ValueError(f"drain_seconds must be above 0, got {args.drain_seconds}")
     if args.api_key is not None and not args.api_key.isascii() or args.api_key == "":
         raise ValueError("api_key must be ASCII, and not empty")
+    # Before the model is loaded, which takes longer than to find that the port is taken.
+    bound = bind(args.host, args.port)
     engine = make_engine(args)
     service = Service(
         engine,
@@ -132,7 +134,7 @@ def run_serve(args: argparse.Namespace) -> int:
         max_waiting=args.max_waiting,
         default_max_tokens=args.default_max_tokens,
     )
-    return serve(service, args.host, args.port, args.drain_seconds)
+    return serve(service, bound, args.drain_seconds)
 
 
 def stream_texts(engine: Engine, prompts: list, params: SamplingParams) -> int:

@@ -151,7 +151,7 @@ class AsyncEngine:
         self.dead = error
         self.fail_all(StepFailed(f"the engine has stopped: {error!r}"))
 
-    def taken(self, generation: Generation, error: Exception | None, stats) -> None:
+    def acknowledge(self, generation: Generation, error: Exception | None, stats) -> None:
         """The thread has queued a call's requests, or the engine has refused one."""
         self.stats = stats
         self.num_calling -= generation.num_requests
@@ -204,7 +204,7 @@ class AsyncEngine:
         except Exception as refused:
             self.remove(generation)
             error = refused
-        self.post(self.taken, generation, error, self.engine.stats())
+        self.post(self.acknowledge, generation, error, self.engine.stats())
 
     def remove(self, generation: Generation) -> None:
         for request_id in generation.request_ids:

@@ -34,9 +34,13 @@ class ApiError(Exception):
 # ---- requests
 
 # What each refused parameter may be, because it then asks for nothing.
-PENALTIES = {"frequency_penalty": [0], "presence_penalty": [0], "logit_bias": [{}]}
+PENALTIES = {"frequency_penalty": [0, 0.0], "presence_penalty": [0, 0.0], "logit_bias": [{}]}
 Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+def canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 class Strict(BaseModel):
@@ -55,7 +59,8 @@ class Strict(BaseModel):
             return data
         for name, inert in cls.refused.items():
             value = data.get(name)
-            if value is not None and not any(value == each and type(value) is not bool or value is each for each in inert):
+            # Compared as JSON, where true is not 1.
+            if value is not None and canonical(value) not in map(canonical, inert):
                 allowed = " or ".join(map(repr, inert)) or "nothing else"
                 raise ApiError(400, f"{name} is not supported here; leave it out (null or {allowed} is accepted)", name)
         for name, value in data.items():
@@ -323,9 +328,12 @@ class Answer:
             self.finish_reason = "length"
             return "", []
         self.num_tokens += 1
-        if output.logprobs is not None and not isinstance(output.stop_reason, int):
+        is_end_token = isinstance(output.stop_reason, int)
+        if output.logprobs is not None and not is_end_token:
             self.pending.append((output.token_id, output.logprobs))
-        if not output.text and (output.finish_reason is None or isinstance(output.stop_reason, str)):
+        # What waits becomes text later, or belongs to the stop string that was found.
+        waits = output.finish_reason is None or isinstance(output.stop_reason, str)
+        if waits and not output.text:
             return "", []
         self.text += output.text
         ready, self.pending = self.pending, []

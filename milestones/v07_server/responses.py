@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from .async_engine import Generation, StepFailed
 from .protocol import Answer, ApiError, Strict, Text, new_id, now
 from .sampling import SamplingParams
-from .server import ERRORS, Events, Service, event, refusals, tokenize_chat, unless_gone
+from .server import ANSWERS, ERRORS, Events, Service, event, refusals, tokenize_chat, unless_gone
 
 # So many responses are remembered; then the oldest are forgotten.
 STORE_SIZE = 1000
@@ -270,7 +270,7 @@ def store_of(request: Request) -> Store:
     return state.responses
 
 
-@router.post("/v1/responses", responses=ERRORS)
+@router.post("/v1/responses", responses=ANSWERS)
 async def create_response(request: Request, body: ResponseRequest):
     service, store = request.app.state.service, store_of(request)
     service.check_model(body.model)

@@ -7,6 +7,7 @@ import asyncio
 import hmac
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -44,6 +45,7 @@ from .text import encode, encode_chat, vocabulary_bytes
 
 MAX_BODY_BYTES = 16 * 2**20
 ERRORS = {status: {"model": ErrorBody, "description": "An error, in OpenAI's body"} for status in ("4XX", "5XX")}
+ANSWERS = ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "A body, or a stream of events"}}
 
 
 class Service:
@@ -137,7 +139,7 @@ async def retrieve_model(request: Request, name: str) -> dict:
 # ---- completions
 
 
-@router.post("/v1/completions", response_model=Completion, responses=ERRORS)
+@router.post("/v1/completions", response_model=Completion, responses=ANSWERS)
 async def create_completion(request: Request, body: CompletionRequest):
     service = request.app.state.service
     service.check_model(body.model)
@@ -228,7 +230,7 @@ class CompletionWriter:
 # ---- chat
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ANSWERS)
 async def create_chat_completion(request: Request, body: ChatRequest):
     service = request.app.state.service
     service.check_model(body.model)
@@ -348,8 +350,9 @@ async def unless_gone(request: Request, generation: Generation, work: Coroutine)
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             return Response(status_code=499)
-        with refusals("prompt"):
-            return working.result()
+        return working.result()
+    except StepFailed as error:
+        raise ApiError(500, str(error), code="step_failed") from None
     finally:
         working.cancel()
         gone.cancel()
@@ -416,9 +419,11 @@ async def on_api_error(_request: Request, error: ApiError) -> Response:
     return error_response(error)
 
 
-async def on_invalid_body(_request: Request, error: RequestValidationError) -> Response:
+async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
     """Name the first parameter that is wrong."""
     first = error.errors()[0]
+    if "json" not in request.headers.get("content-type", ""):
+        return error_response(ApiError(400, "the body is not JSON; send Content-Type: application/json", code="invalid_json"))
     if first["type"] == "json_invalid":
         return error_response(ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json"))
     param = ""
@@ -475,7 +480,10 @@ def create_app(service: Service) -> FastAPI:
 
 
 class Server(uvicorn.Server):
-    """One that drains: after SIGTERM running requests end, new ones get 503; a second one ends it at once."""
+    """One that drains: after SIGTERM running requests may end, new ones get 503; a second one ends it at once.
+
+    Three seconds before the time is up, what still runs is failed.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float):
         super().__init__(config)
@@ -499,14 +507,14 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if self.draining_since is not None:
-            gone = (time.monotonic() - self.draining_since) / self.drain_seconds
+            left = self.draining_since + self.drain_seconds - time.monotonic()
             if not self.service.num_active:
                 self.should_exit = True
-            # What is left of the time is for saying so, and for those who do not listen.
-            elif gone > 0.7 and not self.gave_up:
+            # The last seconds are for saying so, and for those who do not listen.
+            elif left < min(3, 0.3 * self.drain_seconds) and not self.gave_up:
                 self.gave_up = True
                 self.service.engine.fail_all(StepFailed("the server was shut down before this request was done"))
-            elif gone > 0.9:
+            elif left < min(1, 0.1 * self.drain_seconds):
                 self.should_exit = True
         return await super().on_tick(counter)
 
@@ -518,14 +526,20 @@ def invitation(url: str, service: Service) -> str:
     return f"serving {service.model_name}; try:\n  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'"
 
 
-def serve(service: Service, host: str, port: int, drain_seconds: float) -> int:
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with this address; ValueError if it cannot be had. Nobody can connect before the server listens."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        return bound
+    except OSError as error:
+        raise ValueError(f"{host}:{port} cannot be listened on: {error}; give another host or port (0: a free one)") from None
+
+
+def serve(service: Service, bound: socket.socket, drain_seconds: float) -> int:
     """Run until a signal says otherwise; the exit code."""
-    config = uvicorn.Config(
-        create_app(service),
-        host=host,
-        port=port,
-        log_level="warning",
-        timeout_graceful_shutdown=max(1, round(0.1 * drain_seconds)),
-    )
-    Server(config, service, drain_seconds).run()
+    config = uvicorn.Config(create_app(service), log_level="warning", timeout_graceful_shutdown=1)
+    Server(config, service, drain_seconds).run([bound])
     return 0
