@@ -348,6 +348,8 @@ BAD = [
     ("/v1/completions", {"prompt": ["x", ""]}, "prompt"),
     ("/v1/completions", {"prompt": [3, -1]}, "prompt"),
     ("/v1/completions", {"prompt": [3, 10**9]}, "prompt"),
+    ("/v1/completions", {"prompt": [3, 2**40], "echo": True}, "prompt"),
+    ("/v1/completions", {"n": 128, "prompt": ["x", "y", "z"]}, "n"),
     ("/v1/completions", {"prompt": None}, "prompt"),
     ("/v1/completions", {"prompt": "x " * 600}, "prompt"),
     ("/v1/completions", {"max_tokens": 600}, "prompt"),
@@ -375,7 +377,7 @@ BAD = [
     ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
     ("/v1/completions", {"stream": True, "stream_options": {"include_obfuscation": True}}, "include_obfuscation"),
     ("/v1/completions", {"echo": 1}, "echo"),
-    ("/v1/completions", {"prompt": ["x"] * 300}, "prompt"),
+    ("/v1/completions", {"prompt": ["x"] * 300}, "n"),
     ("/v1/chat/completions", {"messages": []}, "messages"),
     ("/v1/chat/completions", {"messages": "hi"}, "messages"),
     ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages[0].content"),
@@ -396,6 +398,8 @@ BAD = [
     ("/v1/responses", {"background": True, "store": False}, "background"),
     ("/v1/responses", {"previous_response_id": "resp_nobody"}, "previous_response_id"),
     ("/v1/responses", {"metadata": {"k": 3}}, "metadata"),
+    ("/v1/responses", {"metadata": {"k" * 65: "v"}}, "metadata"),
+    ("/v1/responses", {"metadata": {"k": "v" * 513}}, "metadata"),
 ]
 
 
@@ -422,7 +426,6 @@ def test_a_wrong_value_is_a_400_that_names_it(server, path, wrong, param):
         (b'{"model": "pocket", "prompt": "x", "temperature": NaN}', "temperature"),
         (b'{"model": "pocket", "prompt": "x", "temperature": Infinity}', "temperature"),
         (b'{"model": "pocket", "prompt": "\\ud800"}', "prompt holds half a surrogate pair"),
-        (b'{"model": "pocket", "prompt": "x", "input": "x", "metadata": {"\\ud800": ""}}', "metadata"),
         (b'{"model": "\\ud800", "prompt": "x"}', "model holds half a surrogate pair"),
         (b"[" * 100_000, ""),
         (b'{"prompt": "x"}', "model"),
@@ -433,6 +436,13 @@ def test_what_is_no_request_is_a_400_in_openais_body(server, content, says):
         response = post(server, path, content)
         assert response.status_code == 400, response.text
         assert says in response.json()["error"]["message"] or path != "/v1/completions"
+
+
+def test_half_a_character_is_refused_where_it_would_be_said_back_and_ignored_where_the_field_is(server):
+    raw = b'{"model": "pocket", "input": "x", "max_output_tokens": 1, "%s": {"\\ud800": ""}}'
+    response = post(server, "/v1/responses", raw % b"metadata")
+    assert response.status_code == 400 and response.json()["error"]["param"] == "metadata"
+    assert post(server, "/v1/responses", raw % b"nobodys").status_code == 200
 
 
 def test_other_paths_and_methods_have_the_same_body(server):
@@ -448,9 +458,34 @@ def test_other_paths_and_methods_have_the_same_body(server):
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_a_body_nested_to_any_depth_is_a_400_or_an_answer(server):
+    for depth in range(900, 1000, 3):
+        raw = b'{"model": "pocket", "prompt": "a", "max_tokens": 1, "xx": ' + b"[" * depth + b"]" * depth + b"}"
+        assert post(server, "/v1/completions", raw).status_code in (200, 400), depth
+
+
+def test_a_million_wrong_items_are_one_complaint(server):
+    """And a text that is too long is refused before it is tokenized."""
+    many = b'{"model": "pocket", "prompt": [' + b"-1," * 1_000_000 + b"5]}"
+    assert len(post(server, "/v1/completions", many).json()["error"]["message"]) < 500
+    response = post(server, "/v1/completions", {"model": "pocket", "prompt": "hello wor " * 300_000})
+    assert response.status_code == 400 and "3000000 bytes, too many for max_model_len = 512" in response.text
+    response = post(server, "/v1/completions", {"model": "pocket", "prompt": [5] * 1_000_000})
+    assert response.status_code == 400 and "prompt has 1000000 tokens, more than max_model_len = 512" in response.text
+
+
+def test_nulls_within_values_are_nulls(server):
+    inert = {
+        "reasoning": {"effort": None, "summary": None},
+        "text": {"format": {"type": "text"}, "verbosity": None},
+        "stream_options": {"include_obfuscation": None},
+    }
+    assert post(server, "/v1/responses", {"model": "pocket", "input": "Hi", "max_output_tokens": 1} | inert).status_code == 200
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_that_is_too_large_is_413(server, chunked):
-    body = b'{"model": "pocket", "prompt": "' + b"x" * (17 * 2**20) + b'"}'
+    body = b'{"model": "pocket", "prompt": "' + b"x" * (5 * 2**20) + b'"}'
     content = (body[i : i + 2**20] for i in range(0, len(body), 2**20)) if chunked else body
     response = post(server, "/v1/completions", content)
     assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"

@@ -62,7 +62,7 @@ def test_a_full_queue_answers_429_and_later_room_again(chapter, tokenizer):
         with pytest.raises(openai.RateLimitError, match="at most 2 may") as caught:
             client.completions.create(model="pocket", prompt=[20], max_tokens=1)
         assert caught.value.response.headers["retry-after"] == "1"
-        with pytest.raises(openai.BadRequestError, match="at most 2 requests"):
+        with pytest.raises(openai.BadRequestError, match="n x prompts is 3, but a call has at most 2"):
             client.completions.create(model="pocket", prompt=[20], n=3, max_tokens=1)
         fake.gate.set()
         for stream in streams:
@@ -360,6 +360,14 @@ def test_wrong_flags_are_refused_by_name(chapter, capsys, flags, message):
     command_line = importlib.import_module(f"milestones.{chapter.name}.__main__")
     assert command_line.main(["serve", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_request_that_was_never_sent_to_the_end_holds_nobody_up(process):
+    with socket.create_connection(("127.0.0.1", int(process.url.split(":")[-1]))) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
+        wait_until(lambda: httpx.get(f"{process.url}/health").json()["status"] == "ok")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
 
 
 def test_a_second_sigterm_ends_it_at_once(process):

@@ -99,7 +99,7 @@ class AsyncEngine:
         self.fail_all(StepFailed("the server was shut down before this request was done"))
         self.calls.put(None)
         self.tokenizing.shutdown(wait=False)
-        await asyncio.to_thread(self.thread.join, 5)
+        await asyncio.to_thread(self.thread.join, 0.5)
 
     @property
     def num_waiting(self) -> int:
@@ -119,7 +119,10 @@ class AsyncEngine:
         if self.dead is not None:
             raise StepFailed(f"the engine has stopped: {self.dead!r}")
         if len(requests) > self.max_waiting:
-            raise ValueError(f"a call has at most {self.max_waiting} requests (prompts x n), got {len(requests)}")
+            raise ValueError(f"n x prompts is {len(requests)}, but a call has at most {self.max_waiting} requests; send several")
+        longest = max(len(prompt_ids) for prompt_ids, _ in requests)
+        if longest > self.max_model_len:
+            raise ValueError(f"prompt has {longest} tokens, more than max_model_len = {self.max_model_len}; shorten it")
         if self.num_waiting + len(requests) > self.max_waiting:
             raise QueueFull(f"{self.num_waiting} requests are waiting, at most {self.max_waiting} may; try again later")
         generation = Generation(self, len(requests))

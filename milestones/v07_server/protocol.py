@@ -36,10 +36,15 @@ class ApiError(Exception):
 # What each refused parameter may be, because it then asks for nothing.
 PENALTIES = {"frequency_penalty": [0, 0.0], "presence_penalty": [0, 0.0], "logit_bias": [{}]}
 Text = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# fail_fast: a million wrong items are one complaint.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 
 
 def canonical(value: Any) -> str:
+    """A value as JSON, without the nulls in it: by this true is not 1, and an explicit null is nothing."""
+    if isinstance(value, dict):
+        value = {name: each for name, each in value.items() if each is not None}
     return json.dumps(value, sort_keys=True)
 
 
@@ -59,13 +64,12 @@ class Strict(BaseModel):
             return data
         for name, inert in cls.refused.items():
             value = data.get(name)
-            # Compared as JSON, where true is not 1.
             if value is not None and canonical(value) not in map(canonical, inert):
-                allowed = " or ".join(map(repr, inert)) or "nothing else"
-                raise ApiError(400, f"{name} is not supported here; leave it out (null or {allowed} is accepted)", name)
-        for name, value in data.items():
+                allowed = " or ".join(["null", *map(json.dumps, inert)])
+                raise ApiError(400, f"{name} is not supported here; leave it out ({allowed} is accepted)", name)
+        for name in cls.model_fields.keys() & data.keys():
             try:
-                json.dumps(value, ensure_ascii=False).encode()
+                json.dumps(data[name], ensure_ascii=False).encode()
             except UnicodeEncodeError:
                 raise ApiError(400, f"{name} holds half a surrogate pair, which is no character", name) from None
         return {name: value for name, value in data.items() if value is not None}
@@ -122,8 +126,8 @@ class CompletionRequest(GenerationRequest):
 
     refused = PENALTIES | {"suffix": [""]}
 
-    prompt: Text | TokenIds | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)] = (
-        Field(description="a text, its tokens, or a list of either")
+    prompt: Text | TokenIds | Texts | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)] = Field(
+        description="a text, its tokens, or a list of either"
     )
     best_of: int | None = Field(None, ge=1, description="accepted if it equals n")
     echo: bool = Field(False, description="begin with the prompt")
@@ -149,7 +153,7 @@ class Message(Strict):
     refused = dict.fromkeys(("tool_calls", "function_call", "audio", "refusal", "tool_call_id"), [])
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def plain(self) -> dict[str, Any]:
         """As templates know it: a developer's words are the system's, and parts are one text."""
@@ -182,7 +186,7 @@ class ChatRequest(GenerationRequest):
         "web_search_options": [],
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20, description="needs logprobs")
     max_completion_tokens: int | None = Field(None, ge=1, description="default: what the context has room for")
@@ -219,6 +223,14 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
+
+    def followed_by(self, piece: "CompletionChoice") -> "CompletionChoice":
+        """Two pieces of an answer as one."""
+        text = self.text + piece.text
+        logprobs = self.logprobs and CompletionLogprobs(
+            **{name: values + getattr(piece.logprobs, name) for name, values in self.logprobs}
+        )
+        return CompletionChoice(index=self.index, text=text, logprobs=logprobs, finish_reason=piece.finish_reason)
 
 
 class Completion(BaseModel):

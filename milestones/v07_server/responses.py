@@ -18,6 +18,7 @@ from .server import ANSWERS, ERRORS, Events, Service, event, refusals, tokenize_
 # So many responses are remembered; then the oldest are forgotten.
 STORE_SIZE = 1000
 
+Key, Note = Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]
 MEDIUM_TEXT = [{}, *({"format": {"type": "text"}} | more for more in ({}, {"verbosity": "medium"})), {"verbosity": "medium"}]
 
 
@@ -30,7 +31,7 @@ class InputMessage(Strict):
     """A turn: as a client writes it, or as a response had it in its output."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)]
     type: Literal["message"] = "message"
 
     def plain(self) -> dict[str, str]:
@@ -63,7 +64,7 @@ class ResponseRequest(Strict):
     }
 
     model: str
-    input: Text | Annotated[list[InputMessage], Field(min_length=1)]
+    input: Text | Annotated[list[InputMessage], Field(min_length=1, fail_fast=True)]
     instructions: str | None = Field(None, description="a system message before the conversation; not remembered")
     previous_response_id: str | None = Field(None, description="go on from this response")
     store: bool = Field(True, description="remember the response, for GET and previous_response_id")
@@ -74,10 +75,10 @@ class ResponseRequest(Strict):
     top_p: float = Field(1.0, ge=0, le=1)
     include: list[Literal["message.output_text.logprobs"]] = []
     top_logprobs: int | None = Field(None, ge=0, le=20, description="needs message.output_text.logprobs in include")
-    metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
-    user: str | None = Field(None, description="accepted; nothing here depends on it")
-    safety_identifier: str | None = Field(None, description="accepted; nothing here depends on it")
-    prompt_cache_key: str | None = Field(None, description="accepted; nothing here depends on it")
+    metadata: Annotated[dict[Key, Note], Field(max_length=16)] = {}
+    user: Note | None = Field(None, description="accepted; nothing here depends on it")
+    safety_identifier: Note | None = Field(None, description="accepted; nothing here depends on it")
+    prompt_cache_key: Note | None = Field(None, description="accepted; nothing here depends on it")
 
     @model_validator(mode="after")
     def check_pairs(self):

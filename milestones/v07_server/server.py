@@ -7,10 +7,11 @@ import asyncio
 import hmac
 import json
 import os
+import shlex
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
@@ -43,7 +44,7 @@ from .protocol import (
 from .sampling import choices
 from .text import encode, encode_chat, vocabulary_bytes
 
-MAX_BODY_BYTES = 16 * 2**20
+MAX_BODY_BYTES = 4 * 2**20
 ERRORS = {status: {"model": ErrorBody, "description": "An error, in OpenAI's body"} for status in ("4XX", "5XX")}
 ANSWERS = ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "A body, or a stream of events"}}
 
@@ -66,12 +67,21 @@ class Service:
         self.api_key = api_key
         self.default_max_tokens = default_max_tokens
         self.started = now()
+        # A text of more bytes has too many tokens, whatever they are (4: a tokenizer may compose characters first).
+        self.max_text_bytes = 4 * engine.max_model_len * max(map(len, self.names.vocabulary))
         self.draining = False
         self.num_active = 0  # requests that are being answered
 
     def check_model(self, name: str) -> None:
         if name != self.model_name:
             raise ApiError(404, f"the model {name!r} is not served here; {self.model_name!r} is", "model", "model_not_found")
+
+    async def tokenize(self, function: Callable, texts: list[str], *args):
+        """Run a function of the tokenizer away from the event loop; ValueError for a text that cannot fit."""
+        longest = max((len(text.encode()) for text in texts), default=0)
+        if longest > self.max_text_bytes:
+            raise ValueError(f"prompt has {longest} bytes, too many for max_model_len = {self.engine.max_model_len}; shorten it")
+        return await self.engine.tokenize(function, *args)
 
     def max_tokens(self, asked: int | None, default: int | None, num_prompt: int) -> int:
         """What was asked for; else the default, as far as there is room for it."""
@@ -146,7 +156,9 @@ async def create_completion(request: Request, body: CompletionRequest):
     prompt = body.prompt
     several = isinstance(prompt, list) and not isinstance(prompt[0], int)
     with refusals("prompt"):
-        prompts = await service.engine.tokenize(tokenize_prompts, prompt if several else [prompt], body.echo)
+        given = prompt if several else [prompt]
+        texts = [each for each in given if isinstance(each, str)]
+        prompts = await service.tokenize(tokenize_prompts, texts, given, body.echo)
         requests, answers = [], []
         for ids, _ in prompts:
             # An engine gives every request a token; one that wants none has it thrown away.
@@ -205,12 +217,12 @@ class CompletionWriter:
         return CompletionChoice(index=answer.index, text=text, logprobs=logprobs, finish_reason=answer.finish_reason)
 
     async def whole(self) -> Completion:
-        found = [("", []) for _ in self.answers]
+        found: dict[int, CompletionChoice] = {}
         async for index, output in self.generation:
-            text, tokens = self.answers[index].push(output)
-            found[index] = (found[index][0] + text, found[index][1] + tokens)
-        pieces = [self.piece(answer, *found[answer.index]) for answer in self.answers]
-        return Completion(**self.head, choices=pieces, usage=self.usage())
+            answer = self.answers[index]
+            piece = self.piece(answer, *answer.push(output))
+            found[index] = found[index].followed_by(piece) if index in found else piece
+        return Completion(**self.head, choices=[found[answer.index] for answer in self.answers], usage=self.usage())
 
     async def stream(self) -> AsyncIterator[str]:
         async for index, output in self.generation:
@@ -251,10 +263,10 @@ async def create_chat_completion(request: Request, body: ChatRequest):
 async def tokenize_chat(service: Service, messages: list[dict], param: str = "messages") -> list[int]:
     """The tokens of a conversation; ApiError if the checkpoint's template refuses it."""
     try:
-        return await service.engine.tokenize(encode_chat, messages)
+        return await service.tokenize(encode_chat, [message["content"] for message in messages], messages)
     # A template is a program of the checkpoint's author: it may raise anything.
     except Exception as error:
-        raise ApiError(400, f"the model's chat template refuses this conversation: {error}", param) from None
+        raise ApiError(400, f"this conversation cannot be put into the model's chat template: {error}", param) from None
 
 
 class ChatWriter:
@@ -378,21 +390,24 @@ class Gate:
         refused = self.refusal(headers)
         if refused is not None:
             return await error_response(refused)(scope, receive, send)
-        num_bytes = 0
+        num_bytes, complete = 0, False
 
         async def receive_counted():
-            nonlocal num_bytes
+            """As receive; a request whose body has not arrived yet is none that a draining server waits for."""
+            nonlocal num_bytes, complete
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > MAX_BODY_BYTES:
                 raise too_large()
+            if not complete and message["type"] == "http.request" and not message.get("more_body"):
+                complete = True
+                self.service.num_active += 1
             return message
 
-        self.service.num_active += 1
         try:
             await self.app(scope, receive_counted, send)
         finally:
-            self.service.num_active -= 1
+            self.service.num_active -= complete
 
     def refusal(self, headers: dict[bytes, bytes]) -> ApiError | None:
         if self.service.draining:
@@ -440,6 +455,8 @@ async def on_invalid_body(request: Request, error: RequestValidationError) -> Re
 async def on_http_error(request: Request, error: HTTPException) -> Response:
     if isinstance(error.__cause__, ApiError):
         return error_response(error.__cause__)
+    if isinstance(error.__cause__, RecursionError):
+        return error_response(ApiError(400, "the body is nested too deeply", code="invalid_json"))
     says = {
         400: f"the body cannot be read: {error.__cause__ or error.detail}",
         404: f"there is no {request.url.path} here",
@@ -448,6 +465,10 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
     answer = ApiError(error.status_code, says.get(error.status_code, str(error.detail)))
     answer.headers = dict(error.headers or {})
     return error_response(answer)
+
+
+async def on_deep_body(_request: Request, _error: RecursionError) -> Response:
+    return error_response(ApiError(400, "the body is nested too deeply", code="invalid_json"))
 
 
 async def on_fault(_request: Request, _error: Exception) -> Response:
@@ -472,6 +493,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RecursionError, on_deep_body)
     app.add_exception_handler(Exception, on_fault)
     return app
 
@@ -514,16 +536,16 @@ class Server(uvicorn.Server):
             elif left < min(3, 0.3 * self.drain_seconds) and not self.gave_up:
                 self.gave_up = True
                 self.service.engine.fail_all(StepFailed("the server was shut down before this request was done"))
-            elif left < min(1, 0.1 * self.drain_seconds):
+            elif left < min(2, 0.2 * self.drain_seconds):
                 self.should_exit = True
         return await super().on_tick(counter)
 
 
 def invitation(url: str, service: Service) -> str:
     """A line that works when it is pasted."""
-    key = f" -H 'Authorization: Bearer {service.api_key}'" if service.api_key else ""
-    body = json.dumps({"model": service.model_name, "prompt": "Once upon a time", "max_tokens": 32})
-    return f"serving {service.model_name}; try:\n  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+    key = " -H " + shlex.quote(f"Authorization: Bearer {service.api_key}") if service.api_key else ""
+    body = shlex.quote(json.dumps({"model": service.model_name, "prompt": "Once upon a time", "max_tokens": 32}))
+    return f"serving {service.model_name}; try:\n  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {body}"
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -540,6 +562,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve(service: Service, bound: socket.socket, drain_seconds: float) -> int:
     """Run until a signal says otherwise; the exit code."""
-    config = uvicorn.Config(create_app(service), log_level="warning", timeout_graceful_shutdown=1)
+    goodbye = min(1, 0.1 * drain_seconds)
+    config = uvicorn.Config(create_app(service), log_level="warning", timeout_graceful_shutdown=goodbye)
     Server(config, service, drain_seconds).run([bound])
     return 0
