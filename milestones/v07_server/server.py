@@ -504,7 +504,7 @@ def create_app(service: Service) -> FastAPI:
 class Server(uvicorn.Server):
     """One that drains: after SIGTERM running requests may end, new ones get 503; a second one ends it at once.
 
-    Three seconds before the time is up, what still runs is failed.
+    Four seconds before the time is up, what still runs is failed: to say so takes time, and so does the end of a process.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float):
@@ -532,11 +532,10 @@ class Server(uvicorn.Server):
             left = self.draining_since + self.drain_seconds - time.monotonic()
             if not self.service.num_active:
                 self.should_exit = True
-            # The last seconds are for saying so, and for those who do not listen.
-            elif left < min(3, 0.3 * self.drain_seconds) and not self.gave_up:
+            elif left < min(4, 0.65 * self.drain_seconds) and not self.gave_up:
                 self.gave_up = True
                 self.service.engine.fail_all(StepFailed("the server was shut down before this request was done"))
-            elif left < min(2, 0.2 * self.drain_seconds):
+            elif left < min(3, 0.5 * self.drain_seconds):
                 self.should_exit = True
         return await super().on_tick(counter)
 
