@@ -50,6 +50,11 @@ class Chapter:
         return importlib.import_module(f"milestones.{self.name}")
 
 
+def last_with(capability: str) -> Chapter:
+    """The newest chapter in which a user can do this."""
+    return [chapter for chapter in CHAPTERS if capability in chapter.capabilities][-1]
+
+
 CHAPTERS = (
     Chapter(
         name="v01_naive",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 TARGETS = {"sm_80": 80, "sm_90": 90}
 # Llama 3.2 1B has 32 query heads, 8 KV heads and 64 elements a head; Qwen3 0.6B 16, 8 and 128.
-LLAMA = {"GROUP": 4, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 16, "HEAD_DIM": 64, "PADDED_DIM": 64, "TILE_KEYS": 64}
+LLAMA = {"GROUP": 4, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 16, "HEAD_DIM": 64, "PADDED_DIM": 64}
 QWEN = LLAMA | {"GROUP": 2, "HEAD_DIM": 128, "PADDED_DIM": 128}
 # What a launch fixes: a 1 among the integers counts as fixed too.
 DECODE, PREFILL, ONE_SPLIT = {"TILE_ROWS": 16}, {"TILE_ROWS": 64}, {"num_splits": 1}
@@ -52,9 +52,10 @@ def compiled(target: int, kernel: str, constants: dict) -> dict:
     import milestones.v06_triton_kernel.kernels  # noqa: F401
 
     # The package has a function of the module's name.
-    function = getattr(sys.modules["milestones.v06_triton_kernel.kernels.paged_attention"], kernel)
+    module = sys.modules["milestones.v06_triton_kernel.kernels.paged_attention"]
+    function = getattr(module, kernel)
     if kernel == "_attend_kernel":
-        constants = constants | {"TILE_DTYPE": triton.language.bfloat16}
+        constants = constants | {"TILE_KEYS": module.TILE_KEYS, "TILE_DTYPE": triton.language.bfloat16}
     types = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in function.arg_names} | TYPES
     if kernel == "_attend_kernel" and "num_splits" not in constants:
         types["out_ptr"] = "*fp32"

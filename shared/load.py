@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import httpx
 from tqdm import tqdm
 
-from .chapters import CHAPTERS, ROOT
+from .chapters import ROOT, last_with
 
 WORDS = "once upon a time there was hare fox owl who lived near river and kept keys values in small blocks".split()
 CHAPTER_CONNECTIONS = (1, 4, 16, 64)
@@ -160,7 +160,7 @@ def show(result: dict) -> None:
 
 def measure_chapter(requests_each: int, seed: int) -> dict:
     """The last chapter that serves, and the same server with groups that only change when all have ended."""
-    chapter = [each for each in CHAPTERS if "serve" in each.capabilities][-1]
+    chapter = last_with("serve")
     flags = ["serve", "--port", "0", "--max-num-seqs", str(CHAPTER_PLACES), "--max-model-len", "512"]
     commands = {
         "continuous": [sys.executable, "-m", f"milestones.{chapter.name}", *flags],

@@ -5,13 +5,13 @@
 import importlib
 import sys
 
-from .chapters import CHAPTERS
+from .chapters import last_with
 
 
 def main(argv: list[str]) -> int:
     from .checkpoints import checkpoint
 
-    chapter = [each for each in CHAPTERS if "serve" in each.capabilities][-1]
+    chapter = last_with("serve")
     if "--model" in argv[:-1]:
         where = argv.index("--model") + 1
         try:

@@ -10,7 +10,7 @@ import time
 
 import httpx
 
-from .chapters import CHAPTERS
+from .chapters import last_with
 from .checkpoints import checkpoint
 from .serving import serving, wait_until
 
@@ -127,7 +127,7 @@ def keep_coming(chapter, engine, count: int) -> list[float]:
 
 
 def main() -> int:
-    chapter = [each for each in CHAPTERS if "serve" in each.capabilities][-1]
+    chapter = last_with("serve")
     engine = chapter.load().Engine(checkpoint("pocket"), max_num_seqs=64, max_model_len=512)
     start = time.perf_counter()
     print(f"{chapter.id}: 64 streams at once say what each says alone: {crowd(chapter, engine, 64)} tokens")
