@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from .engine import StepOutput
+from .engine import Stats, StepOutput
 from .sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class EngineLike(Protocol):
     def has_unfinished_requests(self) -> bool: ...
     def step(self) -> list[StepOutput]: ...
     def fail_step(self) -> list[int]: ...
-    def stats(self): ...
+    def stats(self) -> Stats: ...
 
 
 class QueueFull(Exception):

@@ -266,6 +266,7 @@ class Engine:
         return list(failed)
 
     def stats(self) -> Stats:
+        """How busy it is now."""
         return Stats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
@@ -293,9 +294,9 @@ class Engine:
         token_ids, logprobs = [], []
         for start in range(0, len(batch.draws), HEAD_ROWS):
             rows = slice(start, start + HEAD_ROWS)
-            decided = self.decide(hidden[rows], batch.draws[rows])
-            token_ids += decided[0]
-            logprobs += decided[1]
+            decided, tops = self.decide(hidden[rows], batch.draws[rows])
+            token_ids += decided
+            logprobs += tops
         self.num_steps += 1
         self.num_positions += len(batch.token_ids)
         return self.commit(batch, token_ids, logprobs)

@@ -146,6 +146,12 @@ class TextPart(Strict):
     text: str
 
 
+def plain_turn(role: str, content: str | list) -> dict[str, str]:
+    """A developer's words are the system's, and parts are one text."""
+    text = content if isinstance(content, str) else "".join(part.text for part in content)
+    return {"role": "system" if role == "developer" else role, "content": text}
+
+
 class Message(Strict):
     """A turn of a conversation; what else it holds, a name say, is the template's business."""
 
@@ -156,10 +162,8 @@ class Message(Strict):
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def plain(self) -> dict[str, Any]:
-        """As templates know it: a developer's words are the system's, and parts are one text."""
-        role = "system" if self.role == "developer" else self.role
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return (self.model_extra or {}) | {"role": role, "content": content}
+        """As templates know it, which have no developer and no parts."""
+        return self.model_extra | plain_turn(self.role, self.content)
 
 
 class ChatRequest(GenerationRequest):

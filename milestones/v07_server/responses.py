@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 
 from .async_engine import Generation, StepFailed
-from .protocol import Answer, ApiError, Strict, Text, new_id, now
+from .protocol import Answer, ApiError, Strict, Text, new_id, now, plain_turn
 from .sampling import SamplingParams
 from .server import ANSWERS, ERRORS, Events, Service, event, refusals, tokenize_chat, unless_gone
 
@@ -19,7 +19,7 @@ from .server import ANSWERS, ERRORS, Events, Service, event, refusals, tokenize_
 STORE_SIZE = 1000
 
 Key, Note = Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]
-MEDIUM_TEXT = [{}, *({"format": {"type": "text"}} | more for more in ({}, {"verbosity": "medium"})), {"verbosity": "medium"}]
+PLAIN, MEDIUM = {"format": {"type": "text"}}, {"verbosity": "medium"}
 
 
 class ContentPart(Strict):
@@ -35,9 +35,8 @@ class InputMessage(Strict):
     type: Literal["message"] = "message"
 
     def plain(self) -> dict[str, str]:
-        role = "system" if self.role == "developer" else self.role
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": role, "content": content}
+        """As templates know it."""
+        return plain_turn(self.role, self.content)
 
 
 class ResponseRequest(Strict):
@@ -57,7 +56,7 @@ class ResponseRequest(Strict):
         "reasoning": [{}, {"effort": "none"}],
         "service_tier": ["auto", "default"],
         "stream_options": [{}, {"include_obfuscation": False}],
-        "text": MEDIUM_TEXT,
+        "text": [{}, PLAIN, MEDIUM, PLAIN | MEDIUM],
         "tool_choice": ["none", "auto"],
         "tools": [[]],
         "truncation": ["disabled"],
@@ -127,13 +126,12 @@ class Run:
 
     def item(self) -> dict:
         status = self.status if self.status in ("in_progress", "completed") else "incomplete"
-        begun = self.answer.num_tokens or self.ended
         return {
             "id": self.item_id,
             "type": "message",
             "role": "assistant",
             "status": status,
-            "content": [self.part()] if begun else [],
+            "content": [self.part()],
         }
 
     def usage(self) -> dict:

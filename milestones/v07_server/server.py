@@ -456,7 +456,7 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
     if isinstance(error.__cause__, ApiError):
         return error_response(error.__cause__)
     if isinstance(error.__cause__, RecursionError):
-        return error_response(ApiError(400, "the body is nested too deeply", code="invalid_json"))
+        return await on_deep_body(request, error.__cause__)
     says = {
         400: f"the body cannot be read: {error.__cause__ or error.detail}",
         404: f"there is no {request.url.path} here",
