@@ -59,12 +59,12 @@ CHAPTERS = (
     Chapter(
         name="v01_naive",
         idea="A decoder is a function from tokens to the next token's logits; call it in a loop.",
-        adds=frozenset({"generate", "sample", "logprobs", "stream", "abort", "chat", "command_line"}),
+        adds=frozenset({"generate", "sample", "logprobs", "stream", "abort", "chat", "command_line", "max_model_len"}),
     ),
     Chapter(
         name="v02_kv_cache",
         idea="Keys and values of past tokens never change. Prefill once, then feed one token at a time.",
-        adds=frozenset({"max_model_len", "previous"}),
+        adds=frozenset({"previous"}),
     ),
     Chapter(
         name="v03_static_batch",

@@ -16,6 +16,7 @@ POCKET = Path(__file__).resolve().parents[2] / "shared" / "models" / "pocket"
 ENGINE_FLAGS = {
     "device": dict(help="cpu, cuda or cuda:N (default: cuda if there is one)"),
     "dtype": dict(choices=DTYPES, help="(default: the checkpoint's on a GPU, float32 on a CPU)"),
+    "max_model_len": dict(type=int, metavar="N", help="prompt and output together (default: the model's)"),
 }
 SAMPLING_FLAGS = {
     "max_tokens": dict(type=int, default=128, metavar="N", help="new tokens at most (default: 128)"),

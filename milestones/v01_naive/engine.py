@@ -38,6 +38,12 @@ class StepOutput:
     finish_reason: str | None  # on the last token
 
 
+def choose_length(max_model_len: int | None, max_positions: int) -> int:
+    """The length asked for; by default the model's."""
+    check_integer("max_model_len", max_model_len, 1, max_positions, optional=True)
+    return max_positions if max_model_len is None else max_model_len
+
+
 class Engine:
     """A model and the loop that runs it. Not safe to call from two threads at once."""
 
@@ -47,6 +53,7 @@ class Engine:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        max_model_len: int | None = None,
     ):
         """Load a checkpoint directory as transformers writes it and the hub has it.
 
@@ -55,7 +62,7 @@ class Engine:
         """
         model_dir = Path(model_dir)
         self.config = load_config(model_dir)
-        self.max_model_len = self.config.max_positions
+        self.max_model_len = choose_length(max_model_len, self.config.max_positions)
         self.config.check_length(self.max_model_len)
         checkpoint = Checkpoint(model_dir)
         self.device = choose_device(device)

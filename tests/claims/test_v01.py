@@ -1,6 +1,10 @@
 """v01: a decoder is a function from tokens to the next token's logits; call it in a loop."""
+import json
+import shutil
+
 import pytest
 
+from shared.checkpoints import checkpoint
 from shared.workloads import random_ids
 
 
@@ -48,3 +52,27 @@ def test_the_weights_are_loaded_once_and_untouched(make_engine, Params):
     engine.generate([[9, 10, 11]], Params(max_tokens=4, temperature=1.0, logprobs=1))
     for name, tensor in engine.model.state_dict().items():
         assert tensor.equal(before[name]), name
+
+
+def test_max_model_len_limits_prompt_and_output_together(chapter, Params):
+    engine = chapter.load().Engine(checkpoint("llama"), max_model_len=50)
+    [out] = engine.generate([[9] * 41], Params(max_tokens=None, ignore_eos=True))
+    assert len(out.token_ids) == 9
+    with pytest.raises(ValueError, match="have at most max_model_len = 50 tokens"):
+        engine.add_request([9] * 41, Params(max_tokens=10))
+
+
+@pytest.mark.parametrize("length", [0, -1, 321, 1.5, "50"])
+def test_max_model_len_out_of_range_is_refused(chapter, length):
+    with pytest.raises(ValueError, match="max_model_len must be an integer from 1 to 320 or None, got"):
+        chapter.load().Engine(checkpoint("llama"), max_model_len=length)
+
+
+def test_a_window_that_max_model_len_stays_within_is_accepted(chapter, tmp_path):
+    path = tmp_path / "mistral"
+    shutil.copytree(checkpoint("mistral"), path)
+    config = json.loads((path / "config.json").read_text()) | {"sliding_window": 100}
+    (path / "config.json").write_text(json.dumps(config))
+    chapter.load().Engine(path, max_model_len=100)
+    with pytest.raises(ValueError, match="sliding_window is 100, below the 101 tokens"):
+        chapter.load().Engine(path, max_model_len=101)

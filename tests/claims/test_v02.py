@@ -65,30 +65,6 @@ def test_a_request_aborted_half_way_leaves_nothing_that_the_next_one_sees(make_e
     assert engine.generate([[31, 32]], Params(max_tokens=9, seed=0)) == [clean]
 
 
-def test_max_model_len_limits_prompt_and_output_together(chapter, Params):
-    engine = chapter.load().Engine(checkpoint("llama"), max_model_len=50)
-    [out] = engine.generate([[9] * 41], Params(max_tokens=None, ignore_eos=True))
-    assert len(out.token_ids) == 9
-    with pytest.raises(ValueError, match="have at most max_model_len = 50 tokens"):
-        engine.add_request([9] * 41, Params(max_tokens=10))
-
-
-@pytest.mark.parametrize("length", [0, -1, 321, 1.5, "50"])
-def test_max_model_len_out_of_range_is_refused(chapter, length):
-    with pytest.raises(ValueError, match="max_model_len must be an integer from 1 to 320 or None, got"):
-        chapter.load().Engine(checkpoint("llama"), max_model_len=length)
-
-
-def test_a_window_that_max_model_len_stays_within_is_accepted(chapter, tmp_path):
-    path = tmp_path / "mistral"
-    shutil.copytree(checkpoint("mistral"), path)
-    config = json.loads((path / "config.json").read_text()) | {"sliding_window": 100}
-    (path / "config.json").write_text(json.dumps(config))
-    chapter.load().Engine(path, max_model_len=100)
-    with pytest.raises(ValueError, match="sliding_window is 100, below the 101 tokens"):
-        chapter.load().Engine(path, max_model_len=101)
-
-
 @pytest.mark.until("v05")
 def test_the_default_length_is_the_models_but_at_most_2048(module):
     choose = module("engine").choose_length
