@@ -466,6 +466,11 @@ def test_a_million_wrong_items_are_one_complaint(server):
     assert len(post(server, "/v1/completions", many).json()["error"]["message"]) < 500
     response = post(server, "/v1/completions", {"model": "pocket", "prompt": "hello wor " * 300_000})
     assert response.status_code == 400 and "3000000 bytes, too many for max_model_len = 512" in response.text
+    turn = {"role": "user", "content": "hello wor " * 300_000}
+    for path, name, value in (("/v1/chat/completions", "messages", [turn]), ("/v1/responses", "input", turn["content"])):
+        error = post(server, path, {"model": "pocket", name: value}).json()["error"]
+        assert (error["param"], error["code"]) == (name, "context_length_exceeded")
+        assert "3000000 bytes, too many" in error["message"]
     response = post(server, "/v1/completions", {"model": "pocket", "prompt": [5] * 1_000_000})
     assert response.status_code == 400 and "prompt has 1000000 tokens, more than max_model_len = 512" in response.text
 

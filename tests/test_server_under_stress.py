@@ -278,6 +278,9 @@ def test_a_server_that_drains_ends_what_runs_and_takes_nothing_new(chapter, toke
         with pytest.raises(openai.InternalServerError, match="shutting down") as caught:
             client.completions.create(**asked)
         assert caught.value.status_code == 503 and caught.value.response.headers["retry-after"] == "5"
+        # What was computed may still be fetched.
+        with pytest.raises(openai.NotFoundError, match="there is no response"):
+            client.responses.retrieve("resp_1")
         fake.gate.set()
         thread.join(10)
         assert found[0].usage.completion_tokens == 3
@@ -331,7 +334,7 @@ def test_sigterm_lets_streams_end_and_the_process_exits_0(process):
         assert next(lines).startswith("data: ")
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: httpx.get(f"{process.url}/health").json()["status"] == "draining")
-        assert httpx.get(f"{process.url}/v1/models").status_code == 503
+        assert httpx.post(f"{process.url}/v1/completions", json=body).status_code == 503
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
     assert process.wait(10) == 0

@@ -50,6 +50,24 @@ def test_what_only_began_like_a_stop_string_is_text_after_all(make_engine, Param
     assert outputs[-1].finish_reason == whole.finish_reason
 
 
+@pytest.mark.parametrize(
+    "said, text",
+    [("aEEND", "aE"), ("EEEND", "EE"), ("END", ""), ("a😀EEN", "a😀EEN"), ("é😀ENéEND", "é😀ENé"), ("ENEN", "ENEN")],
+)
+def test_the_tokens_with_logprobs_are_those_that_begin_in_the_text(make_engine, Params, module, monkeypatch, said, text):
+    """A byte a token, so that characters and the stop string END are spread over as many as can be."""
+    engine = make_engine("pocket")
+    names = module("text").vocabulary_bytes(engine.tokenizer)
+    forced = [names.index(bytes([byte])) for byte in said.encode()]
+    ids = iter(forced)
+    monkeypatch.setattr(engine, "decide", lambda _hidden, _draws: ([chosen := next(ids)], [{chosen: 0.0}]))
+    answer, found = module("protocol").Answer(0), []
+    for output in pieces_of(engine, [9], Params(max_tokens=len(forced), stop=("END",), logprobs=0, ignore_eos=True)):
+        found += [token_id for token_id, _ in answer.push(output)[1]]
+    assert answer.text == text
+    assert b"".join(names[token_id] for token_id in found) == text.encode()
+
+
 def test_an_end_token_is_named_as_what_ended_the_text(make_engine, Params):
     engine = make_engine("pocket")
     [plain] = engine.generate([[20, 21, 22]], Params(max_tokens=4, ignore_eos=True))

@@ -69,7 +69,10 @@ class Generation:
 
 
 class AsyncEngine:
-    """An engine that many coroutines use at once."""
+    """An engine that many coroutines use at once.
+
+    The methods from `start` to `deliver` run on the event loop, those from `run` to `post` on the engine's thread.
+    """
 
     def __init__(self, engine: EngineLike, max_waiting: int):
         self.engine = engine
@@ -86,8 +89,6 @@ class AsyncEngine:
         # Whose an output is. Belongs to the engine's thread.
         self.owners: dict[int, tuple[Generation, int]] = {}
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
-
-    # ---- on the event loop
 
     def start(self) -> None:
         """Begin to step; outputs go to the event loop that is running now."""
@@ -171,8 +172,6 @@ class AsyncEngine:
             generation.num_running -= not failed and item[1].finish_reason is not None
             if failed or not generation.num_running:
                 self.live.discard(generation)
-
-    # ---- on the engine's thread
 
     def run(self) -> None:
         try:

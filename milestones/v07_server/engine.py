@@ -44,6 +44,7 @@ class StepOutput:
     finish_reason: str | None  # on the last token
     prompt_logprobs: list[dict[int, float] | None] | None = None  # on the first token
     stop_reason: int | str | None = None  # on the last token
+    offset: int = 0  # how many characters come before this token's, those that wait included
 
 
 class Stats(NamedTuple):
@@ -321,12 +322,15 @@ class Engine:
             seq.num_computed = draw.position
             seq.append(token_id)
             seq.logprobs.append(top)
+            offset = len(seq.stream.text) + len(seq.stream.held)
             # The token that ends a text is not part of it.
             text = seq.stream.push([] if seq.finish_reason == "stop" else [token_id], last=seq.finished)
             if seq.stream.stopped_by is not None:
                 seq.finish_reason, seq.stop_reason = "stop", seq.stream.stopped_by
             of_prompt = seq.prompt_logprobs if seq.num_output == 1 else None
-            outputs.append(StepOutput(seq.seq_id, token_id, text, top, seq.finish_reason, of_prompt, seq.stop_reason))
+            outputs.append(
+                StepOutput(seq.seq_id, token_id, text, top, seq.finish_reason, of_prompt, seq.stop_reason, offset)
+            )
             if seq.finished:
                 self.release(seq)
         return outputs

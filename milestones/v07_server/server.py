@@ -11,7 +11,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
@@ -36,6 +36,7 @@ from .protocol import (
     CompletionChoice,
     CompletionRequest,
     ErrorBody,
+    GenerationRequest,
     TokenNames,
     Usage,
     new_id,
@@ -76,12 +77,11 @@ class Service:
         if name != self.model_name:
             raise ApiError(404, f"the model {name!r} is not served here; {self.model_name!r} is", "model", "model_not_found")
 
-    async def tokenize(self, function: Callable, texts: list[str], *args):
-        """Run a function of the tokenizer away from the event loop; ValueError for a text that cannot fit."""
+    def check_size(self, texts: list[str]) -> None:
+        """ValueError for a text that cannot fit, before it is tokenized."""
         longest = max((len(text.encode()) for text in texts), default=0)
         if longest > self.max_text_bytes:
             raise ValueError(f"prompt has {longest} bytes, too many for max_model_len = {self.engine.max_model_len}; shorten it")
-        return await self.engine.tokenize(function, *args)
 
     def max_tokens(self, asked: int | None, default: int | None, num_prompt: int) -> int:
         """What was asked for; else the default, as far as there is room for it."""
@@ -96,10 +96,6 @@ def refusals(prompt_param: str) -> Iterator[None]:
     """Turn what the engine refuses into answers that name the parameter."""
     try:
         yield
-    except QueueFull as error:
-        raise ApiError(429, str(error), code="queue_full", Retry_After="1") from None
-    except StepFailed as error:
-        raise ApiError(500, str(error), code="step_failed") from None
     except ValueError as error:
         named = str(error).split()[0]
         param = named if named in ("temperature", "top_p", "top_k", "seed", "stop", "logprobs", "n") else prompt_param
@@ -157,8 +153,8 @@ async def create_completion(request: Request, body: CompletionRequest):
     several = isinstance(prompt, list) and not isinstance(prompt[0], int)
     with refusals("prompt"):
         given = prompt if several else [prompt]
-        texts = [each for each in given if isinstance(each, str)]
-        prompts = await service.tokenize(tokenize_prompts, texts, given, body.echo)
+        service.check_size([each for each in given if isinstance(each, str)])
+        prompts = await service.engine.tokenize(tokenize_prompts, given, body.echo)
         requests, answers = [], []
         for ids, _ in prompts:
             # An engine gives every request a token; one that wants none has it thrown away.
@@ -173,7 +169,7 @@ async def create_completion(request: Request, body: CompletionRequest):
         generation = await service.engine.generate(requests)
     each_prompt = [prompt for prompt in prompts for _ in range(body.n)]
     num_prompt = sum(len(ids) for ids, _ in prompts)
-    writer = CompletionWriter(service, body, generation, answers, each_prompt, num_prompt)
+    writer = CompletionWriter(service, body, generation, answers, num_prompt, prompts=each_prompt)
     if body.stream:
         return Events(generation, writer.stream())
     return await unless_gone(request, generation, writer.whole())
@@ -189,17 +185,48 @@ def tokenize_prompts(tokenizer, prompts: list, echo: bool) -> list[tuple[list[in
     return found
 
 
-class CompletionWriter:
-    """Turns tokens into a completion, whole or in chunks."""
+class Writer:
+    """Turns the tokens of one call into its answers, whole or in chunks."""
 
-    def __init__(self, service, body, generation, answers, prompts, num_prompt):
+    id_prefix: str
+    chunk_model: type
+
+    def __init__(self, service: Service, body: GenerationRequest, generation: Generation, answers: list, num_prompt: int):
         self.service, self.body, self.generation = service, body, generation
-        self.answers, self.prompts, self.num_prompt = answers, prompts, num_prompt
-        self.head = {"id": new_id("cmpl-"), "created": now(), "model": body.model}
-        self.started: set[int] = set()
+        self.answers, self.num_prompt = answers, num_prompt
+        self.head = {"id": new_id(self.id_prefix), "created": now(), "model": body.model}
 
     def usage(self) -> Usage:
-        return usage(self.num_prompt, self.answers)
+        num_tokens = sum(answer.num_tokens for answer in self.answers)
+        total = self.num_prompt + num_tokens
+        return Usage(prompt_tokens=self.num_prompt, completion_tokens=num_tokens, total_tokens=total)
+
+    async def collect(self) -> list[list]:
+        """Hear every answer to its end; the logprobs of the tokens of each."""
+        found = [[] for _ in self.answers]
+        async for index, output in self.generation:
+            found[index] += self.answers[index].push(output)[1]
+        return found
+
+    async def stream(self) -> AsyncIterator[str]:
+        async for piece in self.pieces():
+            yield self.chunk([piece])
+        if self.body.include_usage:
+            yield self.chunk([], self.usage())
+        yield "[DONE]"
+
+    def chunk(self, pieces: list, total: Usage | None = None) -> str:
+        exclude = None if self.body.include_usage else {"usage"}
+        return event(self.chunk_model(**self.head, choices=pieces, usage=total).model_dump(exclude=exclude))
+
+
+class CompletionWriter(Writer):
+    id_prefix, chunk_model = "cmpl-", Completion
+
+    def __init__(self, *args, prompts: list[tuple[list[int], str]]):
+        super().__init__(*args)
+        self.prompts = prompts  # of each answer, its tokens and its text
+        self.started: set[int] = set()
 
     def piece(self, answer: Answer, text: str, tokens: list) -> CompletionChoice:
         """The next part of an answer; the first one begins with the prompt if that is wanted."""
@@ -217,26 +244,16 @@ class CompletionWriter:
         return CompletionChoice(index=answer.index, text=text, logprobs=logprobs, finish_reason=answer.finish_reason)
 
     async def whole(self) -> Completion:
-        found: dict[int, CompletionChoice] = {}
-        async for index, output in self.generation:
-            answer = self.answers[index]
-            piece = self.piece(answer, *answer.push(output))
-            found[index] = found[index].followed_by(piece) if index in found else piece
-        return Completion(**self.head, choices=[found[answer.index] for answer in self.answers], usage=self.usage())
+        found = await self.collect()
+        made = [self.piece(answer, answer.text, tokens) for answer, tokens in zip(self.answers, found, strict=True)]
+        return Completion(**self.head, choices=made, usage=self.usage())
 
-    async def stream(self) -> AsyncIterator[str]:
+    async def pieces(self) -> AsyncIterator[CompletionChoice]:
         async for index, output in self.generation:
             answer = self.answers[index]
             text, tokens = answer.push(output)
             if text or tokens or answer.finish_reason or (self.body.echo and index not in self.started):
-                yield self.chunk([self.piece(answer, text, tokens)], None)
-        if self.body.include_usage:
-            yield self.chunk([], self.usage())
-        yield "[DONE]"
-
-    def chunk(self, pieces: list[CompletionChoice], total: Usage | None) -> str:
-        exclude = None if self.body.include_usage else {"usage"}
-        return event(Completion(**self.head, choices=pieces, usage=total).model_dump(exclude=exclude))
+                yield self.piece(answer, text, tokens)
 
 
 # ---- chat
@@ -254,31 +271,24 @@ async def create_chat_completion(request: Request, body: ChatRequest):
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
         generation = await service.engine.generate([(ids, choice) for choice in choices(params, body.n)])
-    writer = ChatWriter(service, body, generation, len(ids))
+    writer = ChatWriter(service, body, generation, [Answer(i) for i in range(body.n)], len(ids))
     if body.stream:
         return Events(generation, writer.stream())
     return await unless_gone(request, generation, writer.whole())
 
 
 async def tokenize_chat(service: Service, messages: list[dict], param: str = "messages") -> list[int]:
-    """The tokens of a conversation; ApiError if the checkpoint's template refuses it."""
+    """The tokens of a conversation; ApiError if the checkpoint's template refuses it, ValueError if it cannot fit."""
+    service.check_size([message["content"] for message in messages])
     try:
-        return await service.tokenize(encode_chat, [message["content"] for message in messages], messages)
+        return await service.engine.tokenize(encode_chat, messages)
     # A template is a program of the checkpoint's author: it may raise anything.
     except Exception as error:
         raise ApiError(400, f"this conversation cannot be put into the model's chat template: {error}", param) from None
 
 
-class ChatWriter:
-    """Turns tokens into a chat completion, whole or in chunks."""
-
-    def __init__(self, service: Service, body: ChatRequest, generation: Generation, num_prompt: int):
-        self.service, self.body, self.generation, self.num_prompt = service, body, generation, num_prompt
-        self.answers = [Answer(i) for i in range(body.n)]
-        self.head = {"id": new_id("chatcmpl-"), "created": now(), "model": body.model}
-
-    def usage(self) -> Usage:
-        return usage(self.num_prompt, self.answers)
+class ChatWriter(Writer):
+    id_prefix, chunk_model = "chatcmpl-", ChatChunk
 
     def logprobs(self, tokens: list) -> ChatLogprobs | None:
         if not self.body.logprobs:
@@ -286,47 +296,33 @@ class ChatWriter:
         return ChatLogprobs(content=self.service.names.of_chat(tokens, self.body.top_logprobs or 0))
 
     async def whole(self) -> ChatCompletion:
-        found = [[] for _ in self.answers]
-        async for index, output in self.generation:
-            found[index] += self.answers[index].push(output)[1]
+        found = await self.collect()
         made = [
             ChatChoice(
                 index=answer.index,
                 message=ChatMessage(content=answer.text),
-                logprobs=self.logprobs(found[answer.index]),
+                logprobs=self.logprobs(tokens),
                 finish_reason=answer.finish_reason,
             )
-            for answer in self.answers
+            for answer, tokens in zip(self.answers, found, strict=True)
         ]
         return ChatCompletion(**self.head, choices=made, usage=self.usage())
 
-    async def stream(self) -> AsyncIterator[str]:
+    async def pieces(self) -> AsyncIterator[ChunkChoice]:
         for answer in self.answers:
-            yield self.chunk([ChunkChoice(index=answer.index, delta={"role": "assistant", "content": ""})])
+            yield ChunkChoice(index=answer.index, delta={"role": "assistant", "content": ""})
         async for index, output in self.generation:
             answer = self.answers[index]
             text, tokens = answer.push(output)
             if text or tokens:
-                yield self.chunk([ChunkChoice(index=index, delta={"content": text}, logprobs=self.logprobs(tokens))])
+                yield ChunkChoice(index=index, delta={"content": text}, logprobs=self.logprobs(tokens))
             if answer.finish_reason:
-                yield self.chunk([ChunkChoice(index=index, delta={}, finish_reason=answer.finish_reason)])
-        if self.body.include_usage:
-            yield self.chunk([], self.usage())
-        yield "[DONE]"
-
-    def chunk(self, made: list[ChunkChoice], total: Usage | None = None) -> str:
-        exclude = None if self.body.include_usage else {"usage"}
-        return event(ChatChunk(**self.head, choices=made, usage=total).model_dump(exclude=exclude))
+                yield ChunkChoice(index=index, delta={}, finish_reason=answer.finish_reason)
 
 
 def event(data: dict) -> str:
     """ASCII alone, since some clients take U+2028 and its like for the end of a line."""
     return json.dumps(data)
-
-
-def usage(num_prompt: int, answers: list[Answer]) -> Usage:
-    num_tokens = sum(answer.num_tokens for answer in answers)
-    return Usage(prompt_tokens=num_prompt, completion_tokens=num_tokens, total_tokens=num_prompt + num_tokens)
 
 
 # ---- how answers travel
@@ -363,8 +359,6 @@ async def unless_gone(request: Request, generation: Generation, work: Coroutine)
         if not working.done():
             return Response(status_code=499)
         return working.result()
-    except StepFailed as error:
-        raise ApiError(500, str(error), code="step_failed") from None
     finally:
         working.cancel()
         gone.cancel()
@@ -387,7 +381,7 @@ class Gate:
         if scope["type"] != "http" or not scope["path"].startswith("/v1"):
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
-        refused = self.refusal(headers)
+        refused = self.refusal(scope["method"], headers)
         if refused is not None:
             return await error_response(refused)(scope, receive, send)
         num_bytes, complete = 0, False
@@ -409,8 +403,9 @@ class Gate:
         finally:
             self.service.num_active -= complete
 
-    def refusal(self, headers: dict[bytes, bytes]) -> ApiError | None:
-        if self.service.draining:
+    def refusal(self, method: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        # What was computed may still be fetched.
+        if self.service.draining and method != "GET":
             return ApiError(503, "the server is shutting down; send this elsewhere", Retry_After="5", Connection="close")
         key = self.service.api_key
         if key is not None and not hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {key}".encode()):
@@ -432,6 +427,14 @@ def error_response(error: ApiError) -> Response:
 
 async def on_api_error(_request: Request, error: ApiError) -> Response:
     return error_response(error)
+
+
+async def on_queue_full(_request: Request, error: QueueFull) -> Response:
+    return error_response(ApiError(429, str(error), code="queue_full", Retry_After="1"))
+
+
+async def on_step_failed(_request: Request, error: StepFailed) -> Response:
+    return error_response(ApiError(500, str(error), code="step_failed"))
 
 
 async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
@@ -491,6 +494,8 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(responses_router)
     app.add_middleware(Gate, service=service)
     app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(QueueFull, on_queue_full)
+    app.add_exception_handler(StepFailed, on_step_failed)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RecursionError, on_deep_body)

@@ -1,5 +1,7 @@
 """v07: a server around v06's engine."""
+import asyncio
 import filecmp
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -29,6 +31,29 @@ def test_completions_and_chat_know_nothing_of_responses(chapter):
 
 
 @pytest.mark.until("v08")
+def test_a_whole_answer_is_put_together_once(module):
+    """And not once a token, which would hold up the event loop for longer with each."""
+    server, protocol = module("server"), module("protocol")
+    calls = []
+
+    class Names(protocol.TokenNames):
+        def of_completion(self, *args):
+            calls.append(len(args[0]))
+            return super().of_completion(*args)
+
+    async def generation():
+        for i in range(50):
+            yield 0, module("engine").StepOutput(1, i % 3, "x", {i % 3: -1.0}, "length" if i == 49 else None, offset=i)
+
+    service = SimpleNamespace(names=Names([b"x"] * 3, set()))
+    body = protocol.CompletionRequest(model="m", prompt="p", logprobs=0)
+    answers = [protocol.Answer(0)]
+    writer = server.CompletionWriter(service, body, generation(), answers, 1, prompts=[([1], "p")])
+    whole = asyncio.run(writer.whole())
+    assert whole.choices[0].text == "x" * 50 and whole.choices[0].logprobs.text_offset == list(range(50))
+    assert calls == [50]
+
+
 def test_a_silent_max_tokens_is_a_promise_of_the_whole_context(chapter, make_engine):
     """64 say hello at once: 8 of 1,024 / 128 blocks run together; who is given 256 tokens at the most is one of 60."""
     engine = make_engine("pocket", num_blocks=1024, max_num_seqs=64)
