@@ -69,6 +69,26 @@ def test_the_kernel_gives_what_plain_torch_gives(kernels, lengths, num_heads, nu
 
 
 @needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="loads are counted by the interpreter, which a GPU does not need")
+def test_no_key_is_loaded_that_no_query_of_the_tile_sees(kernels, monkeypatch):
+    """A prompt of 33 tokens makes two tiles; its neighbour that brings one token must not pay for both."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    args = paged([(33, 70), (1, 9)], 6, 2, 14, 4)
+    first, last = args[1].data_ptr(), args[1].data_ptr() + args[1].nbytes
+    loaded, load = [], InterpreterBuilder.create_masked_load
+
+    def counting(self, ptrs, mask, *rest):
+        loaded.append((mask.data & (ptrs.data >= first) & (ptrs.data < last)).sum())
+        return load(self, ptrs, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting)
+    kernels.paged_attention(*args, 33, 70, num_splits=1)
+    # 64 rows are 21 queries of 3 heads and a third of the next, which sees 70 - 33 + 22 keys.
+    assert sum(loaded) == (59 + 70 + 9) * 2 * 14
+
+
+@needs_triton
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_in_16_bits_it_differs_by_their_rounding(kernels, dtype, atol):
     args = paged(RAGGED, 6, 2, 14, 4, dtype)
@@ -130,6 +150,14 @@ def test_the_online_softmax_of_the_text_with_a_pencil(chapter):
     whole = [math.exp(score - 5) for score in (2, 3, 5, 1)]
     assert mixed / total == pytest.approx(sum(w * v for w, v in zip(whole, (10, 20, 30, 40))) / sum(whole))
     assert round(mixed / total, 2) == 28.2
+    # The same in two splits, put together by the logarithm of each one's sum.
+    (first, lse_first), (second, lse_second) = (
+        (sum(math.exp(s) * v for s, v in split) / sum(math.exp(s) for s, _ in split), math.log(sum(math.exp(s) for s, _ in split)))
+        for split in (((2, 10), (3, 20)), ((5, 30), (1, 40)))
+    )
+    assert [round(x, 2) for x in (first, lse_first, second, lse_second)] == [17.31, 3.31, 30.18, 5.02]
+    weight = math.exp(lse_first - lse_second)
+    assert (round(weight, 3), round((weight * first + second) / (1 + weight), 2)) == (0.182, 28.2)
 
 
 @needs_triton

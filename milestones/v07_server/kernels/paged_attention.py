@@ -119,6 +119,9 @@ def _attend_kernel(
     tile = tl.program_id(2) // num_splits
     first_query = tl.load(query_starts_ptr + s)
     num_queries = tl.load(query_starts_ptr + s + 1) - first_query
+    # the grid is sized for the sequence that brings most
+    if tile * TILE_ROWS >= num_queries * GROUP:
+        return
     context_len = tl.load(context_lens_ptr + s)
     offs_r = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
     offs_d = tl.arange(0, PADDED_DIM)
