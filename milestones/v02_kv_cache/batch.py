@@ -35,11 +35,12 @@ def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> B
     """Feed the one sequence what the cache does not hold yet."""
     [seq] = seqs
     new_ids = seq.new_ids
+    end = seq.num_computed + len(new_ids)
     return Batch(
         token_ids=torch.tensor(new_ids, device=device),
-        positions=torch.arange(seq.num_computed, seq.num_tokens, device=device),
+        positions=torch.arange(seq.num_computed, end, device=device),
         logit_rows=torch.tensor([len(new_ids) - 1], device=device),
         draws=[Draw(seq, seq.num_tokens)],
         cache=cache,
-        context_len=seq.num_tokens,
+        context_len=end,
     )

@@ -33,20 +33,20 @@ class Batch:
     cache: KVCache  # read and written by attention
     context_len: int  # positions that attention reads, this step's included
     num_seqs: int  # rows of the rectangle, equally many tokens each
-    slot_rows: Tensor  # [N] the row of the cache in which each token's key and value are kept
+    cache_rows: Tensor  # [N] the row of the cache in which each token's key and value are kept
 
 
 def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> Batch:
     """Feed each sequence what the cache does not hold yet, padded on the right to the longest."""
     width = max(len(seq.new_ids) for seq in seqs if not seq.finished)
-    token_ids, positions, logit_rows, draws, slot_rows = [], [], [], [], []
+    token_ids, positions, logit_rows, draws, cache_rows = [], [], [], [], []
     for row, seq in enumerate(seqs):
         # A sequence that has ended rides along: it is fed what there is room for, and nothing is drawn.
         new_ids = seq.new_ids[:width]
         if not seq.finished:
             logit_rows.append(len(token_ids) + len(new_ids) - 1)
             draws.append(Draw(seq, seq.num_tokens))
-        slot_rows += [row] * width
+        cache_rows += [row] * width
         token_ids += new_ids + [PAD_ID] * (width - len(new_ids))
         positions += range(seq.num_computed, seq.num_computed + width)
     return Batch(
@@ -57,5 +57,5 @@ def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> B
         cache=cache,
         context_len=max(positions) + 1,
         num_seqs=len(seqs),
-        slot_rows=torch.tensor(slot_rows, device=device),
+        cache_rows=torch.tensor(cache_rows, device=device),
     )

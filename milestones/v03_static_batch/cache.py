@@ -54,8 +54,8 @@ class KVCache:
 
     def write(self, layer_id: int, k: Tensor, v: Tensor, batch) -> None:
         """Store the step's keys and values, [N, KV, D], in their rows, at their positions."""
-        self.k[layer_id][batch.slot_rows, batch.positions] = k
-        self.v[layer_id][batch.slot_rows, batch.positions] = v
+        self.k[layer_id][batch.cache_rows, batch.positions] = k
+        self.v[layer_id][batch.cache_rows, batch.positions] = v
 
     def read(self, layer_id: int, batch) -> tuple[Tensor, Tensor]:
         """Keys and values of all positions so far, [S, n, KV, D]: views, not copies."""

@@ -23,7 +23,7 @@ class Draw(NamedTuple):
 class Rectangle(NamedTuple):
     """Sequences that bring equally many tokens, so that one call attends for all of them."""
 
-    queries: Tensor  # [S * Q] where their tokens stand among the N, one sequence after the other
+    tokens: Tensor  # [S * Q] where their tokens stand among the N, one sequence after the other
     rows: Tensor  # [S] of the cache
     context_len: int  # positions that attention reads, this step's included
 
@@ -37,29 +37,30 @@ class Batch:
     logit_rows: Tensor  # [R] which of the N tokens' logits are wanted
     draws: list[Draw]  # [R] what each of those rows decides
     cache: KVCache  # read and written by attention
-    slot_rows: Tensor  # [N] the row of the cache in which each token's key and value are kept
+    cache_rows: Tensor  # [N] the row of the cache in which each token's key and value are kept
     rectangles: list[Rectangle]  # each sequence is in one
 
 
 def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> Batch:
     """Feed each sequence what the cache does not hold yet, one sequence after the other."""
-    token_ids, positions, logit_rows, draws, slot_rows = [], [], [], [], []
+    token_ids, positions, logit_rows, draws, cache_rows = [], [], [], [], []
     equally_long = defaultdict(list)
     for seq in seqs:
         new_ids = seq.new_ids
+        end = seq.num_computed + len(new_ids)
         equally_long[len(new_ids)].append((len(token_ids), seq))
         logit_rows.append(len(token_ids) + len(new_ids) - 1)
         draws.append(Draw(seq, seq.num_tokens))
-        slot_rows += [seq.row] * len(new_ids)
+        cache_rows += [seq.row] * len(new_ids)
         token_ids += new_ids
-        positions += range(seq.num_computed, seq.num_computed + len(new_ids))
+        positions += range(seq.num_computed, end)
     return Batch(
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.tensor(positions, device=device),
         logit_rows=torch.tensor(logit_rows, device=device),
         draws=draws,
         cache=cache,
-        slot_rows=torch.tensor(slot_rows, device=device),
+        cache_rows=torch.tensor(cache_rows, device=device),
         rectangles=[build_rectangle(width, members, device) for width, members in equally_long.items()],
     )
 
@@ -67,7 +68,7 @@ def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> B
 def build_rectangle(width: int, members: list[tuple[int, Sequence]], device: torch.device) -> Rectangle:
     """Attention's view of sequences that bring width tokens each; members say where their first token stands."""
     return Rectangle(
-        queries=torch.tensor([first + i for first, _ in members for i in range(width)], device=device),
+        tokens=torch.tensor([first + i for first, _ in members for i in range(width)], device=device),
         rows=torch.tensor([seq.row for _, seq in members], device=device),
         context_len=max(seq.num_computed for _, seq in members) + width,
     )

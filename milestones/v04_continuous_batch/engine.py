@@ -206,7 +206,7 @@ class Engine:
         outputs = []
         for draw, token_id, top in zip(batch.draws, token_ids, logprobs, strict=True):
             seq = draw.seq
-            seq.num_computed = draw.position
+            seq.num_computed = draw.position  # all before it has been fed
             seq.append(token_id)
             seq.logprobs.append(top)
             # The token that ends a text is not part of it.

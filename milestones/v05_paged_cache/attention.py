@@ -1,6 +1,6 @@
 """Attention: the one layer in which a token sees others.
 
-N tokens of this step   S sequences   Q = N / S queries each   H query heads   KV key/value heads   G = H / KV
+N tokens of this step   S sequences   Q queries each   H query heads   KV key/value heads   G = H / KV
 D head_dim   n keys
 """
 import torch
@@ -16,11 +16,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
     """Mix, for each query, the values of the keys at or before its position.
 
     Args:
-        q: [N, H, D], a rectangle: Q of each sequence, one sequence after the other.
+        q: [S * Q, H, D], a rectangle: Q of each sequence, one sequence after the other.
         k, v: [S, n, KV, D]; key i is at position i. Query heads i * G to (i + 1) * G - 1 share KV head i.
-        positions: [N] of the queries.
+        positions: [S * Q] of the queries.
     Returns:
-        [N, H, D]; the softmax is taken in float32.
+        [S * Q, H, D]; the softmax is taken in float32.
     Source: https://arxiv.org/abs/1706.03762; grouped heads, https://arxiv.org/abs/2305.13245.
     """
     num_seqs, num_keys = k.shape[:2]
@@ -36,9 +36,9 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, layer_id: int, batch: Batch) 
     batch.cache.write(layer_id, k, v, batch)
     out = torch.empty_like(q)
     for rectangle in batch.rectangles:
-        queries = rectangle.queries
-        k, v = batch.cache.read(layer_id, rectangle)
-        out[queries] = attend(q[queries], k, v, batch.positions[queries])
+        tokens = rectangle.tokens
+        keys, values = batch.cache.read(layer_id, rectangle)
+        out[tokens] = attend(q[tokens], keys, values, batch.positions[tokens])
     return out
 
 

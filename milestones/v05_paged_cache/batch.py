@@ -23,7 +23,7 @@ class Draw(NamedTuple):
 class Rectangle(NamedTuple):
     """Sequences that bring equally many tokens, so that one call attends for all of them."""
 
-    queries: Tensor  # [S * Q] where their tokens stand among the N, one sequence after the other
+    tokens: Tensor  # [S * Q] where their tokens stand among the N, one sequence after the other
     block_tables: Tensor  # [S, M] the blocks of each, in order; 0 behind the end of a shorter table
     context_len: int  # positions that attention reads, this step's included
 
@@ -47,14 +47,15 @@ def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> B
     equally_long = defaultdict(list)
     for seq in seqs:
         new_ids = seq.new_ids
+        end = seq.num_computed + len(new_ids)
         equally_long[len(new_ids)].append((len(token_ids), seq))
         logit_rows.append(len(token_ids) + len(new_ids) - 1)
         draws.append(Draw(seq, seq.num_tokens))
-        for position in range(seq.num_computed, seq.num_computed + len(new_ids)):
+        for position in range(seq.num_computed, end):
             block_id = seq.block_table[position // cache.block_size]
             slot_mapping.append(block_id * cache.block_size + position % cache.block_size)
         token_ids += new_ids
-        positions += range(seq.num_computed, seq.num_computed + len(new_ids))
+        positions += range(seq.num_computed, end)
     return Batch(
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.tensor(positions, device=device),
@@ -69,7 +70,7 @@ def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> B
 def build_rectangle(width: int, members: list[tuple[int, Sequence]], device: torch.device) -> Rectangle:
     """Attention's view of sequences that bring width tokens each; members say where their first token stands."""
     return Rectangle(
-        queries=torch.tensor([first + i for first, _ in members for i in range(width)], device=device),
+        tokens=torch.tensor([first + i for first, _ in members for i in range(width)], device=device),
         block_tables=pad_tables([seq.block_table for _, seq in members], device),
         context_len=max(seq.num_computed for _, seq in members) + width,
     )

@@ -1,4 +1,4 @@
-"""Command line of the engine: python -m v01_naive generate "Once upon a time"."""
+"""Command line of the engine: python -m CHAPTER generate "Once upon a time"."""
 import argparse
 import os
 import sys

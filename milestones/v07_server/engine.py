@@ -319,7 +319,7 @@ class Engine:
             if draw.position < seq.num_tokens:
                 seq.prompt_logprobs.append(top)
                 continue
-            seq.num_computed = draw.position
+            seq.num_computed = draw.position  # all before it has been fed
             seq.append(token_id)
             seq.logprobs.append(top)
             offset = len(seq.stream.text) + len(seq.stream.held)

@@ -75,6 +75,8 @@ def cost(tree: Tree, chapter: Path | None) -> list[str]:
     ]
     for what, key, form, unit in COSTS:
         cells = [written(row, key, form, unit) for row in rows]
+        if not any(row[key] for row in rows):
+            continue
         if len(cells) == 2 and cells[0] != cells[1] and not (key == "tokens_per_s" and within_noise(rows)):
             cells[1] = f"**{cells[1]}**"
         lines.append(f"| {what} | {' | '.join(cells)} |")
@@ -95,15 +97,17 @@ def strip(tree: Tree, chapter: Path | None) -> list[str]:
     lines = [
         "```text",
         f"request {rows[0]['watched']['request'] + 1} of {rows[0]['requests']}, {prompt} + {output} tokens; "
-        f"a character is {longest / STRIP_WIDTH:,.0f} ms",
+        f"a character is {longest / STRIP_WIDTH:,.0f} ms or less",
         *(f"{name}  {bar(life, longest)}" for name, life in zip(names, lives)),
         "",
         f"{'':6}{'waits ' + STRIP['waits']:>12}{'for nothing ' + STRIP['wasted']:>16}"
-        f"{'needed ' + STRIP['useful']:>12}{'last token after':>20}{'then rides along':>20}",
+        f"{'needed ' + STRIP['useful']:>12}{'last token after':>20}",
     ]
-    for name, life, row in zip(names, lives, rows):
-        rides = row["watched"]["life_ms"].get("rides", 0)
-        cells = (life["waits"], life["wasted"], life["useful"], sum(life.values()), rides)
+    rides = [row["watched"]["life_ms"].get("rides", 0) for row in rows]
+    if any(rides):
+        lines[-1] += f"{'then rides along':>20}"
+    for name, life, after in zip(names, lives, rides):
+        cells = (life["waits"], life["wasted"], life["useful"], sum(life.values()), *([after] if any(rides) else []))
         lines.append(f"{name:6}" + "".join(f"{ms:>{width},.0f} ms" for ms, width in zip(cells, (9, 13, 9, 17, 17))))
     return [*lines, "```"]
 

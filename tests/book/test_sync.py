@@ -445,9 +445,22 @@ def test_a_cost_card_shows_what_changed_in_bold(two):
     assert "| positions computed | 5,000 | 5,000 |" in lines
     assert "| memory kept for keys and values | 3 MiB | 3 MiB |" in lines
     assert "| lines of Python | | 2 added, 1 removed |" in lines
-    assert "request 2 of 3, 4 + 2 tokens; a character is 2 ms" in lines
+    assert "request 2 of 3, 4 + 2 tokens; a character is 2 ms or less" in lines
     assert f"v01  {'·' * 32}{'░' * 16}{'█' * 16}" in lines
     assert f"v02  {'·' * 4}{'█' * 4}" in lines
+
+
+def test_a_card_has_no_row_and_no_column_of_nothing_but_zeros(two):
+    tree = two("# Next\n\n<!-- table: cost -->\n\n<!-- table: strip -->\n")
+    tree.results.mkdir(parents=True, exist_ok=True)
+    life = {"waits": 8.0, "useful": 8.0, "rides": 100.0}
+    rides = {"watched": {"request": 1, "lengths": [4, 2], "life_ms": life}}
+    for first, second, shown in ((0, 0, False), (0, 2**20, True)):
+        rows = {"v01": stairs(kv_bytes=first), "v02": stairs(kv_bytes=second, **(rides if shown else {}))}
+        (tree.results / "staircase.json").write_text(json.dumps(rows))
+        sync(tree)
+        text = (tree.chapters[1] / "README.md").read_text()
+        assert ("memory kept" in text) == ("then rides along" in text) == shown
 
 
 def test_the_staircase_in_a_text_of_no_chapter(two):
