@@ -99,10 +99,13 @@ CASES = {
 
 # The machine's own line takes as long to import as all the rest.
 RUN = """\
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+# What other packages bring along for pytest takes longer to import than the limit below.
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 sys.path.insert(0, {repository!r})
 sys.modules["shared.machine"] = SimpleNamespace(machine=lambda: "a machine", today=lambda: "2000-01-01")
 from shared.book import traps
