@@ -4,6 +4,7 @@
     python -m shared.bench batch [v02 v03 ...]    # tokens per second against the number of requests in a pass
     python -m shared.bench decode v04 v05         # one decode step of 16 sequences of unequal length
     python -m shared.bench staircase [v01 ...]    # every chapter on one ragged workload, and what it took
+    python -m shared.bench suite [v01 ...]        # chapters beside Hugging Face and the machine's limit; see bench_suite
 
 Runs are warmed up, then interleaved (A B A B ...), so that a machine that slows down slows all of them
 down. A figure is the median; beside it stands the spread: the middle half of the runs, from its fastest to
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -47,13 +49,14 @@ def interleave(
     contestants: dict[str, Callable[[], Timing]],
     repeats: int,
     label: str = "",
+    warm_up: dict[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[Timing]]:
-    """Let each contestant run once unmeasured, then all of them in turn, `repeats` times.
+    """Let each contestant run once unmeasured, or do its warm_up, then all of them in turn, `repeats` times.
 
     A contestant returns the Timing of the part that counts: what it prepares is not in it.
     """
     timings = {name: [] for name in contestants}
-    for run in contestants.values():
+    for run in (warm_up or contestants).values():
         run()
     for round_id in progress(range(repeats), label):
         for name, run in contestants.items():
@@ -361,11 +364,25 @@ def print_staircase(results: dict) -> None:
             print(f"{'':8}noisy: runs differ by {row['spread']:.0%}; run it again on an idle machine")
 
 
+def suite(chapters: list[Chapter], repeats: int, full: bool = False) -> dict:
+    from . import bench_suite
+
+    return bench_suite.suite(chapters, repeats, full)
+
+
+def print_suite(results: dict) -> None:
+    from . import bench_suite
+
+    bench_suite.print_suite(results)
+
+
 WORKLOADS = {
     "growth": (growth, print_growth),
     "batch": (batch, print_batch),
     "decode": (decode, print_decode),
     "staircase": (staircase, print_staircase),
+    "suite": (suite, print_suite),
+    "suite-full": (partial(suite, full=True), print_suite),
 }
 
 

@@ -1,0 +1,81 @@
+"""What a chapter is measured beside: transformers' `generate` in padded batches, and its continuous batching.
+
+Both run a checkpoint in float32 on the CPU's threads that torch has, greedily, and never stop early.
+"""
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from .workloads import Request
+
+PLACES = 8  # requests in a padded batch
+
+
+class HuggingFace:
+    """A checkpoint as transformers runs it."""
+
+    def __init__(self, model_dir: Path):
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True).eval()
+
+    def settings(self, **more) -> GenerationConfig:
+        # No token has the id -1; None would be filled in from the checkpoint's own settings.
+        return GenerationConfig(do_sample=False, eos_token_id=[-1], pad_token_id=0, **more)
+
+    @torch.inference_mode()
+    def generate(self, requests: list[Request]) -> list[list[int]]:
+        """Groups of PLACES in the order they came, padded on the left, each until its longest is done."""
+        said = []
+        for start in range(0, len(requests), PLACES):
+            group = requests[start : start + PLACES]
+            width = max(len(request.prompt_ids) for request in group)
+            pads = [width - len(request.prompt_ids) for request in group]
+            ids = torch.tensor([[0] * pad + request.prompt_ids for pad, request in zip(pads, group)])
+            mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
+            settings = self.settings(max_new_tokens=max(request.max_tokens for request in group))
+            rows = self.model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
+            said += [row[: request.max_tokens] for row, request in zip(rows, group)]
+        return said
+
+
+    def stop(self) -> None:
+        """There is nothing to end."""
+
+
+class ContinuousBatching(HuggingFace):
+    """transformers' own continuous batching, with a paged cache; its loop has a thread of its own."""
+
+    def __init__(self, model_dir: Path, num_positions: int):
+        super().__init__(model_dir)
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+        settings = ContinuousBatchingConfig(
+            page_size=256,
+            num_blocks=-(-num_positions // 256),
+            max_batch_tokens=1024,
+            max_requests_per_batch=64,
+            use_async_batching=False,
+            use_cuda_graph=False,
+        )
+        self.manager = self.model.init_continuous_batching(
+            generation_config=self.settings(max_new_tokens=1),
+            continuous_batching_config=settings,
+        )
+        self.manager.start()
+
+    def generate(self, requests: list[Request]) -> list[list[int]]:
+        ids = [self.manager.add_request(each.prompt_ids, max_new_tokens=each.max_tokens) for each in requests]
+        said = {}
+        while len(said) < len(ids):
+            result = self.manager.get_result(timeout=600)
+            if result is None or result.error:
+                raise RuntimeError(f"continuous batching failed: {result and result.error}")
+            if result.is_finished():
+                said[result.request_id] = result.generated_tokens
+        return [said[each] for each in ids]
+
+    def stop(self) -> None:
+        self.manager.stop(block=True)
