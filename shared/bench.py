@@ -390,15 +390,18 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.bench", description="Measure chapters side by side.")
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("chapters", nargs="*", metavar="vNN", help="default: all")
+    parser.add_argument("--before", action="store_true", help="also the chapter before each of these")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
-    if args.write and args.chapters and args.workload == "staircase":
-        parser.error("--write takes all chapters: each card stands beside the one before")
+    if args.write and args.chapters and args.workload in ("staircase", "suite", "suite-full"):
+        parser.error("--write takes all chapters: in the texts each stands beside the one before")
     try:
         chapters = [find(text) for text in args.chapters] or list(CHAPTERS)
+        if args.before:
+            chapters = [each for each in CHAPTERS if each in chapters or each in [chapter.previous for chapter in chapters]]
     except ValueError as error:
         parser.error(str(error))
     measure, show = WORKLOADS[args.workload]

@@ -68,12 +68,14 @@ def bandwidth() -> float:
 
 
 def multiplications() -> float:
-    """Floating-point operations a second of one thread, in a product of large matrices."""
+    """Floating-point operations a second of one thread, in a product of large matrices, by the better of two libraries."""
     import torch
 
     matrix = torch.rand(2048, 2048)
-    matrix @ matrix
-    return 2 * 2048**3 / min(timed(lambda: matrix @ matrix).wall_s for _ in range(5))
+    products = [lambda: matrix @ matrix]
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        products.append(lambda: torch.ops.mkldnn._linear_pointwise(matrix, matrix, None, "none", [], ""))
+    return 2 * 2048**3 / min(timed(product).wall_s for product in products for _ in range(6))
 
 
 def least_seconds(work: Work, requests: list[Request], model, limits: dict[str, float]) -> float:

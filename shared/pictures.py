@@ -2,6 +2,7 @@
 
 Standard library only. A picture follows the reader's light or dark theme, and says in its title what it shows.
 """
+import math
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -20,7 +21,11 @@ STYLE = """\
   .owner0 { fill: #54aeff } .owner1 { fill: #4ac26b } .owner2 { fill: #d4a72c } .owner3 { fill: #ff8182 }
   .owner4 { fill: #c297ff } .owner5 { fill: #ffa657 } .owner6 { fill: #39c5cf } .owner7 { fill: #f778ba }
   .owner8 { fill: #a8b35b } .owner9 { fill: #9db2d0 }
+  .curve0, .dot0 { stroke: #0969da } .curve1, .dot1 { stroke: #bf3989 } .curve2, .dot2 { stroke: #1a7f37 } .curve3, .dot3 { stroke: #9a6700 }
+  .dot0 { fill: #0969da } .dot1 { fill: #bf3989 } .dot2 { fill: #1a7f37 } .dot3 { fill: #9a6700 }
   @media (prefers-color-scheme: dark) {
+    .curve0, .dot0 { stroke: #58a6ff } .curve1, .dot1 { stroke: #f778ba } .curve2, .dot2 { stroke: #3fb950 } .curve3, .dot3 { stroke: #d29922 }
+    .dot0 { fill: #58a6ff } .dot1 { fill: #f778ba } .dot2 { fill: #3fb950 } .dot3 { fill: #d29922 }
     text { fill: #e6edf3 }
     .small { fill: #9198a1 }
     .prompt { fill: #79c0ff }
@@ -207,22 +212,103 @@ STAIRS = (
 
 def staircase(results: dict[str, dict]) -> str:
     """The chapters on one workload: a panel for each quantity, a bar for each chapter."""
-    bar, panel_height, bar_room = 22, 30, 220
-    height_of_panel = panel_height + len(results) * bar + 16
+    panels = [
+        (what, [(name, row[key], form.format(row[key] / unit if unit > 1 else row[key])) for name, row in results.items()])
+        for what, key, form, unit in STAIRS
+    ]
+    names = f"{next(iter(results))} to {list(results)[-1]}"
+    return bars(panels, f"{names} on one workload: " + ", ".join(what for what, *_ in STAIRS), 32, 220)
+
+
+Bars = tuple[str, list[tuple[str, float, str]]]
+
+
+def bars(panels: list[Bars], title: str, name_room: int, bar_room: int) -> str:
+    """Panels, two beside each other: what it shows, and a bar for each name, with its value and how that is written."""
+    bar, panel_height = 22, 30
+    height_of_panel = panel_height + max(len(rows) for _, rows in panels) * bar + 16
     body = []
-    for number, (what, key, form, unit) in enumerate(STAIRS):
+    for number, (what, rows) in enumerate(panels):
         left, top = 16 + number % 2 * 350, 10 + number // 2 * height_of_panel
         body.append(text(left, top + 18, what, "head"))
-        largest = max(row[key] for row in results.values()) or 1
-        for line, (name, row) in enumerate(results.items()):
+        largest = max(value for _, value, _ in rows) or 1
+        for line, (name, value, label) in enumerate(rows):
             y = top + panel_height + line * bar
             body.append(text(left, y + 13, name, "small"))
-            length = bar_room * row[key] / largest
-            body.append(rect(left + 32, y, max(length, 1), bar - 5, "token"))
-            body.append(text(left + 38 + length, y + 13, form.format(row[key] / unit if unit > 1 else row[key])))
-    height = 10 + 2 * height_of_panel
-    names = f"{next(iter(results))} to {list(results)[-1]}"
-    return svg(700, height, f"{names} on one workload: " + ", ".join(what for what, *_ in STAIRS), body)
+            length = bar_room * value / largest
+            body.append(rect(left + name_room, y, max(length, 1), bar - 5, "token"))
+            body.append(text(left + name_room + 6 + length, y + 13, label))
+    return svg(700, 10 + -(-len(panels) // 2) * height_of_panel, title, body)
+
+
+def beside(results: dict[str, dict]) -> str:
+    """The chapters beside Hugging Face: tokens a CPU second, and the share of what the machine allows."""
+    panels = []
+    for model in ("pocket", "smollm2-135m-shape"):
+        for what, rows in results[model].items():
+            each = []
+            for name, row in rows.items():
+                speed = row["tokens_per_cpu_s"]
+                # Of a single token, its time says more than how many there would be in a second.
+                label = f"{row['cpu_ms']:,.0f} ms" if what.startswith("first") else f"{speed:,.0f}"
+                each.append((name, 1 / row["cpu_ms"], f"{label} ({row['share_of_limit']:.0%})"))
+            panels.append((f"{'pocket' if model == 'pocket' else 'SmolLM2 shape'}, {what.split(':')[0]}", each))
+    return bars(panels, "Tokens a CPU second of chapters and Hugging Face, and the share of the machine's limit", 84, 130)
+
+
+# ---- growth
+
+def curves(series: dict[str, dict[int, float]], title: str, across: str, up: str) -> str:
+    """Values over sizes, both on scales of doublings, each series with the exponent of a power that fits it."""
+    width, height, left, top, bottom = 700, 350, 60, 54, 46
+    sizes = sorted({size for values in series.values() for size in values})
+    every = [value for values in series.values() for value in values.values()]
+    low, high = math.floor(math.log2(min(every))), math.ceil(math.log2(max(every)))
+
+    def place(size: float, value: float) -> tuple[float, float]:
+        x = left + (width - left - 200) * math.log2(size / sizes[0]) / math.log2(sizes[-1] / sizes[0])
+        return x, height - bottom - (height - top - bottom) * (math.log2(value) - low) / max(1, high - low)
+
+    body = [text(16, 22, title, "head"), text(left, height - 8, across, "small"), text(16, top - 12, up, "small")]
+    for size in sizes:
+        x, _ = place(size, 2**low)
+        body += [f'<path class="grid" d="M{x:g} {top}V{height - bottom}"/>', text(x, height - bottom + 16, f"{size:,}", "small", "middle")]
+    for power in range(low, high + 1):
+        _, y = place(sizes[0], 2**power)
+        body += [f'<path class="grid" d="M{left} {y:g}H{width - 200}"/>', text(left - 6, y + 4, f"{2**power:g}", "small", "end")]
+    for number, (name, values) in enumerate(series.items()):
+        points = [place(size, value) for size, value in sorted(values.items())]
+        way = "L".join(f"{x:g} {y:g}" for x, y in points)
+        body.append(f'<path class="curve{number % 4}" fill="none" stroke-width="2" d="M{way}"/>')
+        body += [f'<circle class="dot{number % 4}" cx="{x:g}" cy="{y:g}" r="3"/>' for x, y in points]
+        body.append(text(points[-1][0] + 10, points[-1][1] + 4, f"{name}: exponent {exponent(values):.2f}"))
+    return svg(width, height, title, body)
+
+
+def exponent(values: dict[int, float]) -> float:
+    """The e for which value = c * size ** e fits best, on logarithms.
+
+    >>> round(exponent({1: 3.0, 2: 12.0, 4: 48.0}), 6)
+    2.0
+    """
+    points = [(math.log(size), math.log(value)) for size, value in values.items()]
+    mean_x, mean_y = (sum(each) / len(points) for each in zip(*points))
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def growth(results: dict[str, dict]) -> str:
+    """Time for a token against the length of its sequence."""
+    series = {name: {int(n): row["wall_ms"] for n, row in rows.items() if n.isdigit()} for name, rows in results.items()}
+    return curves(series, "A token costs more, the longer its sequence is: pocket", "tokens in the sequence", "ms for a token")
+
+
+def together(results: dict[str, dict]) -> str:
+    """Time of a pass against the number of requests in it."""
+    series = {
+        label: {int(n): row["wall_ms"] for n, row in results["v03"][model].items() if n.isdigit()}
+        for model, label in (("pocket", "pocket"), ("smollm2-135m-shape", "SmolLM2"))
+    }
+    return curves(series, "A pass costs more, the more requests share it, but not as many times more: v03", "requests in a pass", "ms for a pass")
 
 
 # ---- what is drawn from which result
@@ -242,6 +328,9 @@ def of_chapter(name: str) -> Callable[[dict], str]:
 
 PICTURES: dict[str, Picture] = {
     "staircase.svg": ("staircase.json", staircase),
+    "beside.svg": ("suite.json", beside),
+    "growth.svg": ("growth.json", growth),
+    "together.svg": ("batch.json", together),
     "v03_timeline.svg": ("timeline.json", of_chapter("v03")),
     "v04_timeline.svg": ("timeline.json", of_chapter("v04")),
     "v05_blocks.svg": ("timeline.json", lambda results: blocks(results["v05"])),

@@ -1,8 +1,10 @@
 """Batched = alone, whatever the order of arrival, and whoever is aborted, at any step."""
 import random
+from collections import deque
 
 import pytest
 
+from shared.checkpoints import checkpoint
 from shared.trace import run
 from shared.workloads import Request, ragged
 
@@ -42,3 +44,37 @@ def test_so_does_any_limit(make_engine, chapter, Params, limit):
         [alone] = engine.generate([request.prompt_ids], Params(max_tokens=request.max_tokens, ignore_eos=True))
         assert found == alone.token_ids[: len(found)]
         assert request.abort_step is not None or len(found) == request.max_tokens
+
+
+class Queue(deque):
+    """A queue that shows its head to whoever asks, counts it, and shows nothing else."""
+
+    looks = 0
+
+    def __getitem__(self, index):
+        assert index == 0, "somebody looks past the head of the queue"
+        self.looks += 1
+        return super().__getitem__(0)
+
+    def popleft(self):
+        self.looks += 1
+        return super().popleft()
+
+    def __iter__(self):
+        raise AssertionError("somebody goes through the whole queue")
+
+    __contains__ = __iter__
+
+
+def test_a_step_looks_at_those_who_run_and_at_the_head_of_the_queue(chapter, Params):
+    """With ten thousand waiting, a step must not cost more than with ten."""
+    engine = chapter.load().Engine(checkpoint("llama"))
+    for _ in range(10_000):
+        engine.add_request([9], Params(max_tokens=2, ignore_eos=True))
+    waiting = engine.scheduler.waiting = Queue(engine.scheduler.waiting)
+    for _ in range(4):
+        before, looks = len(waiting), waiting.looks
+        engine.step()
+        admitted = before - len(waiting)
+        assert waiting.looks - looks <= 2 * admitted + 1
+    assert len(waiting) < 10_000

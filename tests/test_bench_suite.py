@@ -1,0 +1,73 @@
+"""The benchmark beside Hugging Face: that all do the same work, and what is counted. Nothing about speed."""
+import subprocess
+import sys
+
+import pytest
+
+from shared import bench, bench_suite
+from shared.chapters import CHAPTERS, ROOT, find
+from shared.checkpoints import checkpoint
+from shared.workloads import Request
+
+WORK = bench_suite.Work("three requests", lambda vocab: [Request([9] * 3, 4), Request([8] * 40, 2), Request([7], 5)])
+
+
+def test_chapters_and_hugging_face_do_the_same_work():
+    chapters = [CHAPTERS[0], CHAPTERS[-1]]
+    limits = {"bytes_per_s": 1e9, "operations_per_s": 1e9}
+    rows = bench_suite.contest("llama", WORK, chapters, 2, limits)
+    assert list(rows) == ["v01", CHAPTERS[-1].id, *bench_suite.PEERS]
+    for row in rows.values():
+        assert row["other_answers"] == 0 and row["repeats"] == 2
+        assert row["tokens_per_cpu_s"] == pytest.approx(1e3 * 11 / row["cpu_ms"], rel=1e-2)
+    assert rows["HF generate"]["times_hf"] == 1
+
+
+def test_the_limit_counts_what_must_be_multiplied_and_read():
+    model = CHAPTERS[-1].load().Engine(checkpoint("llama"), dtype="float32").model
+    requests = WORK.requests(0)
+    body = sum(each.numel() for each in model.model.layers.parameters())
+    head = model.lm_head.weight.numel()
+    operations = 2 * (body * (6 + 41 + 5) + head * 11)
+    by_rate = bench_suite.least_seconds(WORK, requests, model, {"bytes_per_s": 1e18, "operations_per_s": 1e6})
+    assert by_rate == pytest.approx(operations / 1e6)
+    by_bytes = bench_suite.least_seconds(WORK, requests, model, {"bytes_per_s": 1e6, "operations_per_s": 1e18})
+    assert by_bytes == pytest.approx(5 * bench.weight_bytes(model) / 1e6)
+
+
+def test_requests_that_arrive_by_chance_all_see_a_first_token(monkeypatch, capsys):
+    monkeypatch.setattr(bench_suite, "ARRIVALS", 5)
+    monkeypatch.setattr(bench_suite, "RATE", 1000.0)
+    rows = bench_suite.arrivals([find("v02"), CHAPTERS[-1]])
+    for row in rows.values():
+        assert 0 < row["ttft_ms_p50"] <= row["ttft_ms_p95"] <= 1e3 * row["seconds"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_the_peak_of_memory_grows_with_what_is_held():
+    """In a process that has not had more already."""
+    code = "from shared.bench_suite import peak_kib as peak; a = peak(); held = b'x' * 2**26; print(peak() - a)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 60 * 2**10 < int(done.stdout) < 70 * 2**10
+
+
+def test_the_suite_prints_every_contestant_and_says_when_it_was_noisy(capsys):
+    row = {"cpu_ms": 100.0, "wall_ms": 110.0, "tokens_per_cpu_s": 50.0, "share_of_limit": 0.5, "spread": 0.4}
+    row |= {"times_hf": 1.5, "other_answers": 0}
+    rows = {"v07": row, "HF generate": row | {"other_answers": 2}}
+    arrived = {"v07": {"ttft_ms_p50": 1.0, "ttft_ms_p95": 2.0, "seconds": 3.0}}
+    limits = {"gb_per_s": 20.0, "gflops": 80.0}
+    bench.print_suite({"limits": limits, "pocket": {"ragged": rows}, "arrivals": arrived, "peak_mib": {"v07": 200.0}})
+    said = capsys.readouterr().out
+    assert "noisy" in said and "HF generate says other tokens than v07 in 2 answers" in said
+    assert "v07             p50          1" in said and "v07 200" in said
+
+
+def test_the_chapter_before_can_be_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setitem(bench.WORKLOADS, "suite", (lambda chapters, repeats: asked.append(chapters) or {}, lambda results: None))
+    assert bench.main(["suite", "v05", "--before"]) == 0
+    assert bench.main(["suite", "v01", "--before"]) == 0
+    assert [[chapter.id for chapter in chapters] for chapters in asked] == [["v04", "v05"], ["v01"]]
+
+
