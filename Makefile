@@ -35,7 +35,7 @@ help:
 	@echo "make soak         thousands of requests with aborts, and an audit of the memory at every step"
 	@echo "make bench        every chapter beside Hugging Face and the machine's limit: ten minutes, on an idle machine"
 	@echo "make bench-vNN    a chapter, the one before, and Hugging Face"
-	@echo "make bench-all    the same with more work: an hour"
+	@echo "make bench-all    the same with more work: by hand, on an idle machine"
 	@echo "make bench-v06    on a GPU: the attention kernel against torch and against the limit of the memory; ARGS=--dry-run anywhere"
 	@echo "make new-vNN      begin a chapter as a copy of the last one: NAME=..."
 	@echo "make propagate    carry a change through all later chapters: FROM=vNN, or ARGS=--continue, ARGS=--abort"

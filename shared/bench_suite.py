@@ -35,9 +35,6 @@ class Work:
     what: str
     requests: Callable[[int], list[Request]]  # of a vocabulary's size
 
-    def amount(self, requests: list[Request]) -> int:
-        return sum(request.max_tokens for request in requests)
-
 
 SINGLE = Work("single stream: 16 tokens, then 48", lambda vocab: fixed([(16, 48)], vocab))
 FIRST = Work("first token of 512", lambda vocab: fixed([(512, 1)], vocab))
@@ -78,7 +75,11 @@ def multiplications() -> float:
     return 2 * 2048**3 / min(timed(product).wall_s for product in products for _ in range(6))
 
 
-def least_seconds(work: Work, requests: list[Request], model, limits: dict[str, float]) -> float:
+def num_tokens(requests: list[Request]) -> int:
+    return sum(request.max_tokens for request in requests)
+
+
+def least_seconds(requests: list[Request], model, limits: dict[str, float]) -> float:
     """No engine takes less: each pass reads the weights, each position is multiplied with them.
 
     There are at least as many passes as the longest output has tokens. The head is needed once a token. Attention is
@@ -87,17 +88,21 @@ def least_seconds(work: Work, requests: list[Request], model, limits: dict[str, 
     head = model.lm_head.weight.numel()
     body = sum(each.numel() for each in model.model.layers.parameters())
     positions = sum(len(request.prompt_ids) + request.max_tokens - 1 for request in requests)
-    operations = 2 * (body * positions + head * work.amount(requests))
+    operations = 2 * (body * positions + head * num_tokens(requests))
     passes = max(request.max_tokens for request in requests)
     return max(operations / limits["operations_per_s"], passes * weight_bytes(model) / limits["bytes_per_s"])
 
 
 # ---- contestants
 
-def limits_of(chapter: Chapter, requests: list[Request]) -> dict[str, int]:
-    """The chapter's own defaults, with as many places as it can use and a cache that holds the work."""
+# Where there is a GPU too: the peers run on the CPU, and so do the limits.
+ON_CPU = {"device": "cpu", "dtype": "float32"}
+
+
+def limits_of(chapter: Chapter, requests: list[Request]) -> dict[str, int | str]:
+    """On a CPU; the chapter's own defaults, but with as many places as it can use and a cache that holds the work."""
     longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
-    limits = {"max_model_len": longest}
+    limits = ON_CPU | {"max_model_len": longest}
     if "kv_bytes" in chapter.capabilities:
         limits |= {"max_num_seqs": 64, "num_blocks": len(requests) * -(-longest // 16)}
     return limits
@@ -121,7 +126,7 @@ def contest(model_name: str, work: Work, chapters: list[Chapter], repeats: int, 
         package = chapter.load()
         engine = package.Engine(path, **limits_of(chapter, requests))
         jobs[chapter.id] = partial(serve, engine, package)
-    least = least_seconds(work, requests, engine.model, limits)
+    least = least_seconds(requests, engine.model, limits)
     batching = ContinuousBatching(path, 2 * sum(len(each.prompt_ids) + each.max_tokens for each in requests) + 256 * 64)
     jobs |= {PEERS[0]: HuggingFace(path).generate, PEERS[1]: batching.generate}
     said = {}
@@ -139,7 +144,7 @@ def contest(model_name: str, work: Work, chapters: list[Chapter], repeats: int, 
     rows = {}
     for name, each in timings.items():
         row = summary(each)
-        row["tokens_per_cpu_s"] = round(1e3 * work.amount(requests) / row["cpu_ms"], 1)
+        row["tokens_per_cpu_s"] = round(1e3 * num_tokens(requests) / row["cpu_ms"], 1)
         row["share_of_limit"] = round(1e3 * least / row["cpu_ms"], 3)
         row["other_answers"] = sum(a != b for a, b in zip(said[name], said[first], strict=True))
         rows[name] = row
@@ -216,7 +221,7 @@ def measure_memory(name: str) -> None:
         chapter = next(chapter for chapter in CHAPTERS if chapter.id == name)
         package = chapter.load()
         limits = {"kv_bytes": 40 * 2**20} if "kv_bytes" in chapter.capabilities else {}
-        serve(package.Engine(path, **limits), package, requests)
+        serve(package.Engine(path, **ON_CPU, **limits), package, requests)
     print((peak_kib() - before) / 1024)
 
 
@@ -241,7 +246,8 @@ def suite(chapters: list[Chapter], repeats: int, full: bool = False) -> dict:
                 results[model_name][work.what] = contest(model_name, work, able, repeats, limits)
     results["arrivals"] = arrivals(chapters)
     names = [chapter.id for chapter in chapters] + list(PEERS)
-    results["peak_mib"] = {name: round(peak_mib(name), 1) for name in progress(names, "memory")}
+    if sys.platform == "linux":  # elsewhere nobody tells
+        results["peak_mib"] = {name: round(peak_mib(name), 1) for name in progress(names, "memory")}
     return results
 
 
@@ -265,8 +271,9 @@ def print_suite(results: dict) -> None:
     print(f"\npocket, {ARRIVALS} requests that arrive by chance, {RATE:g} a second: ms to the first token")
     for name, row in results["arrivals"].items():
         print(f"{name:16}p50 {row['ttft_ms_p50']:10,.0f}   p95 {row['ttft_ms_p95']:10,.0f}   all done after {row['seconds']:.1f} s")
-    print("\npocket, ragged: MiB at the peak, above the imports")
-    print("   ".join(f"{name} {mib:.0f}" for name, mib in results["peak_mib"].items()))
+    if "peak_mib" in results:
+        print("\npocket, ragged: MiB at the peak, above the imports")
+        print("   ".join(f"{name} {mib:.0f}" for name, mib in results["peak_mib"].items()))
 
 
 if __name__ == "__main__":

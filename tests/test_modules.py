@@ -59,7 +59,7 @@ def test_both_libraries_multiply_alike(make_engine, module, monkeypatch, name, s
     monkeypatch.setattr(layers, "ONEDNN_SIZE", size)
     plain = torch.nn.Linear.forward
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: calls.append(self) or plain(self, x))
-    engine = make_engine(name, dtype="float32")
+    engine = make_engine(name, dtype="float32", device="cpu")
     prompt_ids = random_ids(13, engine.config.vocab_size, rng)
     ours = prefill(engine, prompt_ids, Params)
     assert bool(calls) == (size > 0 or not layers.HAS_ONEDNN)
