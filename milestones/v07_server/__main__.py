@@ -29,8 +29,8 @@ SERVER_FLAGS = {
     "api_key": dict(metavar="KEY", help="ask every client for it (default: none)"),
     "served_model_name": dict(metavar="NAME", help="what clients call the model (default: the directory's name)"),
     "max_waiting": dict(type=int, default=256, metavar="N", help="more waiting requests get 429 (default: 256)"),
-    "default_max_tokens": dict(type=int, metavar="N", help="at the most for who names none, and gets 16, in chat what there is room for"),
-    "drain_seconds": dict(type=float, default=30.0, metavar="S", help="in which SIGTERM ends it, answers and all (default: 30)"),
+    "default_max_tokens": dict(type=int, metavar="N", help="cap for requests that name none: they get 16, in chat what there is room for"),
+    "drain_seconds": dict(type=float, default=30.0, metavar="S", help="how long the end may take after SIGTERM (default: 30)"),
 }
 SAMPLING_FLAGS = {
     "max_tokens": dict(type=int, default=128, metavar="N", help="new tokens at most (default: 128)"),

@@ -371,7 +371,7 @@ async def disconnect(request: Request) -> None:
 
 
 class Gate:
-    """What every request to /v1 passes: 503 while the server drains, 401 without the key, 413 if it is too large."""
+    """What every request to /v1 passes: 503 for new work while the server drains, 401 without the key, 413 if it is too large."""
 
     def __init__(self, app, service: Service):
         self.app = app
