@@ -148,7 +148,7 @@ def _attend_kernel(
     acc = tl.zeros([TILE_ROWS, PADDED_DIM], tl.float32)  # not yet divided by exp_sum
     for start in range(begin, end, TILE_KEYS):
         key = start + offs_k
-        # hides the slots past the last key, which belong to nobody
+        # hides what lies past the last key: empty slots, or somebody else's
         live_key = key < end
         block = tl.load(block_tables_ptr + s * stride_t_s + key // BLOCK_SIZE, mask=live_key, other=0).to(tl.int64)
         slot = block * BLOCK_SIZE + key % BLOCK_SIZE
