@@ -40,12 +40,23 @@ def test_filters_are_hugging_faces_to_the_bit_in_a_mixed_batch(module, Params):
     params = settings(Params)
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(len(params), V, generator=generator)
-    logits[:, :40] = logits[:, 40:80]  # equal logits: which of them survives must be the same too
     before = logits.clone()
     got = module("sampling").filter_logits(logits, params)
     for row, param in enumerate(params):
         assert torch.equal(got[row], hugging_faces_filters(logits[row], param)), param
     assert torch.equal(logits, before), "the logits are the caller's"
+
+
+def test_equal_logits_are_kept_or_dropped_together(module, Params):
+    """Where transformers keeps some of them, as its sort happens to order them, all stay."""
+    params = settings(Params)
+    logits = 4 * torch.randn(len(params), V, generator=torch.Generator().manual_seed(0))
+    logits[:, :40] = logits[:, 40:80]
+    got = module("sampling").filter_logits(logits, params)
+    for row, param in enumerate(params):
+        kept = hugging_faces_filters(logits[row], param).isfinite()
+        want = logits[row] >= logits[row][kept].min()
+        assert torch.equal(got[row].isfinite(), want), param
 
 
 def test_top_p_keeps_the_token_that_crosses_p(module, Params):

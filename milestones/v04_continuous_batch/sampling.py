@@ -6,6 +6,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,7 +70,8 @@ def filter_logits(logits: Tensor, params: list[SamplingParams]) -> Tensor:
         logits: [A, V] float32; not modified.
         params: [A], temperature above 0.
     Returns:
-        [A, V], to the bit what transformers' warpers give row by row.
+        [A, V], to the bit what transformers' warpers give row by row; but of equal logits all are kept or none,
+        where transformers' top-p keeps those that its sort happens to put last.
     Source: top-k, https://arxiv.org/abs/1805.04833; top-p, https://arxiv.org/abs/1904.09751.
     """
     temperature = column([p.temperature for p in params], logits)  # [A, 1]
@@ -81,13 +83,20 @@ def filter_logits(logits: Tensor, params: list[SamplingParams]) -> Tensor:
         last_kept = ordered[range(len(ranks)), [rank - 1 for rank in ranks]]  # [A]
         logits = logits.masked_fill(logits < last_kept[:, None], -math.inf)  # [A, V]
     if any(p.top_p < 1 for p in params):
-        ordered, ids = logits.sort()  # [A, V]
+        ordered = ascending(logits)  # [A, V]
         # The likeliest token is always kept, and so is the one that crosses p; -1 drops nothing.
         dropped_mass = column([1 - p.top_p if p.top_p < 1 else -1.0 for p in params], logits)  # [A, 1]
         drop = ordered.softmax(-1).cumsum(-1) <= dropped_mass  # [A, V]
-        drop[:, -1] = False
-        logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, ids, drop), -math.inf)  # [A, V]
+        last_kept = ordered.gather(1, drop[:, :-1].sum(-1, keepdim=True))  # [A, 1]
+        logits = logits.masked_fill(logits < last_kept, -math.inf)  # [A, V]
     return logits
+
+
+def ascending(logits: Tensor) -> Tensor:
+    """Each row of [A, V] from the smallest to the largest; on a CPU by numpy, whose sort uses vector instructions."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(np.sort(logits.numpy()))
+    return logits.sort().values
 
 
 def column(values: list[float], like: Tensor) -> Tensor:
