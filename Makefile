@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
 	$(CHAPTERS:%=diff-%) $(CHAPTERS:%=traps-%) \
-	$(CHAPTERS:%=bench-%) bench bench-all traps traps-matrix propagate trace soak serve chat load
+	$(CHAPTERS:%=bench-%) bench bench-all bench-gpu traps traps-matrix propagate trace soak serve chat load
 
 help:
 	@echo "make demo         a fresh machine: set up, run every chapter on the embedded model, show that all say the same"
@@ -35,7 +35,8 @@ help:
 	@echo "make soak         thousands of requests with aborts, and an audit of the memory at every step"
 	@echo "make bench        every chapter beside Hugging Face and the machine's limit: ten minutes, on an idle machine"
 	@echo "make bench-vNN    a chapter, the one before, and Hugging Face"
-	@echo "make bench-all    the same with more work: by hand, on an idle machine"
+	@echo "make bench-all    and then larger work and models: by hand, an hour on an idle machine"
+	@echo "make bench-gpu    on a GPU: every chapter beside Hugging Face and the memory's limit; ARGS=--dry-run anywhere"
 	@echo "make bench-v06    on a GPU: the attention kernel against torch and against the limit of the memory; ARGS=--dry-run anywhere"
 	@echo "make new-vNN      begin a chapter as a copy of the last one: NAME=..."
 	@echo "make propagate    carry a change through all later chapters: FROM=vNN, or ARGS=--continue, ARGS=--abort"
@@ -95,7 +96,11 @@ bench: $(READY)
 	@$(PY) -m shared.bench suite --repeats 3 $(ARGS)
 
 bench-all: $(READY)
-	@$(PY) -m shared.bench suite-full --repeats 3 $(ARGS)
+	@$(PY) -m shared.bench suite --repeats 3 $(ARGS)
+	@$(PY) -m shared.bench large --repeats 3 $(ARGS)
+
+bench-gpu: $(READY)
+	@$(PY) -m shared.bench_gpu $(ARGS)
 
 $(filter-out bench-v06,$(CHAPTERS:%=bench-%)): bench-%: $(READY)
 	@$(PY) -m shared.bench suite $* --before --repeats 3 $(ARGS)

@@ -3,8 +3,10 @@
     python -m shared.bench growth [v01 ...]       # time per token against the length of the sequence
     python -m shared.bench batch [v02 v03 ...]    # tokens per second against the number of requests in a pass
     python -m shared.bench decode v04 v05         # one decode step of 16 sequences of unequal length
+    python -m shared.bench overhead [v01 ...]     # where the time of a step goes that is not the model's
     python -m shared.bench staircase [v01 ...]    # every chapter on one ragged workload, and what it took
     python -m shared.bench suite [v01 ...]        # chapters beside Hugging Face and the machine's limit; see bench_suite
+    python -m shared.bench large [v01 ...]        # the same with more work and larger models
 
 Runs are warmed up, then interleaved (A B A B ...), so that a machine that slows down slows all of them
 down. A figure is the median; beside it stands the spread: the middle half of the runs, from its fastest to
@@ -19,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -329,6 +330,7 @@ def counts(engine, trace) -> dict:
         "kv_bytes": trace.kv_bytes,
         "kv_read_bytes": trace.kv_read_bytes,
         "weight_read_bytes": weight_bytes(engine.model) * len(trace.passes),
+        "late_ttft_ms": round(1e3 * trace.seconds_to_first(watched), 1),
         "short": {
             "requests": len(ended),
             "passes": statistics.median(ended),
@@ -364,10 +366,28 @@ def print_staircase(results: dict) -> None:
             print(f"{'':8}noisy: runs differ by {row['spread']:.0%}; run it again on an idle machine")
 
 
-def suite(chapters: list[Chapter], repeats: int, full: bool = False) -> dict:
+def overhead(chapters: list[Chapter], repeats: int) -> dict:
+    from . import bench_overhead
+
+    return bench_overhead.overhead(chapters, repeats)
+
+
+def print_overhead(results: dict) -> None:
+    from . import bench_overhead
+
+    bench_overhead.print_overhead(results)
+
+
+def suite(chapters: list[Chapter], repeats: int) -> dict:
     from . import bench_suite
 
-    return bench_suite.suite(chapters, repeats, full)
+    return bench_suite.suite(chapters, repeats)
+
+
+def large(chapters: list[Chapter], repeats: int) -> dict:
+    from . import bench_suite
+
+    return bench_suite.large(chapters, repeats)
 
 
 def print_suite(results: dict) -> None:
@@ -380,9 +400,10 @@ WORKLOADS = {
     "growth": (growth, print_growth),
     "batch": (batch, print_batch),
     "decode": (decode, print_decode),
+    "overhead": (overhead, print_overhead),
     "staircase": (staircase, print_staircase),
     "suite": (suite, print_suite),
-    "suite-full": (partial(suite, full=True), print_suite),
+    "large": (large, print_suite),
 }
 
 
@@ -396,7 +417,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
-    if args.write and args.chapters and args.workload in ("staircase", "suite", "suite-full"):
+    if args.write and args.chapters and args.workload in ("staircase", "suite", "large"):
         parser.error("--write takes all chapters: in the texts each stands beside the one before")
     try:
         chapters = [find(text) for text in args.chapters] or list(CHAPTERS)

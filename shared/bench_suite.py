@@ -2,7 +2,7 @@
 
     make bench                       # every chapter; at most ten minutes
     make bench-v05                   # a chapter and the one before
-    make bench-all                   # more work, more runs: by hand, on an idle machine
+    make bench-all                   # and after that larger work and models: by hand, on an idle machine
 
 One thread, float32, greedy. The limit of a single stream is that each token reads every weight once; of a prompt and
 of many requests, that each position multiplies each weight once. Bandwidth and rate of multiplication are measured
@@ -25,7 +25,7 @@ from .chapters import CHAPTERS, ROOT, Chapter
 from .workloads import Request, fixed, ragged, staircase
 
 PEERS = ("HF generate", "HF continuous")
-POCKET, SMOLLM = "pocket", "smollm2-135m-shape"
+POCKET, SMOLLM, QWEN, LLAMA = "pocket", "smollm2-135m-shape", "qwen3-0.6b-shape", "llama-3.2-1b-shape"
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,13 @@ RAGGED = Work(
     lambda vocab: ragged(32, vocab, prompt_len=(16, 256), output_len=(16, 256), seed=3),
 )
 # What is measured with which model, and from which chapter on: v01 would take hours with the larger one.
+LAST = CHAPTERS[-1].id
 QUICK = {POCKET: ((SINGLE, "v01"), (FIRST, "v01"), (STAIRS, "v01")), SMOLLM: ((SINGLE, "v02"), (FIRST, "v02"), (RAGGED_FEW, "v02"))}
-FULL = {POCKET: QUICK[POCKET], SMOLLM: ((SINGLE, "v02"), (FIRST, "v02"), (RAGGED, "v03"))}
+LARGE = {
+    SMOLLM: ((RAGGED, "v03"),),
+    QWEN: ((SINGLE, LAST), (FIRST, LAST), (RAGGED_FEW, LAST)),
+    LLAMA: ((SINGLE, LAST), (FIRST, LAST), (RAGGED_FEW, LAST)),
+}
 
 
 # ---- the machine's limits
@@ -232,18 +237,9 @@ def peak_kib() -> int:
 
 # ---- the whole
 
-def suite(chapters: list[Chapter], repeats: int, full: bool = False) -> dict:
-    import torch
-
-    torch.set_num_threads(1)
-    limits = {"bytes_per_s": bandwidth(), "operations_per_s": multiplications()}
-    results = {"limits": {"gb_per_s": round(limits["bytes_per_s"] / 1e9, 2), "gflops": round(limits["operations_per_s"] / 1e9, 1)}}
-    for model_name, works in (FULL if full else QUICK).items():
-        results[model_name] = {}
-        for work, since in works:
-            able = [chapter for chapter in chapters if chapter.id >= since]
-            if able:
-                results[model_name][work.what] = contest(model_name, work, able, repeats, limits)
+def suite(chapters: list[Chapter], repeats: int) -> dict:
+    """Every chapter on work of seconds; then requests that arrive by chance, and the peak of memory."""
+    results = contests(QUICK, chapters, repeats)
     results["arrivals"] = arrivals(chapters)
     names = [chapter.id for chapter in chapters] + list(PEERS)
     if sys.platform == "linux":  # elsewhere nobody tells
@@ -251,10 +247,31 @@ def suite(chapters: list[Chapter], repeats: int, full: bool = False) -> dict:
     return results
 
 
+def large(chapters: list[Chapter], repeats: int) -> dict:
+    """More work, and models of the sizes that people run: most of it for the last chapter alone."""
+    return contests(LARGE, chapters, repeats)
+
+
+def contests(works: dict, chapters: list[Chapter], repeats: int) -> dict:
+    """The machine's limits, and of each model each work's rows."""
+    import torch
+
+    torch.set_num_threads(1)
+    limits = {"bytes_per_s": bandwidth(), "operations_per_s": multiplications()}
+    results = {"limits": {"gb_per_s": round(limits["bytes_per_s"] / 1e9, 2), "gflops": round(limits["operations_per_s"] / 1e9, 1)}}
+    for model_name, each in works.items():
+        results[model_name] = {}
+        for work, since in each:
+            able = [chapter for chapter in chapters if chapter.id >= since]
+            if able:
+                results[model_name][work.what] = contest(model_name, work, able, repeats, limits)
+    return results
+
+
 def print_suite(results: dict) -> None:
     limits = results["limits"]
     print(f"one thread reads {limits['gb_per_s']} GB/s and does {limits['gflops']} GFLOPS")
-    for model_name in (POCKET, SMOLLM):
+    for model_name in (POCKET, SMOLLM, QWEN, LLAMA):
         for what, rows in results.get(model_name, {}).items():
             print(f"\n{model_name}, {what}")
             print(f"{'':16}{'CPU s':>9}{'wall s':>9}{'tokens/CPU s':>14}{'x HF':>7}{'of limit':>10}{'spread':>8}")
@@ -268,12 +285,17 @@ def print_suite(results: dict) -> None:
                     print(f"{name} says other tokens than {next(iter(rows))} in {row['other_answers']} answers")
             if max(row["spread"] for row in rows.values()) > NOISY:
                 print("noisy: runs of the same differ widely; run it again on an idle machine")
-    print(f"\npocket, {ARRIVALS} requests that arrive by chance, {RATE:g} a second: ms to the first token")
-    for name, row in results["arrivals"].items():
-        print(f"{name:16}p50 {row['ttft_ms_p50']:10,.0f}   p95 {row['ttft_ms_p95']:10,.0f}   all done after {row['seconds']:.1f} s")
+    if "arrivals" in results:
+        print_arrivals(results["arrivals"])
     if "peak_mib" in results:
         print("\npocket, ragged: MiB at the peak, above the imports")
         print("   ".join(f"{name} {mib:.0f}" for name, mib in results["peak_mib"].items()))
+
+
+def print_arrivals(rows: dict) -> None:
+    print(f"\npocket, {ARRIVALS} requests that arrive by chance, {RATE:g} a second: ms to the first token")
+    for name, row in rows.items():
+        print(f"{name:16}p50 {row['ttft_ms_p50']:10,.0f}   p95 {row['ttft_ms_p95']:10,.0f}   all done after {row['seconds']:.1f} s")
 
 
 if __name__ == "__main__":

@@ -107,6 +107,32 @@ SHAPES = {
         vocab_size=49152,
         max_positions=8192,
     ),
+    "qwen3-0.6b-shape": Spec(
+        family="qwen3",
+        stored="bfloat16",
+        tied=True,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        max_positions=40960,
+    ),
+    "llama-3.2-1b-shape": Spec(
+        family="llama",
+        stored="bfloat16",
+        tied=True,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        vocab_size=128256,
+        max_positions=131072,
+    ),
 }
 
 

@@ -1,6 +1,6 @@
 """What a chapter is measured beside: transformers' `generate` in padded batches, and its continuous batching.
 
-Both run a checkpoint in float32 on the CPU's threads that torch has, greedily, and never stop early.
+Both run greedily and never stop early; on the CPU in float32, unless they are told otherwise.
 """
 import logging
 from pathlib import Path
@@ -17,10 +17,11 @@ PLACES = 8  # requests in a padded batch
 class HuggingFace:
     """A checkpoint as transformers runs it."""
 
-    def __init__(self, model_dir: Path):
+    def __init__(self, model_dir: Path, device: str = "cpu", dtype: str = "float32"):
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype), local_files_only=True)
+        self.model = model.eval().to(device)
 
     def settings(self, **more) -> GenerationConfig:
         # No token has the id -1; None would be filled in from the checkpoint's own settings.
@@ -41,7 +42,6 @@ class HuggingFace:
             said += [row[: request.max_tokens] for row, request in zip(rows, group)]
         return said
 
-
     def stop(self) -> None:
         """There is nothing to end."""
 
@@ -49,8 +49,8 @@ class HuggingFace:
 class ContinuousBatching(HuggingFace):
     """transformers' own continuous batching, with a paged cache; its loop has a thread of its own."""
 
-    def __init__(self, model_dir: Path, num_positions: int):
-        super().__init__(model_dir)
+    def __init__(self, model_dir: Path, num_positions: int, device: str = "cpu", dtype: str = "float32"):
+        super().__init__(model_dir, device, dtype)
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
         settings = ContinuousBatchingConfig(
             page_size=256,

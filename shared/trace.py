@@ -88,6 +88,12 @@ class Trace:
                 spans += [("useful", share * each.wall_s), ("wasted", (1 - share) * each.wall_s)]
         return spans
 
+    def seconds_to_first(self, request: int) -> float:
+        """From the start of the run to the end of the step that gave the request its first token."""
+        got = (any(part.request == request and part.got_token for part in each.parts) for each in self.passes)
+        first = next(number for number, here in enumerate(got) if here)
+        return sum(each.wall_s for each in self.passes[: first + 1])
+
     def ends(self) -> list[int]:
         """Of each request, the number of passes after which it had its last token."""
         last = [0] * len(self.lengths)

@@ -3,8 +3,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from shared import bench, bench_suite
+from shared import bench, bench_gpu, bench_overhead, bench_suite
 from shared.chapters import CHAPTERS, ROOT, find
 from shared.checkpoints import checkpoint
 from shared.workloads import Request
@@ -71,3 +72,62 @@ def test_the_chapter_before_can_be_asked_for(monkeypatch):
     assert [[chapter.id for chapter in chapters] for chapters in asked] == [["v04", "v05"], ["v01"]]
 
 
+
+
+@pytest.mark.parametrize("name", ["v01", CHAPTERS[-1].id])
+def test_the_parts_of_a_step_are_told_apart_and_nothing_stays_wrapped(name, monkeypatch, capsys):
+    monkeypatch.setattr(bench_overhead, "SIZES", (1, 3))
+    monkeypatch.setattr(bench_overhead, "STEPS", 2)
+    package = find(name).load()
+    module = sys.modules[f"{package.__name__}.engine"]
+    before = dict(vars(module))
+    results = bench_overhead.overhead([find(name)], repeats=1)
+    assert dict(vars(module)) == before
+    sizes = (1, 3) if name != "v01" else (1,)
+    assert list(results[name]) == [f"{way} {size}" for size in sizes for way in bench_overhead.WAYS]
+    for row in results[name].values():
+        assert all(row[part] > 0 for part in bench_overhead.PARTS)
+        assert row["own"] == pytest.approx(row["step"] - row["model"] - row["head"], abs=0.2)
+    bench.print_overhead(results)
+    assert "sampled 1" in capsys.readouterr().out
+
+
+def test_time_in_a_part_is_counted_once_and_the_wrapping_undone():
+    class Owner:
+        def step(self):
+            return "said"
+
+    owner, spent = Owner(), {"part": 0.0}
+    undo = bench_overhead.restore(owner, "step")
+    owner.step = bench_overhead.clocked(owner.step, spent, "part")
+    assert owner.step() == "said" and spent["part"] > 0
+    undo()
+    assert vars(owner) == {}
+
+
+def test_the_gpu_benchmark_rehearses_on_a_cpu(capsys):
+    assert bench_gpu.main(["--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for name in (*(chapter.id for chapter in CHAPTERS), "HF continuous", "decode step of"):
+        assert name in out
+
+
+def test_the_gpu_benchmark_times_nothing_when_chapters_differ(monkeypatch):
+    serve, calls = bench_gpu.serve, []
+
+    def lying(engine, package, requests):
+        calls.append(package)
+        said = serve(engine, package, requests)
+        return said if len(calls) < 2 else [[token_id + 1 for token_id in each] for each in said]
+
+    monkeypatch.setattr(bench_gpu, "serve", lying)
+    with pytest.raises(AssertionError, match="v02 on cpu says"):
+        bench_gpu.bench_gpu(bench_gpu.DRY_RUN)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing is refused")
+def test_without_a_gpu_the_measurement_is_refused(capsys):
+    for argv in ([], ["--dry-run", "--write"]):
+        with pytest.raises(SystemExit):
+            bench_gpu.main(argv)
+    assert "--dry-run checks the command without one" in capsys.readouterr().err

@@ -41,6 +41,7 @@ def test_what_is_counted_from_a_run():
     assert HAND_MADE.ledger() == [{0: 4, 1: 4}, {0: 1, 1: 1}, {0: 1}, {2: 1}]
     assert HAND_MADE.useful_share() == (2 + 1 + 1 + 1) / (4 * 2)
     assert HAND_MADE.ends() == [3, 1, 4]
+    assert [HAND_MADE.seconds_to_first(request) for request in range(3)] == [1.0, 1.0, 1.875]
     assert [HAND_MADE.waits(request) for request in range(3)] == [0, 0, 3]
     assert HAND_MADE.life(1) == [("useful", 1.0), ("wasted", 0.0), ("rides", 0.5)]
     assert HAND_MADE.life(0)[:2] == [("useful", 0.5), ("wasted", 0.5)]

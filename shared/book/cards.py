@@ -19,6 +19,7 @@ COSTS = (
     ("weights read", "weight_read_bytes", "{:,.1f} GB", 1e9),
     ("keys and values read back", "kv_read_bytes", "{:,.2f} GB", 1e9),
     ("memory kept for keys and values", "kv_bytes", "{:,.0f} MiB", 2**20),
+    ("first token of a late short request", "late_ttft_ms", "{:,.0f} ms", 1),
     ("tokens a second", "tokens_per_s", "{:,.0f}", 1),
 )
 STRIP_WIDTH = 64

@@ -422,6 +422,7 @@ def stairs(**changes):
         "kv_bytes": 3 * 2**20,
         "kv_read_bytes": 20_000_000,
         "weight_read_bytes": 3_000_000_000,
+        "late_ttft_ms": 0.0,
         "tokens_per_s": 77.4,
         "watched": {"request": 1, "lengths": [4, 2], "life_ms": {"waits": 64.0, "useful": 32.0, "wasted": 32.0}},
     }
