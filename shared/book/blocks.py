@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.book import cards
+from shared.book import cards, measured
 from shared.book.diff import changes_of, diff_lines
 from shared.book.tree import Tree, short
 from shared.book.units import Unit, expand, read_units, split
@@ -96,6 +96,7 @@ TABLES: dict[str, Callable[[Tree, Path | None], list[str]]] = {
     "cost": cards.cost,
     "strip": cards.strip,
     "staircase": cards.staircase,
+    **measured.TABLES,
 }
 
 

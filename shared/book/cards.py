@@ -44,10 +44,11 @@ def written(row: dict, key: str, form: str, unit: float) -> str:
     return form.format(row[key] / unit if unit > 1 else row[key])
 
 
-def lines_changed(before: Path, after: Path) -> tuple[int, int]:
-    """Lines of Python added and removed between two chapters, as `diff -u` counts them."""
+def lines_changed(before: Path, after: Path, only: str | None = None) -> tuple[int, int]:
+    """Lines of Python added and removed between two chapters, as `diff -u` counts them; of one file only, if named."""
     added = removed = 0
     names = {path.relative_to(chapter) for chapter in (before, after) for path in python_files(chapter)}
+    names = {name for name in names if only in (None, name.as_posix())}
     for name in sorted(names):
         old, new = ((chapter / name).read_text().splitlines() if (chapter / name).is_file() else []
                     for chapter in (before, after))
