@@ -311,6 +311,65 @@ def together(results: dict[str, dict]) -> str:
     return curves(series, "A pass costs more, the more requests share it, but not as many times more: v03", "requests in a pass", "ms for a pass")
 
 
+def alone(results: dict[str, dict]) -> str:
+    """What a token and each position of its sequence take when all of them are computed again."""
+    took = {int(length): row["wall_ms"] for length, row in results["v01"].items() if length.isdigit()}
+    panels = [
+        ("ms for a token, by length", [(f"{n:,}", ms, f"{ms:,.0f}") for n, ms in took.items()]),
+        ("microseconds for each position of it", [(f"{n:,}", ms / n, f"{1000 * ms / n:,.0f}") for n, ms in took.items()]),
+    ]
+    return bars(panels, "v01: what a token takes, and each of the positions computed for it, by the length of the sequence", 44, 220)
+
+
+# ---- what attention moves
+
+# Whose count of bytes given to attention, how often those move, and what else there is to say.
+# The staircase runs v06 on v05's path; its kernel reads what each sequence would alone, which v02 has counted.
+IN_PLACE, COPIED = ("read",), ("read", "write the copy", "read the copy")
+MOVES = {
+    "v02": ("v02", IN_PLACE, ""),
+    "v03": ("v03", IN_PLACE, ""),
+    "v04": ("v04", COPIED, ""),
+    "v05": ("v05", COPIED, ""),
+    "v06": ("v02", IN_PLACE, ", by its kernel: computed, not measured"),
+}
+
+
+def moved(results: dict[str, dict]) -> str:
+    """Bytes of keys and values between memory and attention on the staircase's workload, the copy's in grey."""
+    title = "GB of keys and values that attention moves, at the least"
+    there = {name: (results[source]["kv_read_bytes"], *rest) for name, (source, *rest) in MOVES.items() if name in results}
+    largest = max((given * len(moves) for given, moves, _ in there.values()), default=1)
+    left, lane_height, room = 60, 34, 560
+    body = [text(16, 24, title, "head")]
+    for number, (name, (given, moves, note)) in enumerate(there.items()):
+        x, y, length = left, 40 + number * lane_height, room * given / largest
+        body.append(text(16, y + 18, name))
+        for move in moves:
+            body.append(rect(x, y, length - 2, lane_height - 8, "token" if move == "read" else "waste", f"{name}, {move}"))
+            body.append(text(x + 8, y + 18, move))
+            x += length
+        body.append(text(x + 6, y + 18, f"{given * len(moves) / 1e9:.2f}{note}"))
+    return svg(700, 48 + len(there) * lane_height, title, body)
+
+
+# ---- what a client feels
+
+FELT = (("time to the first token", "ttft_ms", "{:,.0f} ms"), ("time per token after it", "tpot_ms", "{:.1f} ms"))
+POLICIES = {"step by step": "continuous", "in groups": "in_groups"}
+
+
+def felt(results: dict[str, dict]) -> str:
+    """Medians of what clients feel: a row of panels for each number of connections."""
+    panels = []
+    for connections in results["continuous"]:
+        for what, key, form in FELT:
+            medians = {name: results[policy][connections][key]["p50"] for name, policy in POLICIES.items()}
+            rows = [(name, ms, form.format(ms)) for name, ms in medians.items()]
+            panels.append((f"{what}, {connections} connection{'s' if connections != '1' else ''}", rows))
+    return bars(panels, "v07: median times that a client feels, with continuous batching and in groups", 84, 160)
+
+
 # ---- what is drawn from which result
 
 Picture = tuple[str, Callable[[dict], str]]
@@ -334,6 +393,9 @@ PICTURES: dict[str, Picture] = {
     "v03_timeline.svg": ("timeline.json", of_chapter("v03")),
     "v04_timeline.svg": ("timeline.json", of_chapter("v04")),
     "v05_blocks.svg": ("timeline.json", lambda results: blocks(results["v05"])),
+    "v01_growth.svg": ("growth.json", alone),
+    "v06_moved.svg": ("staircase.json", moved),
+    "v07_felt.svg": ("load.json", felt),
 }
 
 
