@@ -3,9 +3,11 @@
 ifdef PYTHON
 PY := $(PYTHON)
 READY :=
+BOOK :=
 else
 PY := .venv/bin/python
 READY := .venv/.ready
+BOOK := .venv/.ready-book
 endif
 
 CHAPTERS := $(shell python3 shared/chapters.py names)
@@ -15,7 +17,8 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
-	$(CHAPTERS:%=diff-%) $(CHAPTERS:%=traps-%) \
+	$(CHAPTERS:%=diff-%) $(CHAPTERS:%=nbdiff-%) $(CHAPTERS:%=traps-%) $(CHAPTERS:%=break-%) hunt reveal traps-answers \
+	notebooks nbdime docs docs-serve \
 	$(CHAPTERS:%=bench-%) bench bench-all bench-gpu traps traps-matrix propagate trace soak serve chat load
 
 help:
@@ -31,6 +34,8 @@ help:
 	@echo "make run-vNN      one prompt through a chapter: PROMPT=\"...\" MODEL=directory-or-hub-id ARGS=\"--stats\""
 	@echo "make diff-vNN     what a chapter changes, unit by unit"
 	@echo "make traps-vNN    plant each seeded bug of a chapter, and see the test that catches it"
+	@echo "make break-vNN    a bug to find: one of them, planted in a copy; then make hunt, make reveal"
+	@echo "make nbdiff-vNN   what a chapter's notebook changes"
 	@echo "make trace        who ran in which forward pass: ARGS=\"v03 v04\", ARGS=\"v03 --html trace.html\""
 	@echo "make soak         thousands of requests with aborts, and an audit of the memory at every step"
 	@echo "make bench        every chapter beside Hugging Face and the machine's limit: ten minutes, on an idle machine"
@@ -40,6 +45,10 @@ help:
 	@echo "make bench-v06    on a GPU: the attention kernel against torch and against the limit of the memory; ARGS=--dry-run anywhere"
 	@echo "make new-vNN      begin a chapter as a copy of the last one: NAME=..."
 	@echo "make propagate    carry a change through all later chapters: FROM=vNN, or ARGS=--continue, ARGS=--abort"
+	@echo "make notebooks    write and run the notebooks from their sources"
+	@echo "make nbdime       let this clone's git show and merge notebooks by cells"
+	@echo "make docs         the site, in build/site; make docs-serve shows it"
+	@echo "make traps-answers what the model says with each seeded bug, where that is not known yet"
 	@echo "make sync         write what is generated in the texts"
 	@echo "make check        fail if anything generated is stale, or a claim of a text is false"
 	@echo "make traps-matrix which tests of a whole suite see each seeded bug: slow, by hand"
@@ -51,6 +60,10 @@ setup: $(READY)
 
 .venv/.ready: constraints.txt pyproject.toml shared/install.py
 	@python3 shared/install.py
+
+# What notebooks and the site need beside it.
+.venv/.ready-book: .venv/.ready
+	@python3 shared/install.py book
 
 demo: $(READY)
 	@$(PY) -m shared.demo
@@ -67,8 +80,35 @@ sync: $(READY)
 check: $(READY)
 	@$(PY) -m shared.book.sync --check
 
-prove: $(READY)
+prove: $(BOOK)
 	@$(PY) -m shared.book.prove
+
+docs: $(BOOK)
+	@$(PY) -m shared.book.site
+
+docs-serve: $(BOOK)
+	@$(PY) -m shared.book.site --serve
+
+notebooks: $(BOOK)
+	@$(PY) -m shared.book.notebooks
+
+nbdime: $(BOOK)
+	@$(PY) -m shared.book.notebooks nbdime
+
+$(CHAPTERS:%=nbdiff-%): nbdiff-%: $(BOOK)
+	@$(PY) -m shared.book.notebooks diff $*
+
+$(CHAPTERS:%=break-%): break-%: $(READY)
+	@$(PY) -m shared.book.hunt break $* $(ARGS)
+
+hunt: $(READY)
+	@$(PY) -m shared.book.hunt hunt $(if $(ASK),--ask "$(ASK)")
+
+reveal: $(READY)
+	@$(PY) -m shared.book.hunt reveal
+
+traps-answers: $(READY)
+	@$(PY) -m shared.book.answers $(ARGS)
 
 traps: $(READY)
 	@$(PY) -m shared.book.traps --all

@@ -1,5 +1,9 @@
 """Make .venv with everything the tests need: what `make setup` runs, with any Python, before anything is installed.
 
+    python3 shared/install.py         # .venv
+    python3 shared/install.py book    # and what notebooks and the site need beside it
+    python3 shared/install.py here    # what the engines and notebooks need, into this Python, as it is on Colab
+
 The versions are those of constraints.txt. PyTorch comes from its own index of CPU builds where no
 NVIDIA GPU is seen: the default index would bring gigabytes of CUDA. TORCH_INDEX names another one.
 """
@@ -17,9 +21,21 @@ VENV = ROOT / ".venv"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     python = VENV / "bin" / "python"
+    if argv not in ([], ["book"], ["here"]):
+        print(f"setup: {' '.join(argv)} is none of: (nothing), book, here", file=sys.stderr)
+        return 2
     try:
+        if argv == ["here"]:
+            run([sys.executable, "-m", "pip", "install", "--quiet", *requirements()])
+            return 0
+        if argv == ["book"]:
+            say("installing what notebooks and the site need")
+            pip(python, *requirements("book"), "--quiet")
+            (VENV / ".ready-book").touch()
+            say("done")
+            return 0
         if not python.exists():
             say(f"making .venv with Python {sys.version.split()[0]}")
             run([sys.executable, "-m", "venv", str(VENV)])
@@ -27,7 +43,7 @@ def main() -> int:
         say("installing PyTorch" + (f" from {index}" if index else " from the default index"))
         pip(python, "torch", *(["--index-url", index] if index else []))
         say("installing the other packages")
-        pip(python, *requirements(), "--quiet")
+        pip(python, *requirements("test"), "--quiet")
     except subprocess.CalledProcessError as error:
         print(f"setup: this failed, for the reason above: {' '.join(error.cmd)}", file=sys.stderr)
         if "venv" in error.cmd:
@@ -81,13 +97,13 @@ def in_reach(index: str) -> bool:
     return True
 
 
-def requirements() -> list[str]:
-    """What pyproject.toml asks for, its test extra included."""
+def requirements(*extras: str) -> list[str]:
+    """What pyproject.toml asks for, with these extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    return project["dependencies"] + [each for extra in extras for each in project["optional-dependencies"][extra]]
 
 
 if __name__ == "__main__":
     if sys.version_info < (3, 11):
         sys.exit(f"setup: Python 3.11 or later is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12")
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

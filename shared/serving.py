@@ -1,7 +1,6 @@
 """A server on a socket of this machine, in a thread of this process, and an engine that tests can steer."""
 import asyncio
 import importlib
-import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ def serving(chapter, engine, **options):
     server_module = importlib.import_module(f"milestones.{chapter.name}.server")
     drain_seconds = options.pop("drain_seconds", 5)
     service = server_module.Service(engine, "pocket", **options)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    # The chapter's own socket: asyncio sends at once (TCP_NODELAY) only where the protocol is named, as it is there.
+    with server_module.bind("127.0.0.1", 0) as listener:
         config = uvicorn.Config(server_module.create_app(service), log_level="critical", timeout_graceful_shutdown=1)
         server = server_module.Server(config, service, drain_seconds)
         server.url = "http://127.0.0.1:%d" % listener.getsockname()[1]

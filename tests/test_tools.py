@@ -250,9 +250,23 @@ def test_setup_falls_back_to_the_default_index_and_says_so(monkeypatch, capsys):
     assert "http://127.0.0.1:9/whl is out of reach" in capsys.readouterr().out
 
 
+def test_setup_refuses_what_it_does_not_know(capsys):
+    assert install.main(["there"]) == 2
+    assert "there is none of: (nothing), book, here" in capsys.readouterr().err
+
+
+def test_setup_here_takes_what_the_engines_need_and_nothing_of_the_tests(monkeypatch):
+    commands = []
+    monkeypatch.setattr(install, "run", commands.append)
+    assert install.main(["here"]) == 0
+    [command] = commands
+    assert command[0] == install.sys.executable and "transformers>=5.10,<6" in command
+    assert not any(each.startswith(("pytest", "mkdocs")) for each in command)
+
+
 def test_every_requirement_is_pinned():
     pins = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    for requirement in install.requirements():
+    for requirement in install.requirements("test", "book"):
         name = requirement.replace(">", " ").replace("=", " ").split()[0]
         assert name in pins, name
 

@@ -1,0 +1,76 @@
+"""The notebooks' guard: what is stale, raises, or says something else is told."""
+import tomllib
+
+import nbformat
+import pytest
+
+from shared.book import notebooks
+from shared.book.tree import this_repository
+
+SOURCE = """# %% [markdown]
+# # A notebook
+
+# %%
+x = 3
+print("three:", x)
+print("measured: 1.5 ms")
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A source with its notebook, as if it had been executed."""
+    path = tmp_path / "v00.py"
+    path.write_text(SOURCE)
+    notebook = notebooks.read(path)
+    notebook.cells[1].outputs = [nbformat.v4.new_output("stream", name="stdout", text="three: 3\nmeasured: 9.9 ms\n")]
+    nbformat.write(notebook, path.with_suffix(".ipynb"))
+    return path
+
+
+def test_a_notebook_that_is_what_its_source_says_has_no_problems(source):
+    assert notebooks.problems(source) == []
+
+
+def test_other_cells_are_told(source):
+    source.write_text(SOURCE.replace("x = 3", "x = 1 + 2"))
+    assert notebooks.problems(source) == ["v00.ipynb has other cells than v00.py; run `make notebooks`"]
+
+
+def test_other_lines_are_told_unless_the_cell_varies(source):
+    text = source.with_suffix(".ipynb").read_text()
+    source.with_suffix(".ipynb").write_text(text.replace("three: 3", "three: 4"))
+    assert "code cell 0 prints other lines now" in notebooks.problems(source)[0]
+    notebook = nbformat.read(source.with_suffix(".ipynb"), 4)
+    notebook.cells[1].metadata["tags"] = ["varies"]
+    nbformat.write(notebook, source.with_suffix(".ipynb"))
+    assert notebooks.problems(source) == []
+
+
+def test_a_cell_that_raises_or_ends_the_process_is_told(source):
+    for line, told in (("assert x == 4", "AssertionError"), ("import os; os._exit(3)", "ended with 3"), ("exit()", "SystemExit")):
+        source.write_text(SOURCE + line + "\n")
+        nbformat.write(notebooks.read(source), source.with_suffix(".ipynb"))
+        [problem] = notebooks.problems(source)
+        assert told in problem
+
+
+def test_a_notebook_that_is_missing_is_told(source):
+    source.with_suffix(".ipynb").unlink()
+    assert notebooks.problems(source) == ["v00.py has no notebook; run `make notebooks`"]
+    source.unlink()
+    assert notebooks.problems(source) == ["there is no v00.py; every chapter has a notebook"]
+
+
+def test_all_begin_alike_and_name_themselves_and_no_machine():
+    tree, begins = this_repository(), set()
+    address = tomllib.loads((tree.root / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    for source in notebooks.sources(tree):
+        text = source.read_text()
+        first = text.index("# %%\nimport subprocess")
+        begins.add(text[first : text.index("sys.path.insert(0, str(root))\n", first)])
+        of_colab = address.replace("https://github.com/", "https://colab.research.google.com/github/")
+        assert f"({of_colab}/blob/main/notebooks/{source.stem}.ipynb)" in text and f'"{address}"' in text
+        made = source.with_suffix(".ipynb").read_text()
+        assert str(tree.root) not in made and "image/png" in made
+    assert len(begins) == 1
