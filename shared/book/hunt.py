@@ -1,0 +1,139 @@
+"""A seeded bug to be found: planted by chance in a copy of a chapter, which is then tested, asked, and revealed.
+
+    make break-v05                     # plants one in build/hunt/, and says what to do
+    make hunt                          # runs the chapter's tests on the copy
+    make hunt ASK="What is a KV cache?"     # asks the copy
+    make reveal                        # what it was
+"""
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+from shared.book.traps import Trap, plant, read_traps
+from shared.book.tree import Tree, python_files, short, this_repository
+
+
+class NoHunt(ValueError):
+    """Nothing was planted."""
+
+
+def directory(tree: Tree) -> Path:
+    return tree.root / "build" / "hunt"
+
+
+def begin(tree: Tree, chapter: Path, rng: random.Random) -> Path:
+    """Plant one of the chapter's traps in a copy of it, without the text, which lists them; return the copy."""
+    traps = read_traps(tree.traps(chapter))
+    if not traps:
+        raise NoHunt(f"{short(chapter)} has no traps in {tree.traps(chapter).relative_to(tree.root)}")
+    trap = rng.choice(traps)
+    shutil.rmtree(directory(tree), ignore_errors=True)
+    copy = directory(tree) / chapter.name
+    shutil.copytree(chapter, copy, ignore=shutil.ignore_patterns("__pycache__", "README.md"))
+    plant(trap, copy)
+    (directory(tree) / "planted.json").write_text(json.dumps({"chapter": short(chapter), "trap": trap.name}))
+    return copy
+
+
+def planted(tree: Tree) -> tuple[Path, Trap]:
+    """The chapter and the trap of the hunt that is on."""
+    path = directory(tree) / "planted.json"
+    if not path.is_file():
+        raise NoHunt("nothing is planted; begin with `make break-v05`, or another chapter")
+    said = json.loads(path.read_text())
+    chapter = tree.chapter(said["chapter"])
+    for trap in read_traps(tree.traps(chapter)):
+        if trap.name == said["trap"]:
+            return chapter, trap
+    raise NoHunt(f"{said['chapter']} has no trap {said['trap']!r} any more; begin again")
+
+
+@contextlib.contextmanager
+def in_place(tree: Tree):
+    """While entered, the copy is imported in place of its chapter."""
+    import milestones
+
+    before = list(milestones.__path__)
+    milestones.__path__ = [str(directory(tree)), *before]
+    try:
+        yield
+    finally:
+        milestones.__path__ = before
+
+
+def test(tree: Tree) -> int:
+    """Run the chapter's tests on the copy; what fails is the trail."""
+    import pytest
+
+    chapter, _ = planted(tree)
+    os.chdir(tree.root)
+    with in_place(tree):
+        suite = ["tests", "--ignore=tests/book", "--ignore-glob=*test_source*"]
+        return int(pytest.main([*suite, "--chapter", short(chapter), "--tb=line", "-p", "no:cacheprovider"]))
+
+
+def ask(tree: Tree, question: str) -> str:
+    """What the copy answers."""
+    import importlib
+
+    from shared.checkpoints import POCKET
+
+    chapter, _ = planted(tree)
+    with in_place(tree):
+        package = importlib.import_module(f"milestones.{chapter.name}")
+        text = importlib.import_module(f"milestones.{chapter.name}.text")
+        engine = package.Engine(POCKET)
+        ids = text.encode_chat(engine.tokenizer, [{"role": "user", "content": question}])
+        return engine.generate([ids], package.SamplingParams(max_tokens=48))[0].text
+
+
+def reveal(tree: Tree) -> list[str]:
+    """The bug as a diff, its name, what one sees of it, and the test that knows."""
+    chapter, trap = planted(tree)
+    lines = [f"{trap.name}, in {trap.address}", ""]
+    for path in python_files(chapter):
+        name = path.relative_to(chapter).as_posix()
+        old, new = path.read_text(), (directory(tree) / chapter.name / name).read_text()
+        lines += difflib.unified_diff(old.splitlines(), new.splitlines(), name, name, lineterm="", n=2)
+    return [*lines, "", f"What one sees: {' '.join(trap.sees.split())}", f"Who catches it: {', '.join(trap.test)}"]
+
+
+def main(argv: list[str], tree: Tree | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shared.book.hunt", description="Find a planted bug.")
+    parser.add_argument("what", choices=("break", "hunt", "reveal"))
+    parser.add_argument("chapter", nargs="?", metavar="vNN")
+    parser.add_argument("--ask", metavar="QUESTION", help="with hunt: ask the copy instead of testing it")
+    parser.add_argument("--seed", type=int, help="with break: the same bug again")
+    args = parser.parse_args(argv)
+    tree = tree or this_repository()
+    try:
+        if args.what == "break":
+            if not args.chapter:
+                parser.error("name a chapter, as in break v05")
+            copy = begin(tree, tree.chapter(args.chapter), random.Random(args.seed))
+            print(f"There is a bug in {copy.relative_to(tree.root)}, in one place. The engine still starts.\n")
+            print("  make hunt                           its tests: which fail, and what do they have in common?")
+            print('  make hunt ASK="What is a KV cache?" ask it')
+            print(f"  $EDITOR {copy.relative_to(tree.root)}   read it, as if somebody had sent it for review")
+            print("  make reveal                         what it was\n")
+            print(f"No fair: diff with milestones/{copy.name}.")
+        elif args.what == "hunt":
+            if args.ask is None:
+                return test(tree)
+            print(ask(tree, args.ask))
+        else:
+            print("\n".join(reveal(tree)))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
