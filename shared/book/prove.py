@@ -2,6 +2,7 @@
 
     python -m shared.book.prove [STAGE ...]
 """
+import re
 import subprocess
 import sys
 import time
@@ -21,24 +22,42 @@ class Stage:
     proves: str
     command: tuple[str, ...]
     needs: str = ""  # a pattern; while no file matches there is nothing to prove
+    tells: str = ""  # a pattern of what in its output says how much was proven
 
 
 STAGES = (
     Stage(
         name="tests",
         proves="every chapter is what it claims; the tools catch what they should",
-        command=(PYTHON, "-m", "pytest", "tests", "-q"),
+        command=(PYTHON, "-m", "pytest", "tests"),
+        tells=r"\d+ passed.*(?= in )",
     ),
     Stage(
         name="traps",
         proves="every seeded bug is killed by the test it names",
         command=(PYTHON, "-m", "shared.book.traps", "--all"),
         needs="tests/traps/*.toml",
+        tells=r"\d+ of \d+ traps killed",
     ),
     Stage(
         name="texts",
         proves="nothing generated is stale, every change is explained, every number has its source",
         command=(PYTHON, "-m", "shared.book.sync", "--check"),
+        tells=r"\d+ changed units explained.*",
+    ),
+    Stage(
+        name="notebooks",
+        proves="every notebook runs from top to bottom, and is what its source says",
+        command=(PYTHON, "-m", "shared.book.notebooks", "check"),
+        needs="notebooks/*.py",
+        tells=r"\d+ of \d+ notebooks run",
+    ),
+    Stage(
+        name="site",
+        proves="every page is built, every link leads somewhere, and a browser shows it without complaint",
+        command=(PYTHON, "-m", "pytest", "tests/site", "-s"),
+        needs="mkdocs.yml",
+        tells=r"\d+ pages.*",
     ),
 )
 
@@ -50,6 +69,7 @@ class Result:
     stage: Stage
     passed: bool
     seconds: float
+    told: str = ""
 
 
 def prove(root: Path, stages: tuple[Stage, ...]) -> list[Result]:
@@ -61,15 +81,26 @@ def prove(root: Path, stages: tuple[Stage, ...]) -> list[Result]:
             continue
         print(f"=== {stage.name}: {stage.proves}", flush=True)
         start = time.monotonic()
-        exit_code = subprocess.run(stage.command, cwd=root).returncode
-        results.append(Result(stage, exit_code == 0, time.monotonic() - start))
+        exit_code, output = run(stage.command, root)
+        told = re.findall(stage.tells, output) if stage.tells else []
+        results.append(Result(stage, exit_code == 0, time.monotonic() - start, told[-1] if told else stage.proves))
     return results
+
+
+def run(command: tuple[str, ...], root: Path) -> tuple[int, str]:
+    """Run a command, print what it prints, and return that too."""
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+        lines = []
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    return process.returncode, "".join(lines)
 
 
 def table(results: list[Result]) -> list[str]:
     """Every stage with its result and its time, then the count."""
     lines = [
-        f"{each.stage.name:12} {'passed' if each.passed else 'FAILED'} {each.seconds:7.1f} s  {each.stage.proves}"
+        f"{each.stage.name:12} {'passed' if each.passed else 'FAILED'} {each.seconds:7.1f} s  {each.told or each.stage.proves}"
         for each in results
     ]
     passed = sum(result.passed for result in results)

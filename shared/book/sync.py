@@ -3,7 +3,7 @@
     python -m shared.book.sync            # write blocks, results and the pictures drawn from results
     python -m shared.book.sync --check    # write nothing; fail if anything is stale, unclaimed or unmeasured
 
-A text is a chapter's README.md, the README.md at the top, or a page under docs/. `texts` tells how claims
+A text is a chapter's README.md, README.md or CONTRIBUTING.md at the top, or a page under docs/. `texts` tells how claims
 and result tokens are written, `blocks` what each generates.
 
 In the first chapter every unit is shown once by `code`, or listed in `<!-- unshown: ... -->` with the
@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.book import answers
 from shared.book.blocks import GENERATORS
 from shared.book.diff import changes_of
 from shared.book.texts import Claim, TextError, bare_numbers, fill_blocks, fill_results, find_claims, read_result
@@ -42,7 +43,7 @@ class Problem:
 def texts(tree: Tree) -> dict[Path, Path | None]:
     """Every text of the repository, and the chapter it belongs to."""
     pages = {chapter / "README.md": chapter for chapter in tree.chapters}
-    top = [tree.root / "README.md", *sorted((tree.root / "docs").rglob("*.md"))]
+    top = [tree.root / "README.md", tree.root / "CONTRIBUTING.md", *sorted((tree.root / "docs").rglob("*.md"))]
     return pages | {page: None for page in top if page.is_file()}
 
 
@@ -210,7 +211,16 @@ def check(tree: Tree) -> list[Problem]:
     for path, content in pictures(tree).items():
         if not path.is_file() or path.read_text() != content:
             problems.append(Problem(path.relative_to(tree.root), 1, f"is not what its result draws; {MENDS}"))
+    said = tree.results / answers.FILE
+    if said.is_file():
+        name = said.relative_to(tree.root)
+        problems += [Problem(name, 1, f"has no answer to {trap!r} as it is now; {answers.MENDS}") for trap in answers.stale(tree)]
     return problems
+
+
+def explained(tree: Tree) -> int:
+    """How many units differ from the chapter before, and are told of in a text."""
+    return sum(change.kind != "identical" for chapter in tree.chapters[1:] for change in changes_of(tree, chapter))
 
 
 def sync(tree: Tree) -> tuple[list[Path], list[Problem]]:
@@ -246,7 +256,8 @@ def main(argv: list[str], tree: Tree | None = None) -> int:
     for problem in problems:
         print(problem)
     if argv:
-        print(f"{len(problems)} problems" if problems else "every text is true")
+        told = f"{explained(tree)} changed units explained, {len(texts(tree))} texts true"
+        print(f"{len(problems)} problems" if problems else told)
     return 1 if problems else 0
 
 

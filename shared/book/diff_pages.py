@@ -1,0 +1,281 @@
+"""A chapter's diff, explained: left the words of its text, right the change they are about, with what its names held.
+
+The page is Markdown, for the site only. It is made of the chapter's README: each claim `diff`, `see` or `words` becomes
+a row; its words are those that stand above it. In the code, unchanged lines are folded, and a name that had a value
+while the prompts of `live` ran shows it: what it was in the chapter before, and what it is here.
+"""
+import re
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from html import escape
+from pathlib import Path
+
+from pygments.lexers import PythonLexer
+from pygments.token import Comment, Keyword, Literal, Name, String
+
+from shared.book.blocks import chapter_of
+from shared.book.diff import changes_of
+from shared.book.live import Values
+from shared.book.texts import fenced, find_claims
+from shared.book.traps import read_traps
+from shared.book.tree import Tree, short
+from shared.book.units import Change, Unit, expand
+
+SHOWN = ("diff", "see", "words")
+HEADING = re.compile(r"#{2,4} ")
+CONTEXT = 3
+KINDS = ((Comment, "c"), (String.Doc, "s"), (String, "s"), (Keyword, "k"), (Literal.Number, "m"), (Name.Builtin, "b"))
+
+
+Token = tuple[object, str]  # pygments' kind, text
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of code: its number in its file (0: none), and its names' values in the chapters that it is in."""
+
+    tokens: list[Token]
+    number: int
+    values: dict[str, list[tuple[str, tuple[str, ...]]]]  # name to (chapter, what it was)
+
+    @property
+    def text(self) -> str:
+        return "".join(token for _, token in self.tokens)
+
+
+def page(tree: Tree, chapter: Path, live: dict[str, Values], says: dict[str, dict]) -> str:
+    """The page of a chapter against the one before."""
+    previous = tree.previous(chapter)
+    names = f"{short(previous)} to {short(chapter)}"
+    rows = [
+        "---\nhide:\n  - toc\n---",
+        f"# From {names}: the diff, explained",
+        f"Left the words of [the chapter's text](README.md), right the change. Point at a marked name to see what it held "
+        f"when the chapter answered two prompts: in the first step, which feeds the prompts, and in the second. "
+        f"The same in the terminal: `make diff-{short(chapter)}`.",
+        '<p class="fold-all"><button type="button" data-open="true">unfold all</button> '
+        '<button type="button" data-open="false">fold all</button></p>',
+    ]
+    changes = {change.address: change for change in changes_of(tree, chapter)}
+    for section in sections((chapter / "README.md").read_text()):
+        rows += section.heading
+        for claim in section.claims:
+            _, what = chapter_of(tree, chapter, claim.what)
+            chosen = [changes[address] for address in expand(what, changes) if changes[address].kind != "identical"]
+            right = [change_html(tree, chapter, change, live) for change in chosen]
+            right += traps_html(tree, chapter, {change.address for change in chosen}, says)
+            rows.append('<div class="hunk" markdown="1">')
+            words = [claim.before or again(claim.kind), claim.after]
+            rows.append('<div class="why" markdown="1">\n\n' + "\n\n".join(filter(None, words)) + "\n\n</div>")
+            rows.append('<div class="change">\n' + "\n".join(right) + "\n</div>")
+            rows.append("</div>")
+    return "\n\n".join(rows) + "\n"
+
+
+def again(kind: str) -> str:
+    return "(Shown again.)" if kind == "see" else "(With the change above.)"
+
+
+@dataclass
+class Shown:
+    """A claim with its words: those above it, and those that follow it up to the next heading."""
+
+    before: str
+    kind: str
+    what: str
+    after: str = ""
+
+
+@dataclass
+class Section:
+    """A part of a text that has claims."""
+
+    heading: list[str]
+    claims: list[Shown]
+
+
+def sections(text: str) -> list[Section]:
+    """The parts of a text under one heading that show a diff, in order."""
+    lines = text.splitlines()
+    code = fenced(lines)
+    found, start = [], 0
+    claims = [claim for claim in find_claims(text) if claim.kind in SHOWN]
+    for claim in claims:
+        heads = [n for n in range(start, claim.start) if not code[n] and HEADING.match(lines[n])]
+        if heads and found:
+            found[-1].claims[-1].after = joined(lines[start : heads[0]])
+        if heads or not found:
+            found.append(Section([lines[heads[-1]]] if heads else [], []))
+            start = heads[-1] + 1 if heads else start
+        found[-1].claims.append(Shown(joined(lines[start : claim.start]), claim.kind, claim.what))
+        start = claim.end
+    ends = [n for n in range(start, len(lines)) if not code[n] and HEADING.match(lines[n])]
+    if found:
+        found[-1].claims[-1].after = joined(lines[start : ends[0] if ends else len(lines)])
+    return found
+
+
+def joined(lines: list[str]) -> str:
+    """Words, without the list of traps that a text has between them: on the page each stands beside its code."""
+    text = "\n".join(lines)
+    kept, at = [], 0
+    for claim in find_claims(text):
+        if claim.kind == "traps":
+            kept += lines[at : claim.start]
+            at = claim.end
+    return "\n".join([*kept, *lines[at:]]).strip()
+
+
+# ---- code
+
+def change_html(tree: Tree, chapter: Path, change: Change, live: dict[str, Values]) -> str:
+    """One unit's change, foldable, with a link to its file."""
+    previous = tree.previous(chapter)
+    old = lines_of(change.old, change.address, previous, live) if change.old else []
+    new = lines_of(change.new, change.address, chapter, live) if change.new else []
+    rows, added, removed = [], 0, 0
+    matcher = SequenceMatcher(lambda line: not line.strip(), [a.text for a in old], [b.text for b in new], autojunk=False)
+    for tag, a, a_end, b, b_end in matcher.get_opcodes():
+        if tag == "equal":
+            rows += folded([both(x, y) for x, y in zip(old[a:a_end], new[b:b_end])], first=not rows, last=b_end == len(new))
+            continue
+        removed += a_end - a
+        added += b_end - b
+        rows += [line_html(line, "del") for line in old[a:a_end]]
+        rows += [line_html(line, "add") for line in new[b:b_end]]
+    file, _, name = change.address.partition("::")
+    where = chapter if change.new else previous
+    first = (change.new or change.old).first_line
+    link = f'<a href="../../{where.name}/files/{file_page(file)}/#L{first}">{escape(file)}</a>'
+    count = f'<span class="count"><span class="plus">+{added}</span> <span class="minus">\u2212{removed}</span></span>'
+    title = f"{link} {escape(name or 'its own body')} {count}"
+    return f'<details class="unit" open><summary>{title}</summary><div class="code">{"".join(rows)}</div></details>'
+
+
+def file_page(file: str) -> str:
+    """The name of a file's page: a path without its ending.
+
+    >>> file_page("kernels/__init__.py")
+    'kernels-__init__'
+    """
+    return file.removesuffix(".py").replace("/", "-")
+
+
+def lines_of(unit: Unit, address: str, chapter: Path, live: dict[str, Values]) -> list[Line]:
+    """A unit's lines, with what their names held in a run of its chapter."""
+    file = address.split("::")[0]
+    lines = []
+    for n, piece in enumerate(unit.pieces):
+        lines += [Line([], 0, {})] * bool(n)
+        lines += numbered(piece.text, piece.first_line, file, chapter, live)
+    return lines
+
+
+def numbered(text: str, first: int, file: str, chapter: Path, live: dict[str, Values]) -> list[Line]:
+    """The lines of a part of a file."""
+    values = live.get(short(chapter), {})
+    lines = []
+    for number, tokens in enumerate(tokens_by_line(text.rstrip("\n")), first):
+        held = values.get((file, number), {})
+        lines.append(Line(tokens, number, {name: [(short(chapter), told)] for name, told in held.items()}))
+    return lines
+
+
+def tokens_by_line(text: str) -> list[list[Token]]:
+    """Python, taken apart; what spans lines, as a docstring does, is a token in each."""
+    lines = [[]]
+    for kind, token in PythonLexer(stripnl=False, ensurenl=False).get_tokens(text):
+        for n, part in enumerate(token.split("\n")):
+            if n:
+                lines.append([])
+            if part:
+                lines[-1].append((kind, part))
+    return lines
+
+
+def both(old: Line, new: Line) -> Line:
+    """A line that stands in both chapters, with the values of both."""
+    names = dict.fromkeys([*old.values, *new.values])
+    return replace(new, values={name: [*old.values.get(name, []), *new.values.get(name, [])] for name in names})
+
+
+def folded(lines: list[Line], first: bool, last: bool) -> list[str]:
+    """Unchanged lines: those next to a change are shown, the others can be unfolded."""
+    rows = [line_html(line, "same") for line in lines]
+    head, tail = (0 if first else CONTEXT), (0 if last else CONTEXT)
+    hidden = rows[head : len(rows) - tail]
+    if len(hidden) < 3:
+        return rows
+    what = f"{len(hidden)} unchanged lines"
+    fold = f'<details class="fold"><summary>{what}</summary>{"".join(hidden)}</details>'
+    return [*rows[:head], fold, *rows[len(rows) - tail :]]
+
+
+def line_html(line: Line, kind: str, anchor: str = "") -> str:
+    sign = {"add": "+", "del": "\u2212"}.get(kind, " ")
+    return f'<div class="l {kind}"{anchor}><i>{sign}</i>{code_html(line) or " "}</div>'
+
+
+def code_html(line: Line) -> str:
+    """A line of Python, coloured; a name with values carries them."""
+    html, chained, before = [], "", ""
+    for kind, token in line.tokens:
+        if kind in Name:
+            chained = f"{chained}.{token}" if before == "." and chained else token
+            held = line.values.get(chained)
+            html.append(value_html(chained, token, held) if held else span(kind, token))
+        else:
+            html.append(span(kind, token))
+            chained = chained if token == "." else ""
+        before = token
+    return "".join(html)
+
+
+def span(kind, token: str) -> str:
+    found = next((name for type_, name in KINDS if kind in type_), None)
+    return f'<span class="{found}">{escape(token)}</span>' if found and token.strip() else escape(token)
+
+
+def value_html(name: str, token: str, held: list[tuple[str, tuple[str, ...]]]) -> str:
+    """A name that can be pointed at, or tapped."""
+    told = [name]
+    for chapter, steps in held:
+        same = len(set(steps)) == 1
+        told += [f"{chapter}  {steps[0]}"] if same else [f"{chapter}, step {n}  {step}" for n, step in enumerate(steps, 1)]
+    text = "&#10;".join(escape(each) for each in told)
+    return f'<span class="live" tabindex="0" data-held="{text}">{escape(token)}</span>'
+
+
+# ---- traps, files
+
+def traps_html(tree: Tree, chapter: Path, addresses: set[str], says: dict[str, dict]) -> list[str]:
+    """The seeded bugs of these units: what breaks, and what the model then says."""
+    rows = []
+    for trap in read_traps(tree.traps(chapter)):
+        if trap.address in addresses:
+            said = says.get(f"{short(chapter)}/{trap.name}")
+            rows.append(f"<li><b>{escape(trap.name)}</b>: {escape(' '.join(trap.sees.split()))}{said_html(said)}</li>")
+    if not rows:
+        return []
+    return [f'<details class="traps"><summary>What breaks if this is wrong ({len(rows)})</summary><ul>{"".join(rows)}</ul></details>']
+
+
+def said_html(said: dict | None) -> str:
+    """What the model answers with the bug planted, beside the question."""
+    if said is None:
+        return ""
+    if said.get("same"):
+        return ' <span class="said">The two answers are the same as ever.</span>'
+    return f' <span class="said">{escape(said["question"])} \u2192 {escape(said["answer"])}</span>'
+
+
+def file(chapter: Path, path: Path, live: dict[str, Values]) -> str:
+    """A page with a whole file of a chapter."""
+    name = path.relative_to(chapter).as_posix()
+    return file_html(f"{short(chapter)}: {name}", numbered(path.read_text(), 1, name, chapter, live))
+
+
+def file_html(title: str, lines: list[Line]) -> str:
+    """A page with lines, each with an anchor."""
+    rows = [line_html(line, "same", f' id="L{line.number}" data-n="{line.number}"') for line in lines]
+    return f'# {title}\n\n<div class="code numbered">{"".join(rows)}</div>\n'

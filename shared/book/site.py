@@ -1,0 +1,252 @@
+"""The site: the repository's texts, and pages that are made of its code.
+
+    python -m shared.book.site            # build/site; needs no network, then or later
+    python -m shared.book.site --serve    # and serve it, on port 8001
+
+The pages keep the places that the texts have in the repository, so that a link holds in both. A link to a chapter's
+Python file leads to a page that shows it. Made here are, of each chapter, the explained diff (`diff_pages`) and its
+files; and for all of them a run that can be replayed, and the table of seeded bugs.
+"""
+import argparse
+import functools
+import html.parser
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.parse
+from html import escape
+from pathlib import Path
+
+from shared.book import diff_pages
+from shared.book.live import Values, record
+from shared.book.texts import fenced
+from shared.book.traps import read_traps
+from shared.book.tree import Tree, python_files, short, this_repository
+from shared.workloads import TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS
+
+LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
+TOP = ("README.md", "CONTRIBUTING.md")
+# What the site shows for a directory.
+DIRECTORIES = {"milestones": "README.md", "tests/traps": "docs/traps.md", "docs/results": "docs/RESULTS.md"}
+
+
+class BrokenLink(ValueError):
+    """A text links to what is not there."""
+
+
+def assemble(tree: Tree, pages: Path, live: dict[str, Values]) -> None:
+    """Write the site's sources: a directory of Markdown, pictures and scripts."""
+    shutil.rmtree(pages, ignore_errors=True)
+    texts = [tree.root / name for name in TOP if (tree.root / name).is_file()]
+    texts += sorted((tree.root / "docs").glob("*.md"))
+    texts += [chapter / "README.md" for chapter in tree.chapters]
+    for text in texts:
+        put(pages / text.relative_to(tree.root), for_site(tree, text, pages))
+    for directory in ("pictures", "site"):
+        if (tree.root / "docs" / directory).is_dir():
+            shutil.copytree(tree.root / "docs" / directory, pages / "docs" / directory)
+    says = read_json(tree.results / "trap-answers.json").get("answers", {})
+    for chapter in tree.chapters:
+        at = pages / "milestones" / chapter.name
+        if tree.previous(chapter):
+            page = diff_pages.page(tree, chapter, live, says)
+            put(at / "diff.md", linked(tree, chapter / "README.md", page, pages))
+        for path in python_files(chapter):
+            name = diff_pages.file_page(path.relative_to(chapter).as_posix())
+            put(at / "files" / f"{name}.md", diff_pages.file(chapter, path, live))
+    put(pages / "docs" / "trace.md", trace_page(tree))
+    put(pages / "docs" / "traps.md", traps_page(tree, says))
+
+
+def put(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def for_site(tree: Tree, text: Path, pages: Path) -> str:
+    """A text as the site needs it: links that lead to pages, and Markdown inside of what folds."""
+    return linked(tree, text, text.read_text().replace("<details>", '<details markdown="1">'), pages)
+
+
+def linked(tree: Tree, text: Path, source: str, pages: Path) -> str:
+    """The source, which stands where the text does, with its links made the site's."""
+    lines = source.splitlines(keepends=True)
+    for n, code in enumerate(fenced(lines)):
+        if not code:
+            lines[n] = LINK.sub(lambda found: new_link(tree, text, found, pages), lines[n])
+    return "".join(lines)
+
+
+def new_link(tree: Tree, text: Path, found: re.Match, pages: Path) -> str:
+    """One link of a text: to a page, to a picture, or to a page that is made here of what it leads to."""
+    start, address, anchor, end = found.groups()
+    target = (text.parent / address).resolve()
+    if not target.exists():
+        raise BrokenLink(f"{text.relative_to(tree.root)} links to {address}, which is not there")
+    page = page_of(tree, target, pages)
+    if page is None:
+        raise BrokenLink(f"{text.relative_to(tree.root)} links to {address}, and the site has no page for it; link to a file")
+    if page == target.relative_to(tree.root):
+        return found[0]
+    return f"{start}{os.path.relpath(page, text.parent.relative_to(tree.root))}{anchor or ''}{end}"
+
+
+def page_of(tree: Tree, target: Path, pages: Path) -> Path | None:
+    """Where the site shows a file or a directory of the repository; a file that nobody else shows is put there."""
+    inside = target.relative_to(tree.root)
+    if inside.as_posix() in DIRECTORIES:
+        return Path(DIRECTORIES[inside.as_posix()])
+    if target.is_dir():
+        return inside / "README.md" if target in tree.chapters else None
+    if target.suffix in (".md", ".svg"):
+        return inside
+    chapter = next((each for each in tree.chapters if target.is_relative_to(each)), None)
+    if chapter:
+        return Path("milestones", chapter.name, "files", diff_pages.file_page(target.relative_to(chapter).as_posix()) + ".md")
+    if target.suffix == ".py":
+        page = Path("code") / inside.with_suffix(".md")
+        put(pages / page, diff_pages.file_html(inside.as_posix(), diff_pages.numbered(target.read_text(), 1, "", target, {})))
+        return page
+    (pages / inside).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(target, pages / inside)
+    return inside
+
+
+# ---- a run, replayed
+
+def trace_page(tree: Tree) -> str:
+    """The small workload through every chapter, to be played pass by pass."""
+    results = read_json(tree.results / "timeline.json")
+    traces = {name: results[name] for name in map(short, tree.chapters) if name in results}
+    data = json.dumps(traces, separators=(",", ":")).replace("</", "<\\/")
+    return f"""# A run, replayed
+
+Ten requests, a row each, go through every chapter; a column is a forward pass. Press *play*, or drag. Light is a pass
+over a prompt, dark one over a single token; grey is computed for nothing, and a dot is a request that waits. Follow the
+short requests from v03 to v04: what changes is who may enter, and when. From v05 on the memory is {TIMELINE_BLOCKS} blocks
+of {TIMELINE_BLOCK_SIZE} tokens, which is too little for all: so requests wait for blocks. (`make trace` records the same
+run in a terminal.)
+
+<div id="replay" class="replay"><p>This page draws with JavaScript, which is switched off.</p></div>
+
+<script type="application/json" id="replay-data">{data}</script>
+"""
+
+
+# ---- the seeded bugs
+
+def traps_page(tree: Tree, says: dict[str, dict]) -> str:
+    """Every seeded bug: what it changes, who sees it, and what the model says with it."""
+    matrix = read_json(tree.results / "traps-matrix.json").get("chapters", {})
+    rows = [
+        "# Seeded bugs",
+        "Each of these was planted in a copy of its chapter, and the test beside it failed: `make traps` does it again. "
+        "Many of them leave the answers as they are. Those are the ones to look at.",
+    ]
+    for chapter in tree.chapters:
+        rows.append(f"## {short(chapter)}")
+        table = ["| bug | where | seen by | the model then says |", "|---|---|---|---|"]
+        for trap in read_traps(tree.traps(chapter)):
+            file = diff_pages.file_page(trap.file)
+            where = f"[`{trap.address}`](../milestones/{chapter.name}/files/{file}.md)"
+            failed = matrix.get(short(chapter), {}).get(trap.name, {}).get("failed", [])
+            tests = "`" + trap.test[0].split("::")[-1] + "`" + (f" and {len(failed) - 1} more" if len(failed) > 1 else "")
+            said = says.get(f"{short(chapter)}/{trap.name}", {})
+            answer = "" if not said else "the same" if said.get("same") else cell(said["answer"])
+            table.append(f"| **{cell(trap.name)}**: {cell(trap.sees)} | {where} | {tests} | {answer} |")
+        rows.append("\n".join(table))
+    return "\n\n".join(rows) + "\n"
+
+
+def cell(text: str) -> str:
+    """A text inside of a table."""
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "\\`")
+
+
+# ---- building
+
+def build(tree: Tree) -> Path:
+    """Make build/site; SystemExit when a link leads nowhere or a page is in no menu."""
+    from shared.chapters import find
+
+    live = {short(chapter): record(find(short(chapter))) for chapter in tree.chapters}
+    assemble(tree, tree.root / "build" / "pages", live)
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"], cwd=tree.root, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"mkdocs failed:\n{done.stdout}{done.stderr}")
+    return tree.root / "build" / "site"
+
+
+class Page(html.parser.HTMLParser):
+    """Where a page leads, and what in it can be led to."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.leads, self.anchors = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        for name, value in attributes:
+            if name in ("id", "name") and value:
+                self.anchors.add(value)
+            if (tag, name) in (("a", "href"), ("img", "src"), ("script", "src"), ("link", "href")) and value:
+                self.leads.append(value)
+
+
+def dead_links(site: Path) -> list[str]:
+    """Links of a built site that lead to no page, or to no place in it."""
+    pages = {path: Page(path.read_text()) for path in sorted(site.rglob("*.html"))}
+    dead = []
+    for path, page in pages.items():
+        name = path.relative_to(site)
+        for lead in page.leads:
+            address, _, anchor = lead.partition("#")
+            if re.match(r"[a-z]+:", address):
+                continue
+            target = site / address.lstrip("/") if address.startswith("/") else path.parent / address
+            target = (target / "index.html" if target.is_dir() else target).resolve() if address else path
+            if not target.is_file():
+                dead.append(f"{name}: {lead} is not there")
+            elif anchor and target in pages and urllib.parse.unquote(anchor) not in pages[target].anchors:
+                dead.append(f"{name}: {lead} has no such place in it")
+    return dead
+
+
+def serve(site: Path, port: int = 8001) -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
+    print(f"http://127.0.0.1:{port}/  (Ctrl-C ends it)", flush=True)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shared.book.site", description="Build the site.")
+    parser.add_argument("--serve", action="store_true", help="serve it on port 8001 when it is built")
+    args = parser.parse_args(argv)
+    tree = this_repository()
+    site = build(tree)
+    dead = dead_links(site)
+    print("\n".join(dead), file=sys.stderr, end="\n" * bool(dead))
+    print(f"{sum(1 for _ in site.rglob('*.html'))} pages in {site.relative_to(tree.root)}, {len(dead)} dead links")
+    if dead:
+        return 1
+    if args.serve:
+        serve(site)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

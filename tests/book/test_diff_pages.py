@@ -1,0 +1,150 @@
+"""The explained diffs: words beside code, what names held, what is folded."""
+import re
+
+import pytest
+
+from shared.book import answers, diff_pages, live, site
+from shared.book.traps import Trap, read_traps
+from shared.book.tree import this_repository
+from shared.chapters import CHAPTERS, find
+
+TEXT = """# Two
+
+## The diff
+
+Before all.
+
+### Remembering
+
+Why it is remembered.
+
+<!-- diff: cache.py::Cache.write -->
+```diff
++old
+```
+<!-- end -->
+
+What follows from it.
+
+### Forgetting
+
+Why it is forgotten.
+
+<!-- traps: -->
+- **a list of bugs**
+<!-- end -->
+
+<!-- diff: cache.py::cost -->
+
+```python
+## no heading
+```
+
+## Run it
+
+Not about the diff.
+"""
+
+
+def test_words_stand_with_the_change_they_are_about():
+    first, second = diff_pages.sections(TEXT)
+    assert first.heading == ["### Remembering"] and second.heading == ["### Forgetting"]
+    assert (first.claims[0].before, first.claims[0].after) == ("Why it is remembered.", "What follows from it.")
+    assert second.claims[0].before == "Why it is forgotten.", "the list of traps stands beside the code"
+    assert second.claims[0].after == "```python\n## no heading\n```", "a comment in code is no heading"
+
+
+def test_a_page_has_each_changed_line_once_and_folds_what_is_far_from_a_change(make_book, first):
+    then = dict(first)
+    far = "".join(f"    x{n} = {n}\n" for n in range(12))
+    first["cache.py"] = first["cache.py"].replace("    return n * SIZE\n", f"{far}    return n * SIZE\n")
+    then["cache.py"] = first["cache.py"].replace("return n * SIZE", "return n * SIZE + 1")
+    text = "# Two\n\n### Cost\n\nIt costs one more <b>.\n\n<!-- diff: cache.py::cost -->\n"
+    tree = make_book(first, then | {"README.md": text})
+    held = {("cache.py", 33): {"n": ("3",), "SIZE": ("4", "5")}}
+    page = diff_pages.page(tree, tree.chapters[1], {"v01": {}, "v02": held}, {})
+    plain = re.sub("<[^>]*>", "", page)
+    assert page.count('class="l del"') == 1 and page.count('class="l add"') == 1
+    assert "\u2212    return n * SIZE" in plain and "+    return n * SIZE + 1" in plain
+    assert "11 unchanged lines" in plain
+    assert "It costs one more <b>." in page
+    assert 'href="../../v02_b/files/cache/#L18"' in page
+    where = [n for n, line in enumerate((tree.chapters[1] / "cache.py").read_text().splitlines(), 1) if "SIZE + 1" in line]
+    page = diff_pages.page(tree, tree.chapters[1], {"v02": {("cache.py", where[0]): held["cache.py", 33]}}, {})
+    assert 'data-held="n&#10;v02  3">n</span>' in page
+    assert 'data-held="SIZE&#10;v02, step 1  4&#10;v02, step 2  5">SIZE</span>' in page
+
+
+def test_a_line_of_both_chapters_shows_both_values():
+    old = diff_pages.Line([], 1, {"n": [("v01", ("3",))], "gone": [("v01", ("1",))]})
+    new = diff_pages.Line([], 2, {"n": [("v02", ("4",))]})
+    assert diff_pages.both(old, new).values == {"n": [("v01", ("3",)), ("v02", ("4",))], "gone": [("v01", ("1",))]}
+
+
+def test_markup_in_code_and_values_stays_text():
+    lines = diff_pages.numbered("a = '<script>' & b\n", 1, "f.py", this_repository().chapters[0], {"v01": {("f.py", 1): {"a": ("'<b>'",)}}})
+    html = diff_pages.line_html(lines[0], "same")
+    assert "<script>" not in html and "<b>" not in html and "&lt;script&gt;" in html and "&lt;b&gt;" in html
+
+
+def test_values_are_those_of_the_first_two_steps():
+    values = live.record(CHAPTERS[-1])
+    source = (CHAPTERS[-1].path / "batch.py").read_text().splitlines()
+    [line] = [n for n, text in enumerate(source, 1) if text.strip() == "token_ids += new_ids"]
+    # The questions have 11 and 10 tokens; then each brings one.
+    first, second = values["batch.py", line]["new_ids"]
+    assert first.startswith("list of 11: 0 3 ") and second.startswith("list of 1: ")
+
+
+def test_names_are_those_of_the_statement_alone():
+    source = "for a in b.c:\n    d = e(\n        f.g,\n    )\nif h:\n    pass\ndef i(j): return k\n"
+    found = live.names_by_line(source)
+    assert set(found[1]) == {"a", "b.c", "b"} and set(found[2]) == {"d", "e", "f.g", "f"} and found[5] == ("h",)
+
+
+def test_a_link_that_leads_nowhere_stops_the_site(make_book, first, tmp_path):
+    tree = make_book(first, beside={"README.md": "[a](milestones/v01_a/cache.py) [b](https://x.y) [c](#d)\n"})
+    text = tree.root / "README.md"
+    assert site.for_site(tree, text, tmp_path / "pages") == "[a](milestones/v01_a/files/cache.md) [b](https://x.y) [c](#d)\n"
+    for wrong in ("nothing.md", "milestones/v01_a/gone.py", "docs"):
+        (tree.root / "docs").mkdir(exist_ok=True)
+        text.write_text(f"[a]({wrong})\n")
+        with pytest.raises(site.BrokenLink, match=wrong):
+            site.for_site(tree, text, tmp_path / "pages")
+    text.write_text("```\n[a](nothing.md)\n```\n")
+    assert "nothing.md" in site.for_site(tree, text, tmp_path / "pages"), "code is left alone"
+
+
+def test_dead_links_of_a_built_site_are_told(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "index.html").write_text('<a href="b/">1</a><a href="b/#here">2</a><a href="b/#there">3</a><img src="c.png"><a href="mailto:d">')
+    (tmp_path / "b" / "index.html").write_text('<p id="here"></p><a href="..">4</a><a href="#nowhere">5</a>')
+    assert site.dead_links(tmp_path) == [
+        "b/index.html: #nowhere has no such place in it",
+        "index.html: b/#there has no such place in it",
+        "index.html: c.png is not there",
+    ]
+
+
+def test_an_answer_belongs_to_one_bug():
+    tree = this_repository()
+    assert answers.stale(tree) == []
+    trap = read_traps(tree.traps(tree.chapters[0]))[0]
+    other = Trap(**(vars(trap) | {"replace": trap.replace + " "}))
+    assert answers.key(trap) != answers.key(other)
+    assert answers.told(["a", "b"], ["a", "b"]) == {"same": True}
+    assert answers.told(["a", "b"], ["", "b"])["answer"] == "(nothing)"
+    assert answers.told(["a", "b"], "(KeyError: 2)")["answer"] == "(KeyError: 2)"
+
+
+def test_an_answer_that_is_missing_or_of_another_bug_is_told(make_book, first):
+    trap = '[[trap]]\nname = "n"\nfile = "cache.py"\nunit = "cost"\nfind = "n * SIZE"\nreplace = "n"\ntest = "t"\nsees = "s"\n'
+    tree = make_book(first, beside={"tests/traps/v01.toml": trap, f"docs/results/{answers.FILE}": '{"answers": {"v01/gone": {"key": "x"}}}'})
+    assert answers.stale(tree) == ["v01/n", "v01/gone"]
+
+
+def test_a_chapter_is_found_by_its_traps_page():
+    page = site.traps_page(this_repository(), {"v01/scale missing": {"question": "q", "answer": "a | b"}})
+    assert page.count("\n## v0") == len(CHAPTERS)
+    assert "| a \\| b |" in page
+    assert find("v01").name in page

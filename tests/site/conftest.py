@@ -1,0 +1,67 @@
+"""The site as it is built, a server for it, and a browser."""
+import functools
+import http.server
+import shutil
+import threading
+
+import pytest
+
+from shared.book import site
+from shared.book.tree import this_repository
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="session")
+def built():
+    """The directory of the site, built from what is here."""
+    return site.build(this_repository())
+
+
+@pytest.fixture(scope="session")
+def address(built):
+    """Where the site is served."""
+    handler = functools.partial(Quiet, directory=str(built))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium; on Debian and Ubuntu `apt install chromium` brings it")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, address):
+    """A function that opens a page; whatever the page complains of, or fetches from elsewhere, fails the test."""
+    pages, complaints = [], []
+
+    def open_page(path, width=1280, scheme="light"):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("console", lambda told: told.type in ("error", "warning") and complaints.append(f"{path}: {told.text}"))
+        page.on("pageerror", lambda error: complaints.append(f"{path}: {error}"))
+        page.on("request", lambda asked: asked.url.startswith("http") and not asked.url.startswith(address) and complaints.append(asked.url))
+        page.on("requestfailed", lambda asked: complaints.append(f"{path}: {asked.url} failed"))
+        page.on("response", lambda got: got.status >= 400 and complaints.append(f"{path}: {got.url} gives {got.status}"))
+        page.goto(address + path)
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert complaints == []

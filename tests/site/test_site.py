@@ -1,0 +1,101 @@
+"""The site as readers have it: every link leads somewhere, and in a browser everything works, on a phone too."""
+import re
+
+import pytest
+
+from shared.book.site import dead_links
+from shared.book.tree import short, this_repository
+
+TREE = this_repository()
+DIFFS = [f"milestones/{chapter.name}/diff/" for chapter in TREE.chapters[1:]]
+CHAPTERS = [f"milestones/{chapter.name}/" for chapter in TREE.chapters]
+OTHERS = ["", *(f"docs/{name}/" for name in ("trace", "traps", "ARCHITECTURE", "GLOSSARY", "RESULTS", "FROM_VLLM", "TEACHING", "PLAN"))]
+
+
+def test_every_link_leads_somewhere(built):
+    assert dead_links(built) == []
+    pages = list(built.rglob("*.html"))
+    print(f"\n{len(pages)} pages built, no link dead")
+    assert len(pages) > 100
+
+
+def test_every_chapter_and_every_diff_is_in_the_menu(built):
+    home = (built / "index.html").read_text()
+    for path in CHAPTERS + DIFFS:
+        assert f'href="{path}"' in home, path
+
+
+@pytest.mark.parametrize("path", OTHERS + CHAPTERS + DIFFS)
+def test_a_page_fits_a_phone_and_a_desk_and_does_not_complain(open_page, path):
+    for width, scheme in ((390, "dark"), (1280, "light")):
+        page = open_page(path, width, scheme)
+        too_wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert too_wide <= 0, f"{path} at {width}"
+        assert page.locator("h1").count() == 1
+        page.close()
+
+
+def test_a_diff_folds_and_unfolds(open_page):
+    page = open_page("milestones/v05_paged_cache/diff/")
+    units, folds = page.locator("details.unit"), page.locator("details.fold")
+    assert units.count() > 10 and folds.count() > 0
+    assert not folds.first.evaluate("fold => fold.open")
+    page.get_by_role("button", name="unfold all").click()
+    assert page.evaluate("[...document.querySelectorAll('.hunk details')].every(each => each.open)")
+    page.get_by_role("button", name="fold all", exact=True).click()
+    assert page.evaluate("[...document.querySelectorAll('.hunk details')].every(each => !each.open)")
+    units.first.locator("summary").click(position={"x": 4, "y": 4})
+    assert units.first.evaluate("unit => unit.open")
+
+
+def test_a_name_in_a_diff_shows_what_it_held_before_and_after(open_page):
+    page = open_page("milestones/v05_paged_cache/diff/")
+    page.get_by_role("button", name="unfold all").click()
+    held = page.locator("#held")
+    assert held.is_hidden()
+    names = page.locator(".l.same .live", has_text="new_ids")
+    names.first.hover()
+    told = held.inner_text().splitlines()
+    assert told[0].endswith("new_ids")
+    assert [line.split(",")[0] for line in told[1:]] == ["v04", "v04", "v05", "v05"]
+    assert "step 1  list of 11: 0 3" in told[3] and "step 2  list of 1:" in told[4]
+    page.mouse.move(2, 2)
+    assert held.is_hidden()
+
+
+def test_the_run_is_replayed(open_page):
+    page = open_page("docs/trace/")
+    assert page.locator(".replay canvas").count() == len(TREE.chapters)
+    output, told = page.locator(".replay output"), page.locator(".replay .told")
+    assert output.inner_text() == "0"
+    page.get_by_role("button", name="play").click()
+    page.wait_for_function("Number(document.querySelector('.replay output').textContent) >= 3")
+    page.get_by_role("button", name="pause").click()
+    page.locator(".replay input").evaluate("each => { each.value = each.max; each.dispatchEvent(new Event('input')); }")
+    ends = told.all_inner_texts()
+    assert ends[0].startswith("71 tokens") and all("10 of 10 requests done" in each for each in ends)
+    passes = [int(re.search(r"after (\d+) passes", each)[1]) for each in ends]
+    assert passes[:4] == [71, 71, 39, 19]
+    drawn = page.locator(".replay canvas").first.evaluate(
+        "each => each.getContext('2d').getImageData(0, 0, each.width, each.height).data.some(value => value)"
+    )
+    assert drawn
+
+
+def test_search_finds_a_block_table(open_page):
+    page = open_page("")
+    page.locator(".md-search__input").first.click()
+    page.keyboard.type("block table", delay=20)
+    results = page.locator(".md-search-result__item")
+    results.first.wait_for(timeout=10_000)
+    found = results.all_inner_texts()
+    assert any("Memory in blocks" in each for each in found[:3]), found
+    page.locator(".md-search-result__link", has_text="Memory in blocks").first.click()
+    page.wait_for_url("**/milestones/v05_paged_cache/**")
+
+
+def test_every_chapter_tells_what_its_bugs_make_the_model_say(built):
+    page = (built / "docs" / "traps" / "index.html").read_text()
+    for chapter in TREE.chapters:
+        assert f'id="{short(chapter)}"' in page
+    assert "tell me a story" in page.lower() or "the same" in page
