@@ -30,7 +30,7 @@ STAGES = (
         name="tests",
         proves="every chapter is what it claims; the tools catch what they should",
         command=(PYTHON, "-m", "pytest", "tests"),
-        tells=r"\d+ passed.*(?= in )",
+        tells=r"\d+ (?:failed|passed)[^=]*(?= in )",
     ),
     Stage(
         name="traps",

@@ -473,5 +473,5 @@ def test_the_staircase_in_a_text_of_no_chapter(two):
     (tree.results / "staircase.json").write_text(json.dumps({"v01": stairs(), "v02": stairs(tokens_per_s=1234.5)}))
     sync(tree)
     lines = (tree.root / "README.md").read_text().splitlines()
-    assert "| [v01](milestones/v01_a/README.md) | 1,000 | 1.20 | 5,000 | 50% | 3.0 GB | 0.02 GB | 3 MiB | 77 |" in lines
+    assert "| [v01](milestones/v01_a/README.md) | 1,000 | 1.20 | 5,000 | 50% | 3.0 GB | 0.02 GB | 3 MiB | 0 ms | 77 |" in lines
     assert any("a cost card belongs to a chapter" in problem for problem in told(tree))
