@@ -147,13 +147,14 @@ def traps_page(tree: Tree, says: dict[str, dict]) -> str:
     """Every seeded bug: what it changes, who sees it, and what the model says with it."""
     matrix = read_json(tree.results / "traps-matrix.json").get("chapters", {})
     rows = [
+        "---\nhide:\n  - toc\n---",
         "# Seeded bugs",
         "Each of these was planted in a copy of its chapter, and the test beside it failed: `make traps` does it again. "
         "Many of them leave the answers as they are. Those are the ones to look at.",
     ]
     for chapter in tree.chapters:
         rows.append(f"## {short(chapter)}")
-        table = ["| bug | where | seen by | the model then says |", "|---|---|---|---|"]
+        table = ["| bug | where, and which test sees it | the model then says |", "|---|---|---|"]
         for trap in read_traps(tree.traps(chapter)):
             file = diff_pages.file_page(trap.file)
             where = f"[`{trap.address}`](../milestones/{chapter.name}/files/{file}.md)"
@@ -161,7 +162,7 @@ def traps_page(tree: Tree, says: dict[str, dict]) -> str:
             tests = "`" + trap.test[0].split("::")[-1] + "`" + (f" and {len(failed) - 1} more" if len(failed) > 1 else "")
             said = says.get(f"{short(chapter)}/{trap.name}", {})
             answer = "" if not said else "the same" if said.get("same") else cell(said["answer"])
-            table.append(f"| **{cell(trap.name)}**: {cell(trap.sees)} | {where} | {tests} | {answer} |")
+            table.append(f"| **{cell(trap.name)}**: {cell(trap.sees)} | {where}<br>{tests} | {answer} |")
         rows.append("\n".join(table))
     return "\n\n".join(rows) + "\n"
 
