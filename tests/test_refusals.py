@@ -55,7 +55,7 @@ def test_a_directory_that_is_no_checkpoint(refused, tmp_path):
     assert refused(tmp_path / "nowhere") == f"{tmp_path / 'nowhere'} is not a checkpoint: it has no config.json"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '"llama"', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"llama"', "\x00", "[" * 10**5])
 def test_a_config_that_is_no_json_object(refused, copy_of, text):
     path = copy_of("llama")
     (path / "config.json").write_text(text)
@@ -130,6 +130,29 @@ def test_more_layers_than_there_are_tensors_are_refused_before_they_are_built(re
 def test_a_tensor_of_the_wrong_shape(refused, copy_of):
     path = copy_of("llama", intermediate_size=90)
     assert "tensor model.layers.0.mlp.gate_proj.weight has shape [88, 60], config.json says [90, 60]" in refused(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_tensor_with_a_value_that_is_no_finite_number(refused, copy_of, value):
+    path = copy_of("llama")
+    rewrite(path, lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"].view(-1)[7:8].fill_(value))
+    assert refused(path).startswith("tensor model.layers.2.mlp.up_proj.weight has values that are no finite numbers")
+
+
+def test_the_largest_finite_numbers_of_float16_are_accepted(copy_of, chapter):
+    """Their sum is beyond float16."""
+    path = copy_of("mistral")
+    for shard in sorted(path.glob("*.safetensors")):
+        tensors = load_file(shard)
+        if "model.norm.weight" in tensors:
+            tensors["model.norm.weight"].fill_(65504.0)
+            save_file(tensors, shard, metadata={"format": "pt"})
+    chapter.load().Engine(path, dtype="float16")
+
+
+@pytest.mark.parametrize("head_dim", [2**16 + 2, 10**12])
+def test_a_head_that_cannot_be_turned_is_refused_before_it_is_built(refused, copy_of, head_dim):
+    assert f"head_dim is {head_dim}; rotary embedding needs an even one" in refused(copy_of("llama", head_dim=head_dim))
 
 
 def test_a_tensor_stored_as_integers(refused, copy_of):
@@ -256,7 +279,7 @@ def test_end_tokens_are_generation_configs_else_configs(copy_of, module):
     assert load(path).end_ids == (5, 6)
 
 
-@pytest.mark.parametrize("end", ["x", [401], -1, [[1]], 1.5])
+@pytest.mark.parametrize("end", ["x", "", [401], -1, [[1]], 1.5, True, False])
 def test_end_tokens_that_are_none_are_refused(refused, copy_of, end):
     path = copy_of("llama")
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))

@@ -239,6 +239,17 @@ def test_a_chat_is_the_template_around_the_messages(client, alone, chapter):
     assert ids.count(begin) == 1
 
 
+def test_a_conversation_that_the_template_refuses_is_the_callers(chapter):
+    engine = chapter.load().Engine(checkpoint("pocket"), max_num_seqs=2, max_model_len=64)
+    engine.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with serving(chapter, engine) as server:
+        answer = post(server, "/v1/chat/completions", {"model": "pocket", "messages": CHAT})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "messages"
+    assert error["message"] == "the checkpoint's chat template refuses these messages: roles must alternate"
+
+
 def test_parts_and_a_developer_are_what_templates_know_as_text_and_system(client):
     plain = [{"role": "system", "content": "Be brief."}, *CHAT]
     fancy = [

@@ -89,6 +89,17 @@ def test_decoding_looks_at_a_window_however_long_the_text(chapter, module):
     assert longest <= 9
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{% for %}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}", "{% for i in range(10**9) %}x{% endfor %}", "{{ 1 + '' }}"],
+)
+def test_a_template_that_raises_refuses_the_messages(module, template):
+    tokenizer = make_tokenizer("byte_level")
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="the checkpoint's chat template refuses these messages: "):
+        module("text").encode_chat(tokenizer, [{"role": "user", "content": "Hello"}])
+
+
 @pytest.mark.parametrize("name", ["pocket", *RANDOM])
 def test_there_is_one_bos_raw_and_in_a_chat(chapter, make_engine, module, Params, name):
     engine = make_engine(name)

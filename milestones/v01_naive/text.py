@@ -33,7 +33,11 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
     """
     if not tokenizer.chat_template:
         raise ValueError("this checkpoint has no chat template; send the prompt as plain text")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # A template is a program, its author's; many of them refuse an order of roles that they do not know.
+    except Exception as error:
+        raise ValueError(f"the checkpoint's chat template refuses these messages: {error}") from error
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:

@@ -106,7 +106,7 @@ def load_model(
     """Build the decoder and give each parameter its tensor.
 
     Raises:
-        ValueError: for a tensor that is missing, left over, or of another shape than config.json says.
+        ValueError: for a tensor that is missing, left over, not finite, or of another shape than config.json says.
     """
     # Each layer has tensors of its own: a number beyond theirs would only be built for minutes, then refused.
     if config.num_layers > len(checkpoint.files):
@@ -126,6 +126,9 @@ def load_model(
         tensor = checkpoint.read(name)
         if tensor.shape != shape:
             raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, config.json says {list(shape)}")
+        # The sum is not finite if one of them is not, and needs no memory.
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"tensor {name} has values that are no finite numbers; fetch or convert it again")
         weights[name] = tensor.to(device, dtype)
     if config.tied_head:
         weights[HEAD] = weights[EMBEDDING]

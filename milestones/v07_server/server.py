@@ -282,9 +282,8 @@ async def tokenize_chat(service: Service, messages: list[dict], param: str = "me
     service.check_size([message["content"] for message in messages])
     try:
         return await service.engine.tokenize(encode_chat, messages)
-    # A template is a program of the checkpoint's author: it may raise anything.
-    except Exception as error:
-        raise ApiError(400, f"this conversation cannot be put into the model's chat template: {error}", param) from None
+    except ValueError as error:
+        raise ApiError(400, str(error), param) from None
 
 
 class ChatWriter(Writer):
