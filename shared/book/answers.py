@@ -2,13 +2,15 @@
 
     python -m shared.book.answers         # those that are new, or whose bug was edited; all of them with --all
 
-Each bug is planted in a copy of its chapter, which answers two questions in one batch in a fork of this process.
-A bug in a kernel is seen through Triton's interpreter, in few tokens.
+Each bug is planted in a copy of its chapter, which answers in a fork of this process, in company: there are more
+questions than places, some come late, and one is taken back. A bug in a kernel is seen through Triton's interpreter,
+in few tokens.
 """
 import argparse
 import contextlib
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import shutil
@@ -21,7 +23,10 @@ from shared.book.traps import Trap, plant, read_traps
 from shared.book.tree import Tree, short, this_repository
 
 QUESTIONS = ("Explain KV cache in one sentence.", "What is a block table?")
-MAX_TOKENS = 24
+# Asked beside them: bugs need neighbours, of other lengths, and who comes when others leave.
+OTHERS = ("Tell me a story about a bear.", "What is prefill?", "What is a slot mapping?", "Tell me a story about an owl.")
+PLACES = 3
+MAX_TOKENS = 32
 KERNEL_TOKENS = 6  # the interpreter is slow
 TIMEOUT_S = 60
 FILE = "trap-answers.json"
@@ -72,21 +77,44 @@ def be_child(name: str, scratch: Path, kernels: bool) -> None:
         os.setsid()
         sys.stderr = open(os.devnull, "w")
         import milestones
-        from shared.checkpoints import POCKET
 
         milestones.__path__ = [str(scratch / "milestones"), *milestones.__path__]
-        package = importlib.import_module(f"milestones.{name}")
-        limits = {"device": "cpu", "dtype": "float32"} | ({"attention": "triton"} if kernels else {})
-        engine = package.Engine(POCKET, **limits)
-        text = importlib.import_module(f"milestones.{name}.text")
-        chats = [text.encode_chat(engine.tokenizer, [{"role": "user", "content": each}]) for each in QUESTIONS]
-        params = package.SamplingParams(max_tokens=KERNEL_TOKENS if kernels else MAX_TOKENS)
-        said = [done.text for done in engine.generate(chats, params)]
+        package, text = (importlib.import_module(f"milestones.{name}{part}") for part in ("", ".text"))
+        said = in_company(package, text, QUESTIONS, kernels)
     except Exception as error:
         said = f"({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     with contextlib.suppress(OSError):
         (scratch / "answers.json").write_text(json.dumps(said))
     os._exit(0)
+
+
+def in_company(package, text, questions: tuple[str, ...], kernels: bool) -> list[str]:
+    """The answers to questions, and then to OTHERS, of which one comes every other step; the first of them is taken back."""
+    from shared.checkpoints import POCKET
+
+    limits = {"device": "cpu", "dtype": "float32"}
+    if kernels:
+        os.environ["TRITON_INTERPRET"] = "1"
+        limits["attention"] = "triton"
+    if "max_num_seqs" in inspect.signature(package.Engine).parameters:
+        limits["max_num_seqs"] = PLACES
+    engine = package.Engine(POCKET, **limits)
+    params = package.SamplingParams(max_tokens=KERNEL_TOKENS if kernels else MAX_TOKENS)
+    # The others come first, so that a question finds the places as they left them.
+    order = [*range(len(questions), len(questions) + len(OTHERS)), *range(len(questions))]
+    texts, numbers = [""] * len(order), {}
+    for step_id in range(2 * MAX_TOKENS * len(order)):
+        if step_id % 2 == 0 and order:
+            asked = (*questions, *OTHERS)[order[0]]
+            ids = text.encode_chat(engine.tokenizer, [{"role": "user", "content": asked}])
+            numbers[engine.add_request(ids, params)] = order.pop(0)
+        if step_id == 5:
+            engine.abort_request(min(numbers))
+        for output in engine.step():
+            texts[numbers[output.request_id]] += output.text
+        if not order and not engine.has_unfinished_requests():
+            return texts
+    return [each + " ... (and never ends)" for each in texts]
 
 
 def told(sound: list[str], found: list[str] | str) -> dict:
@@ -97,7 +125,7 @@ def told(sound: list[str], found: list[str] | str) -> dict:
     """
     if isinstance(found, str):
         return {"question": QUESTIONS[0], "answer": found}
-    for question, right, said in zip(QUESTIONS, sound, found, strict=True):
+    for question, right, said in zip((*QUESTIONS, *OTHERS), sound, found, strict=True):
         if said != right:
             return {"question": question, "answer": said.strip() or "(nothing)"}
     return {"same": True}

@@ -1,9 +1,9 @@
 """A seeded bug to be found: planted by chance in a copy of a chapter, which is then tested, asked, and revealed.
 
-    make break-v05                     # plants one in build/hunt/, and says what to do
-    make hunt                          # runs the chapter's tests on the copy
-    make hunt ASK="What is a KV cache?"     # asks the copy
-    make reveal                        # what it was
+    make break-v05                          # plants one in build/hunt/, and says what to do
+    make hunt                               # runs the chapter's tests on the copy
+    make hunt ASK="What is a KV cache?"     # asks the copy, among other questions
+    make reveal                             # what it was
 """
 import argparse
 import contextlib
@@ -12,11 +12,16 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
+import tempfile
+from collections import Counter
 from pathlib import Path
 
 from shared.book.traps import Trap, plant, read_traps
-from shared.book.tree import Tree, python_files, short, this_repository
+from shared.book.tree import Tree, short, this_repository
+
+CASE_S = 60  # after which a test counts as failed: some bugs make it wait for ever
 
 
 class NoHunt(ValueError):
@@ -67,40 +72,66 @@ def in_place(tree: Tree):
         milestones.__path__ = before
 
 
-def test(tree: Tree) -> int:
-    """Run the chapter's tests on the copy; what fails is the trail."""
+def test(tree: Tree) -> list[str]:
+    """Run the chapter's tests on the copy; of each test that fails, in how many of its cases."""
     import pytest
 
     chapter, _ = planted(tree)
     os.chdir(tree.root)
+    ledger = Ledger()
+    suite = ["tests", "--ignore=tests/book", "--ignore-glob=*test_source*", "--ignore-glob=*test_tools*"]
     with in_place(tree):
-        suite = ["tests", "--ignore=tests/book", "--ignore-glob=*test_source*"]
-        return int(pytest.main([*suite, "--chapter", short(chapter), "--tb=line", "-p", "no:cacheprovider"]))
+        pytest.main([*suite, "--chapter", short(chapter), "--tb=no", "--maxfail=25", "-p", "no:cacheprovider"], plugins=[ledger])
+    lines = [f"{failed:4} of {failed + ledger.passed[name]:4}  {name}" for name, failed in ledger.failed.items()]
+    if not lines:
+        return ["", "Every test passes: this bug is seen by a test of another kind. `make reveal` says which."]
+    return ["", "What fails, in how many of its cases so far:", *lines]
 
 
-def ask(tree: Tree, question: str) -> str:
-    """What the copy answers."""
+class Ledger:
+    """A pytest plugin: what passed and failed, by test without its cases; and no case goes on for ever."""
+
+    def __init__(self):
+        self.passed, self.failed = Counter(), Counter()
+
+    def pytest_runtest_logreport(self, report) -> None:
+        name = report.nodeid.split("[")[0]
+        if report.failed:
+            self.failed[name] += 1
+        elif report.when == "call":
+            self.passed[name] += 1
+
+    def pytest_runtest_protocol(self, item) -> None:
+        signal.signal(signal.SIGALRM, too_long)
+        signal.alarm(CASE_S)
+
+
+def too_long(signum, frame):
+    raise TimeoutError(f"this went on for {CASE_S} s")
+
+
+def ask(tree: Tree, question: str) -> list[str]:
+    """What the copy answers, in company."""
     import importlib
 
-    from shared.checkpoints import POCKET
+    from shared.book.answers import OTHERS, in_company
 
-    chapter, _ = planted(tree)
+    chapter, trap = planted(tree)
     with in_place(tree):
-        package = importlib.import_module(f"milestones.{chapter.name}")
-        text = importlib.import_module(f"milestones.{chapter.name}.text")
-        engine = package.Engine(POCKET)
-        ids = text.encode_chat(engine.tokenizer, [{"role": "user", "content": question}])
-        return engine.generate([ids], package.SamplingParams(max_tokens=48))[0].text
+        modules = [importlib.import_module(f"milestones.{chapter.name}{part}") for part in ("", ".text")]
+        texts = in_company(*modules, (question,), kernels=trap.file.startswith("kernels/"))
+    return [line for asked, text in zip((question, *OTHERS), texts) for line in (f"> {asked}", f"  {text}")]
 
 
 def reveal(tree: Tree) -> list[str]:
-    """The bug as a diff, its name, what one sees of it, and the test that knows."""
+    """The bug as a diff, its name, what one sees of it, and the test that knows; whatever became of the copy."""
     chapter, trap = planted(tree)
-    lines = [f"{trap.name}, in {trap.address}", ""]
-    for path in python_files(chapter):
-        name = path.relative_to(chapter).as_posix()
-        old, new = path.read_text(), (directory(tree) / chapter.name / name).read_text()
-        lines += difflib.unified_diff(old.splitlines(), new.splitlines(), name, name, lineterm="", n=2)
+    with tempfile.TemporaryDirectory() as scratch:
+        again = Path(scratch) / chapter.name
+        shutil.copytree(chapter, again, ignore=shutil.ignore_patterns("__pycache__"))
+        plant(trap, again)
+        old, new = ((directory / trap.file).read_text().splitlines() for directory in (chapter, again))
+    lines = [f"{trap.name}, in {trap.address}", "", *difflib.unified_diff(old, new, trap.file, trap.file, lineterm="", n=2)]
     return [*lines, "", f"What one sees: {' '.join(trap.sees.split())}", f"Who catches it: {', '.join(trap.test)}"]
 
 
@@ -119,14 +150,12 @@ def main(argv: list[str], tree: Tree | None = None) -> int:
             copy = begin(tree, tree.chapter(args.chapter), random.Random(args.seed))
             print(f"There is a bug in {copy.relative_to(tree.root)}, in one place. The engine still starts.\n")
             print("  make hunt                           its tests: which fail, and what do they have in common?")
-            print('  make hunt ASK="What is a KV cache?" ask it')
+            print('  make hunt ASK="What is a KV cache?" ask it, among others')
             print(f"  $EDITOR {copy.relative_to(tree.root)}   read it, as if somebody had sent it for review")
             print("  make reveal                         what it was\n")
             print(f"No fair: diff with milestones/{copy.name}.")
         elif args.what == "hunt":
-            if args.ask is None:
-                return test(tree)
-            print(ask(tree, args.ask))
+            print("\n".join(test(tree) if args.ask is None else ask(tree, args.ask)))
         else:
             print("\n".join(reveal(tree)))
     except ValueError as error:

@@ -132,9 +132,11 @@ def test_an_answer_belongs_to_one_bug():
     trap = read_traps(tree.traps(tree.chapters[0]))[0]
     other = Trap(**(vars(trap) | {"replace": trap.replace + " "}))
     assert answers.key(trap) != answers.key(other)
-    assert answers.told(["a", "b"], ["a", "b"]) == {"same": True}
-    assert answers.told(["a", "b"], ["", "b"])["answer"] == "(nothing)"
-    assert answers.told(["a", "b"], "(KeyError: 2)")["answer"] == "(KeyError: 2)"
+    sound = [f"answer {n}" for n in range(len(answers.QUESTIONS + answers.OTHERS))]
+    assert answers.told(sound, list(sound)) == {"same": True}
+    assert answers.told(sound, ["", *sound[1:]])["answer"] == "(nothing)"
+    assert answers.told(sound, [*sound[:-1], "x"]) == {"question": answers.OTHERS[-1], "answer": "x"}
+    assert answers.told(sound, "(KeyError: 2)")["answer"] == "(KeyError: 2)"
 
 
 def test_an_answer_that_is_missing_or_of_another_bug_is_told(make_book, first):

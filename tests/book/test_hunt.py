@@ -26,6 +26,15 @@ def test_a_bug_is_planted_in_a_copy_and_revealed(make_book, first, capsys):
         assert part in told
 
 
+def test_who_mends_the_copy_or_throws_it_away_is_told_all_the_same(make_book, first):
+    tree = make_book(first, beside={"tests/traps/v01.toml": TRAP})
+    copy = hunt.begin(tree, tree.chapters[0], random.Random(0))
+    (copy / "cache.py").write_text((tree.chapters[0] / "cache.py").read_text())
+    assert "+    return n * 0" in hunt.reveal(tree)
+    (copy / "cache.py").unlink()
+    assert "+    return n * 0" in hunt.reveal(tree)
+
+
 def test_without_a_hunt_nothing_is_revealed(make_book, first, capsys):
     tree = make_book(first)
     assert hunt.main(["reveal"], tree) == 2
@@ -57,7 +66,7 @@ class First(random.Random):
     def choice(self, traps):
         return next(trap for trap in traps if trap.name == "scale missing")
 hunt.begin(tree, chapter, First())
-print(hunt.ask(tree, "What is a KV cache?"))
+print(' '.join(hunt.ask(tree, "What is a KV cache?")))
 import milestones.v01_naive
 print(milestones.v01_naive.__file__.startswith({str(tmp_path)!r}))
 """
