@@ -77,7 +77,7 @@ def ms_per_step(engine, together):
     return min(runs)
 
 
-# %%
+# %% tags=["varies"]
 wide = Engine(POCKET, device="cpu", max_num_seqs=16)
 counts = (1, 2, 4, 8, 16)
 step_ms = [ms_per_step(wide, together) for together in counts]

@@ -169,7 +169,8 @@ assert rows[4] == rows[3]  # E lies where D lay
 # %% [markdown]
 # Seven tokens. Norms, projections, MLP and head take each of them by itself, and never knew about rows. Attention alone
 # has to know who is with whom: it takes those that bring equally many tokens in one call. E, the last four of the
-# seven, lies in the row of the cache that D gave back.
+# seven, lies in the row of the cache that D gave back. (Row numbers are in the order
+# in which earlier runs gave them back.)
 #
 # How wide is each pass?
 
@@ -287,7 +288,7 @@ assert median(trace.ends()[request] for request in short) < median(trace_before.
 # Passes are not seconds: v04's are fuller, and so they may take longer. The same for the clock:
 
 
-# %%
+# %% tags=["varies"]
 def seconds_to_last(trace, request):
     return sum(each.wall_s for each in trace.passes[: trace.ends()[request]])
 
@@ -305,7 +306,7 @@ for label, group in (("at most 20", short), ("at least 80", long)):
 # > **Predict.** How many positions has the 16th pass? The three others get their token in it too, but when? How many
 # > times as long as their other steps is this one?
 
-# %%
+# %% tags=["varies"]
 vocab_size = engine.config.vocab_size
 crowd = fixed([(8, 40)] * 3, vocab_size)
 crowd.append(Request(random_ids(400, vocab_size, random.Random(1)), max_tokens=4, arrival_step=15))

@@ -239,7 +239,7 @@ with a_client(engine, max_waiting=2) as client, ExitStack() as open_streams:
         if number < 4:
             next(readers[number])  # it has said something, so it runs and does not wait
     wait_until(lambda: health(client)["waiting"] == 2)
-    print("six are in:  ", health(client))
+    print("six are in:  ", {key: health(client)[key] for key in ("running", "waiting")})
     refused = client.post("/v1/completions", json=body_of(PROMPT, 1))
     print("the seventh: ", refused.status_code, "Retry-After:", refused.headers["retry-after"])
     print("             ", refused.json()["error"]["message"])

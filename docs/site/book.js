@@ -38,7 +38,7 @@
     const names = Object.keys(traces);
     const last = Math.max(...names.map((name) => traces[name].passes.length));
     root.innerHTML = `<div class="controls"><button type="button">play</button>
-      <input type="range" min="0" max="${last}" value="0" aria-label="forward passes"><span>pass <output>0</output> of ${last}</span></div>`;
+      <input type="range" min="0" max="${last}" value="${last}" aria-label="forward passes"><span>pass <output>${last}</output> of ${last}</span></div>`;
     const [button, slider, output] = ["button", "input", "output"].map((tag) => root.querySelector(tag));
     const lanes = names.map((name) => lane(root, name, traces[name], last));
     let timer = null;

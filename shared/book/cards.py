@@ -19,9 +19,10 @@ COSTS = (
     ("weights read", "weight_read_bytes", "{:,.1f} GB", 1e9),
     ("keys and values read back", "kv_read_bytes", "{:,.2f} GB", 1e9),
     ("memory kept for keys and values", "kv_bytes", "{:,.0f} MiB", 2**20),
-    ("first token of a late short request", "late_ttft_ms", "{:,.0f} ms", 1),
+    ("first token of request 26 in the queue", "late_ttft_ms", "{:,.0f} ms", 1),
     ("tokens a second", "tokens_per_s", "{:,.0f}", 1),
 )
+MEASURED = ("tokens_per_s", "late_ttft_ms")
 STRIP_WIDTH = 64
 STRIP = {"waits": "\u00b7", "wasted": "\u2591", "useful": "\u2588"}
 
@@ -58,10 +59,10 @@ def lines_changed(before: Path, after: Path, only: str | None = None) -> tuple[i
     return added, removed
 
 
-def within_noise(rows: list[dict]) -> bool:
-    """Whether two speeds differ by less than their runs do among themselves."""
-    first, second = (row["tokens_per_s"] for row in rows)
-    return abs(second - first) / first < sum(row["spread"] for row in rows)
+def within_noise(rows: list[dict], key: str) -> bool:
+    """Whether two measurements differ by less than the runs do among themselves."""
+    first, second = (row[key] for row in rows)
+    return abs(second - first) < first * sum(row["spread"] for row in rows)
 
 
 def cost(tree: Tree, chapter: Path | None) -> list[str]:
@@ -79,7 +80,7 @@ def cost(tree: Tree, chapter: Path | None) -> list[str]:
         cells = [written(row, key, form, unit) for row in rows]
         if not any(row[key] for row in rows):
             continue
-        if len(cells) == 2 and cells[0] != cells[1] and not (key == "tokens_per_s" and within_noise(rows)):
+        if len(cells) == 2 and cells[0] != cells[1] and not (key in MEASURED and within_noise(rows, key)):
             cells[1] = f"**{cells[1]}**"
         lines.append(f"| {what} | {' | '.join(cells)} |")
     if len(chapters) == 2:
@@ -120,11 +121,16 @@ def bar(life: dict[str, float], longest: float) -> str:
     return "".join(STRIP[what] * count for what, count in counts.items())
 
 
+# A card's head has room for all; a table of all chapters does not.
+IN_TABLE = ("tokens_per_s", "passes", "positions", "needed_share", "weight_read_bytes", "kv_bytes", "late_ttft_ms")
+
+
 def staircase(tree: Tree, chapter: Path | None) -> list[str]:
     """All chapters, a row each."""
-    head = ("", *(what for what, *_ in COSTS))
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(COSTS)]
+    costs = sorted((cost for cost in COSTS if cost[1] in IN_TABLE), key=lambda cost: IN_TABLE.index(cost[1]))
+    head = ("", *(what for what, *_ in costs))
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(costs)]
     for each in tree.chapters:
-        cells = [written(row_of(tree, each), *columns) for _, *columns in COSTS]
+        cells = [written(row_of(tree, each), *columns).replace(" ", "\u00a0") for _, *columns in costs]
         lines.append(f"| [{short(each)}](milestones/{each.name}/README.md) | " + " | ".join(cells) + " |")
     return lines

@@ -21,7 +21,7 @@ from shared.book.traps import read_traps
 from shared.book.tree import Tree, short
 from shared.book.units import Change, Unit, expand
 
-SHOWN = ("diff", "see", "words")
+SHOWN = ("diff", "see", "words", "unshown")
 HEADING = re.compile(r"#{2,4} ")
 CONTEXT = 3
 KINDS = ((Comment, "c"), (String.Doc, "s"), (String, "s"), (Keyword, "k"), (Literal.Number, "m"), (Name.Builtin, "b"))
@@ -36,7 +36,7 @@ class Line:
 
     tokens: list[Token]
     number: int
-    values: dict[str, list[tuple[str, tuple[str, ...]]]]  # name to (chapter, what it was)
+    values: dict[str, list[tuple[str, dict[int, str]]]]  # name to (chapter, what it was by step)
 
     @property
     def text(self) -> str:
@@ -50,30 +50,48 @@ def page(tree: Tree, chapter: Path, live: dict[str, Values], says: dict[str, dic
     rows = [
         "---\nhide:\n  - toc\n---",
         f"# From {names}: the diff, explained",
-        f"Left the words of [the chapter's text](README.md), right the change. Point at a marked name to see what it held "
-        f"when the chapter answered two prompts: in the first step, which feeds the prompts, and in the second. "
+        f"The words are those of [the chapter's text](README.md), beside them the change. Point at a marked name, or tap it, to see what "
+        f"it held when the chapter answered two prompts: in the first step, which feeds a prompt, and in the second. "
         f"The same in the terminal: `make diff-{short(chapter)}`.",
         '<p class="fold-all"><button type="button" data-open="true">unfold all</button> '
         '<button type="button" data-open="false">fold all</button></p>',
     ]
     changes = {change.address: change for change in changes_of(tree, chapter)}
+    shown = set()
     for section in sections((chapter / "README.md").read_text()):
         rows += section.heading
         for claim in section.claims:
             _, what = chapter_of(tree, chapter, claim.what)
             chosen = [changes[address] for address in expand(what, changes) if changes[address].kind != "identical"]
-            right = [change_html(tree, chapter, change, live) for change in chosen]
-            right += traps_html(tree, chapter, {change.address for change in chosen}, says)
+            if claim.kind == "unshown":
+                right = [unshown_html(chapter, chosen)]
+            else:
+                right = [change_html(tree, chapter, change, live) for change in chosen]
+            right += traps_html(tree, chapter, {change.address for change in chosen} - shown, says)
+            shown |= {change.address for change in chosen}
             rows.append('<div class="hunk" markdown="1">')
             words = [claim.before or again(claim.kind), claim.after]
             rows.append('<div class="why" markdown="1">\n\n' + "\n\n".join(filter(None, words)) + "\n\n</div>")
             rows.append('<div class="change">\n' + "\n".join(right) + "\n</div>")
             rows.append("</div>")
+    others = {trap.address for trap in read_traps(tree.traps(chapter))} - shown
+    if others:
+        rows += ["### What did not change, and can break all the same", "\n".join(traps_html(tree, chapter, others, says, "open"))]
     return "\n\n".join(rows) + "\n"
 
 
 def again(kind: str) -> str:
-    return "(Shown again.)" if kind == "see" else "(With the change above.)"
+    return {"see": "(Shown again.)", "unshown": "(New as well.)"}.get(kind, "(With the change above.)")
+
+
+def unshown_html(chapter: Path, changes: list[Change]) -> str:
+    """What is new and better read in its file: a list of links."""
+    rows = []
+    for change in changes:
+        file, _, name = change.address.partition("::")
+        link = f"../../{chapter.name}/files/{file_page(file)}/#L{change.new.first_line}"
+        rows.append(f'<li><a href="{link}">{escape(file)}</a> {escape(name or "its own body")}</li>')
+    return f'<details class="unit"><summary>{len(changes)} new units, to be read in their files</summary><ul>{"".join(rows)}</ul></details>'
 
 
 @dataclass
@@ -221,7 +239,8 @@ def code_html(line: Line) -> str:
     html, chained, before = [], "", ""
     for kind, token in line.tokens:
         if kind in Name:
-            chained = f"{chained}.{token}" if before == "." and chained else token
+            # After a call or an index nobody knows whose attribute it is.
+            chained = token if before != "." else f"{chained}.{token}" if chained else ""
             held = line.values.get(chained)
             html.append(value_html(chained, token, held) if held else span(kind, token))
         else:
@@ -236,19 +255,18 @@ def span(kind, token: str) -> str:
     return f'<span class="{found}">{escape(token)}</span>' if found and token.strip() else escape(token)
 
 
-def value_html(name: str, token: str, held: list[tuple[str, tuple[str, ...]]]) -> str:
+def value_html(name: str, token: str, held: list[tuple[str, dict[int, str]]]) -> str:
     """A name that can be pointed at, or tapped."""
     told = [name]
     for chapter, steps in held:
-        same = len(set(steps)) == 1
-        told += [f"{chapter}  {steps[0]}"] if same else [f"{chapter}, step {n}  {step}" for n, step in enumerate(steps, 1)]
+        told += [f"{chapter}, {f'step {step}' if step else 'before'}  {value}" for step, value in steps.items()]
     text = "&#10;".join(escape(each) for each in told)
     return f'<span class="live" tabindex="0" data-held="{text}">{escape(token)}</span>'
 
 
 # ---- traps, files
 
-def traps_html(tree: Tree, chapter: Path, addresses: set[str], says: dict[str, dict]) -> list[str]:
+def traps_html(tree: Tree, chapter: Path, addresses: set[str], says: dict[str, dict], state: str = "") -> list[str]:
     """The seeded bugs of these units: what breaks, and what the model then says."""
     rows = []
     for trap in read_traps(tree.traps(chapter)):
@@ -257,7 +275,7 @@ def traps_html(tree: Tree, chapter: Path, addresses: set[str], says: dict[str, d
             rows.append(f"<li><b>{escape(trap.name)}</b>: {escape(' '.join(trap.sees.split()))}{said_html(said)}</li>")
     if not rows:
         return []
-    return [f'<details class="traps"><summary>What breaks if this is wrong ({len(rows)})</summary><ul>{"".join(rows)}</ul></details>']
+    return [f'<details class="traps" {state}><summary>What breaks if this is wrong ({len(rows)})</summary><ul>{"".join(rows)}</ul></details>']
 
 
 def said_html(said: dict | None) -> str:
@@ -265,7 +283,7 @@ def said_html(said: dict | None) -> str:
     if said is None:
         return ""
     if said.get("same"):
-        return ' <span class="said">The two answers are the same as ever.</span>'
+        return ' <span class="said">What the model answers is the same as ever.</span>'
     return f' <span class="said">{escape(said["question"])} \u2192 {escape(said["answer"])}</span>'
 
 

@@ -3,8 +3,8 @@
     values = record(find("v05"))
     values["batch.py", 70]["positions"]     # ('list of 19: 0 1 2 3 ...', 'list of 2: 9 8')
 
-A line has what its names were after it had run for the first time in the first step, which feeds the prompts, and in
-the second, which feeds a token of each.
+A line has what its names were after it had run for the first time in the first step, which feeds a prompt (or, where
+requests share a pass, both), and in the second, which feeds a token of each; 0 stands for what comes before all steps.
 """
 import ast
 import contextlib
@@ -23,7 +23,8 @@ STEPS = 2  # that are shown
 VISITS = 4
 SHOWN = 4  # elements of a tensor or a list
 
-Values = dict[tuple[str, int], dict[str, tuple[str, ...]]]
+# By file and line: of each name what it was, by the number of the step.
+Values = dict[tuple[str, int], dict[str, dict[int, str]]]
 
 
 def record(chapter: Chapter) -> Values:
@@ -91,16 +92,14 @@ class Follower:
     def note(self, file: str, line: int, names: tuple[str, ...], frame) -> None:
         """What the names of a line are, now that it has run."""
         self.visits[file, line] += 1
-        if self.visits[file, line] > VISITS:
+        if self.visits[file, line] > VISITS or self.step > STEPS:
             return
         for name in names:
             value = look_up(name, frame)
             told = describe(value)
             if told is None:
                 continue
-            seen = self.values.setdefault((file, line), {}).get(name, ())
-            if len(seen) < min(max(self.step, 1), STEPS):
-                self.values[file, line][name] = (*seen, told)
+            self.values.setdefault((file, line), {}).setdefault(name, {}).setdefault(self.step, told)
 
 
 def names_by_line(source: str) -> dict[int, tuple[str, ...]]:

@@ -6,7 +6,7 @@
     python -m shared.book.notebooks nbdime         # let this clone's git show and merge notebooks by cells
 
 A source is `notebooks/NAME.py`; jupytext splits it at `# %%`. A notebook is stale when its cells are not the source's,
-or when a run prints other lines than it has; lines with a decimal point in them, and cells tagged `varies`, may differ.
+or when a run prints something else than it has; numbers with a decimal point, and cells tagged `varies`, may differ.
 """
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ from shared.book.forks import SLOW, preload, wait
 from shared.book.tree import Tree, short, this_repository
 
 TIMEOUT_S = 120
-MEASURED = re.compile(r"\d\.\d")
+MEASURED = re.compile(r"\d[\d,]*\.\d+(e-?\d+)?")
 
 
 def sources(tree: Tree) -> list[Path]:
@@ -66,8 +66,13 @@ def without_noise(output):
     """An output as it may be committed: of stderr only what engines say they chose, not what libraries think."""
     if output.get("name") != "stderr":
         return output
-    output.text = "".join(line for line in output.text.splitlines(keepends=True) if line.startswith("pocket: "))
+    output.text = chosen(output.text)
     return output if output.text else None
+
+
+def chosen(text: str) -> str:
+    """The lines in which an engine says what it chose."""
+    return "".join(line for line in text.splitlines(keepends=True) if line.startswith("pocket: "))
 
 
 # ---- checking
@@ -93,13 +98,12 @@ def be_child(source: Path, cells: list[str], said: Path) -> None:
         os.setsid()
         os.chdir(source.parent)
         os.environ["MPLBACKEND"] = "Agg"
-        sys.stderr = io.StringIO()
         space, outputs = {"__name__": "__main__"}, []
         for number, cell in enumerate(cells):
-            out = io.StringIO()
-            with contextlib.redirect_stdout(out):
+            out, err = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 exec(compile(cell, f"{source.name}, cell {number}", "exec"), space)
-            outputs.append(out.getvalue())
+            outputs.append(out.getvalue() + "\n" + chosen(err.getvalue()))
         said.write_text(json.dumps(outputs))
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[1:] or [None]
@@ -118,7 +122,7 @@ def problems(source: Path) -> list[str]:
     if not path.is_file():
         return [f"{name} has no notebook; run `make notebooks`"]
     fresh, kept = read(source), nbformat.read(path, as_version=4)
-    if [(cell.cell_type, cell.source) for cell in fresh.cells] != [(cell.cell_type, cell.source) for cell in kept.cells]:
+    if [each_of(cell) for cell in fresh.cells] != [each_of(cell) for cell in kept.cells]:
         return [f"{path.name} has other cells than {name}; run `make notebooks`"]
     outputs = printed(source)
     if isinstance(outputs, str):
@@ -126,19 +130,27 @@ def problems(source: Path) -> list[str]:
     code = [cell for cell in kept.cells if cell.cell_type == "code"]
     found = []
     for number, (cell, output) in enumerate(zip(code, outputs, strict=True)):
-        before = "".join(each.text for each in cell.outputs if each.get("name") == "stdout")
+        if any(each.output_type == "execute_result" for each in cell.outputs):
+            found.append(f"{path.name}: code cell {number} ends with a value; print it, so that it is compared")
+        before = "".join(each.text for each in cell.outputs if each.output_type == "stream")
         if "varies" not in cell.metadata.get("tags", []) and counted(before) != counted(output):
             found.append(f"{path.name}: code cell {number} prints other lines now; run `make notebooks`, and look at them")
     return found
 
 
-def counted(text: str) -> list[str]:
-    """The lines that say the same on every machine.
+def each_of(cell) -> tuple:
+    """What of a cell is the source's."""
+    return cell.cell_type, cell.source, cell.metadata.get("tags", [])
 
-    >>> counted("fed 11 tokens\\nthat took 1.5 ms\\n")
-    ['fed 11 tokens']
+
+def counted(text: str) -> list[str]:
+    """The lines in any order of the two streams, without what is measured.
+
+    >>> counted("that took  1.5 ms\\nfed 11 tokens\\n")
+    ['fed 11 tokens', 'that took ? ms']
     """
-    return [line.rstrip() for line in text.splitlines() if line.strip() and not MEASURED.search(line)]
+    lines = (MEASURED.sub("?", line) for line in text.splitlines())
+    return sorted(" ".join(line.split()) for line in lines if line.strip())
 
 
 def check(tree: Tree) -> list[str]:

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import urllib.parse
 from html import escape
 from pathlib import Path
@@ -91,12 +92,19 @@ def new_link(tree: Tree, text: Path, found: re.Match, pages: Path) -> str:
     target = (text.parent / address).resolve()
     if not target.exists():
         raise BrokenLink(f"{text.relative_to(tree.root)} links to {address}, which is not there")
+    if target.suffix == ".ipynb":
+        return f"{start}{repository(tree)}/blob/main/{target.relative_to(tree.root)}{end}"
     page = page_of(tree, target, pages)
     if page is None:
         raise BrokenLink(f"{text.relative_to(tree.root)} links to {address}, and the site has no page for it; link to a file")
     if page == target.relative_to(tree.root):
         return found[0]
     return f"{start}{os.path.relpath(page, text.parent.relative_to(tree.root))}{anchor or ''}{end}"
+
+
+def repository(tree: Tree) -> str:
+    """Where the repository lies: what renders a notebook is there."""
+    return tomllib.loads((tree.root / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 
 
 def page_of(tree: Tree, target: Path, pages: Path) -> Path | None:
@@ -129,11 +137,14 @@ def trace_page(tree: Tree) -> str:
     data = json.dumps(traces, separators=(",", ":")).replace("</", "<\\/")
     return f"""# A run, replayed
 
-Ten requests, a row each, go through every chapter; a column is a forward pass. Press *play*, or drag. Light is a pass
-over a prompt, dark one over a single token; grey is computed for nothing, and a dot is a request that waits. Follow the
-short requests from v03 to v04: what changes is who may enter, and when. From v05 on the memory is {TIMELINE_BLOCKS} blocks
-of {TIMELINE_BLOCK_SIZE} tokens, which is too little for all: so requests wait for blocks. (`make trace` records the same
-run in a terminal.)
+Ten requests, a row each, go through every chapter; a column is a forward pass. Press *play*, or drag.
+<span class="key"><i class="prompt"></i> a pass over a prompt</span> <span class="key"><i class="token"></i> a pass for one
+token</span> <span class="key"><i class="waste"></i> computed for nothing</span> <span class="key"><i class="wait"></i> waits</span>
+
+Follow the short requests from v03 to v04: what changes is who may enter, and when. From v05 on the memory is
+{TIMELINE_BLOCKS} blocks of {TIMELINE_BLOCK_SIZE} tokens, {TIMELINE_BLOCKS * TIMELINE_BLOCK_SIZE} positions, where v04 has
+thousands: requests wait for blocks, and it takes more passes, in a memory that would not hold one row of v04's. (`make trace`
+records the same run in a terminal.)
 
 <div id="replay" class="replay"><p>This page draws with JavaScript, which is switched off.</p></div>
 
@@ -163,7 +174,7 @@ def traps_page(tree: Tree, says: dict[str, dict]) -> str:
             said = says.get(f"{short(chapter)}/{trap.name}", {})
             answer = "" if not said else "the same" if said.get("same") else cell(said["answer"])
             table.append(f"| **{cell(trap.name)}**: {cell(trap.sees)} | {where}<br>{tests} | {answer} |")
-        rows.append("\n".join(table))
+        rows += ['<div class="stack" markdown="1">', "\n".join(table), "</div>"]
     return "\n\n".join(rows) + "\n"
 
 

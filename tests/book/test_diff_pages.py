@@ -61,8 +61,7 @@ def test_a_page_has_each_changed_line_once_and_folds_what_is_far_from_a_change(m
     then["cache.py"] = first["cache.py"].replace("return n * SIZE", "return n * SIZE + 1")
     text = "# Two\n\n### Cost\n\nIt costs one more <b>.\n\n<!-- diff: cache.py::cost -->\n"
     tree = make_book(first, then | {"README.md": text})
-    held = {("cache.py", 33): {"n": ("3",), "SIZE": ("4", "5")}}
-    page = diff_pages.page(tree, tree.chapters[1], {"v01": {}, "v02": held}, {})
+    page = diff_pages.page(tree, tree.chapters[1], {}, {})
     plain = re.sub("<[^>]*>", "", page)
     assert page.count('class="l del"') == 1 and page.count('class="l add"') == 1
     assert "\u2212    return n * SIZE" in plain and "+    return n * SIZE + 1" in plain
@@ -70,19 +69,70 @@ def test_a_page_has_each_changed_line_once_and_folds_what_is_far_from_a_change(m
     assert "It costs one more <b>." in page
     assert 'href="../../v02_b/files/cache/#L18"' in page
     where = [n for n, line in enumerate((tree.chapters[1] / "cache.py").read_text().splitlines(), 1) if "SIZE + 1" in line]
-    page = diff_pages.page(tree, tree.chapters[1], {"v02": {("cache.py", where[0]): held["cache.py", 33]}}, {})
-    assert 'data-held="n&#10;v02  3">n</span>' in page
+    held = {"n": {0: "3"}, "SIZE": {1: "4", 2: "5"}}
+    page = diff_pages.page(tree, tree.chapters[1], {"v02": {("cache.py", where[0]): held}}, {})
+    assert 'data-held="n&#10;v02, before  3">n</span>' in page
     assert 'data-held="SIZE&#10;v02, step 1  4&#10;v02, step 2  5">SIZE</span>' in page
 
 
+def names_shown(text, held):
+    [line] = diff_pages.numbered(text, 1, "f.py", this_repository().chapters[0], {"v01": {("f.py", 1): {name: {1: "0"} for name in held}}})
+    return re.findall('data-held="([^&]*)&#10;v01, step 1  0"[^>]*>([^<]*)<', diff_pages.code_html(line))
+
+
+def test_a_chain_of_attributes_is_told_from_its_parts():
+    assert names_shown("a.b.c = d", ["a.b.c", "b", "d"]) == [("a.b.c", "c"), ("d", "d")]
+    assert names_shown("x[0].d = f().d + d", ["d"]) == [("d", "d")], "whose attribute it is after a bracket, nobody knows"
+
+
+TRAPS = """
+[[trap]]
+name = "free"
+file = "cache.py"
+unit = "cost"
+find = "n * SIZE"
+replace = "n"
+test = "t"
+sees = "All is <free>."
+
+[[trap]]
+name = "forgets"
+file = "cache.py"
+unit = "Cache.write"
+find = "= number"
+replace = "= 0"
+test = "t"
+sees = "Nothing is kept."
+"""
+
+
+def test_traps_stand_with_their_unit_and_the_others_at_the_end(make_book, first):
+    then = dict(first)
+    then["cache.py"] = first["cache.py"].replace("return n * SIZE", "return n * SIZE + 1").replace("class Cache", "class Gone").replace("    def write", "    def put")
+    text = "# Two\n\n### Cost\n\nWhy.\n\n<!-- diff: cache.py::cost -->\n\n### All\n\nMore.\n\n<!-- diff: cache.py::Cache.write, cache.py::Gone.put -->\n"
+    tree = make_book(first, then | {"README.md": text}, beside={"tests/traps/v02.toml": TRAPS.replace("Cache.write", "Gone.__init__").replace("= number", "= {}").replace("= 0", "= 1")})
+    says = {"v02/free": {"same": True}, "v02/forgets": {"question": "q", "answer": "<a>"}}
+    page = diff_pages.page(tree, tree.chapters[1], {}, says)
+    cost, rest = page.split("### All")
+    assert "<b>free</b>: All is &lt;free&gt;." in cost and "same as ever" in cost and "forgets" not in cost
+    shown, end = rest.split("### What did not change")
+    assert "<b>" not in shown and "<b>forgets</b>" in end and "q \u2192 &lt;a&gt;" in end
+    # What is gone is looked up where it was; what is new, where it is.
+    assert 'href="../../v01_a/files/cache/#L14"' in shown and 'href="../../v02_b/files/cache/#L14"' in shown
+    removed = re.findall(r"<summary>.*?</summary>", shown)
+    assert '<span class="plus">+0</span> <span class="minus">\u22122</span>' in removed[0]
+    assert '<span class="plus">+2</span> <span class="minus">\u22120</span>' in removed[1]
+    assert cost.index('class="l del"') < cost.index('class="l add"')
+
+
 def test_a_line_of_both_chapters_shows_both_values():
-    old = diff_pages.Line([], 1, {"n": [("v01", ("3",))], "gone": [("v01", ("1",))]})
-    new = diff_pages.Line([], 2, {"n": [("v02", ("4",))]})
-    assert diff_pages.both(old, new).values == {"n": [("v01", ("3",)), ("v02", ("4",))], "gone": [("v01", ("1",))]}
+    old = diff_pages.Line([], 1, {"n": [("v01", {1: "3"})], "gone": [("v01", {1: "1"})]})
+    new = diff_pages.Line([], 2, {"n": [("v02", {1: "4"})]})
+    assert diff_pages.both(old, new).values == {"n": [("v01", {1: "3"}), ("v02", {1: "4"})], "gone": [("v01", {1: "1"})]}
 
 
 def test_markup_in_code_and_values_stays_text():
-    lines = diff_pages.numbered("a = '<script>' & b\n", 1, "f.py", this_repository().chapters[0], {"v01": {("f.py", 1): {"a": ("'<b>'",)}}})
+    lines = diff_pages.numbered("a = '<script>' & b\n", 1, "f.py", this_repository().chapters[0], {"v01": {("f.py", 1): {"a": {1: "'<b>'"}}}})
     html = diff_pages.line_html(lines[0], "same")
     assert "<script>" not in html and "<b>" not in html and "&lt;script&gt;" in html and "&lt;b&gt;" in html
 
@@ -92,8 +142,13 @@ def test_values_are_those_of_the_first_two_steps():
     source = (CHAPTERS[-1].path / "batch.py").read_text().splitlines()
     [line] = [n for n, text in enumerate(source, 1) if text.strip() == "token_ids += new_ids"]
     # The questions have 11 and 10 tokens; then each brings one.
-    first, second = values["batch.py", line]["new_ids"]
-    assert first.startswith("list of 11: 0 3 ") and second.startswith("list of 1: ")
+    held = values["batch.py", line]["new_ids"]
+    assert set(held) == {1, 2}
+    assert re.fullmatch(r"list of 11: 0 3 \d+ \d+ \.\.\.", held[1]) and re.fullmatch(r"list of 1: \d+", held[2])
+    assert all(set(steps) <= {0, 1, 2} for names in values.values() for steps in names.values())
+    # A statement that ends its function has been looked at too.
+    returns = [n for n, text in enumerate((CHAPTERS[-1].path / "cache.py").read_text().splitlines(), 1) if text.strip() == "return block_ids"]
+    assert values["cache.py", returns[0]]["block_ids"][1] == "list of 1: 0"
 
 
 def test_names_are_those_of_the_statement_alone():

@@ -44,7 +44,34 @@ def test_other_lines_are_told_unless_the_cell_varies(source):
     notebook = nbformat.read(source.with_suffix(".ipynb"), 4)
     notebook.cells[1].metadata["tags"] = ["varies"]
     nbformat.write(notebook, source.with_suffix(".ipynb"))
+    assert "has other cells" in notebooks.problems(source)[0], "the source says whether a cell varies"
+    source.write_text(SOURCE.replace("# %%\nx = 3", '# %% tags=["varies"]\nx = 3'))
     assert notebooks.problems(source) == []
+
+
+def test_what_an_engine_chose_is_compared_and_what_libraries_say_is_not(source):
+    source.write_text(SOURCE + 'import sys; print("pocket: 1 MiB", file=sys.stderr); print("a warning", file=sys.stderr)\n')
+    notebook = notebooks.read(source)
+    said = "three: 3\nmeasured: 9.9 ms\n"
+    notebook.cells[1].outputs = [nbformat.v4.new_output("stream", name="stdout", text=said)]
+    nbformat.write(notebook, source.with_suffix(".ipynb"))
+    assert "code cell 0 prints other lines" in notebooks.problems(source)[0]
+    notebook.cells[1].outputs.append(nbformat.v4.new_output("stream", name="stderr", text="pocket: 1 MiB\n"))
+    nbformat.write(notebook, source.with_suffix(".ipynb"))
+    assert notebooks.problems(source) == []
+
+
+def test_words_beside_a_measurement_are_compared(source):
+    text = source.with_suffix(".ipynb").read_text()
+    source.with_suffix(".ipynb").write_text(text.replace("measured: 9.9 ms", "estimated: 9.9 ms"))
+    assert "code cell 0 prints other lines" in notebooks.problems(source)[0]
+
+
+def test_a_value_that_is_only_shown_is_refused(source):
+    notebook = nbformat.read(source.with_suffix(".ipynb"), 4)
+    notebook.cells[1].outputs.append(nbformat.v4.new_output("execute_result", data={"text/plain": "41"}))
+    nbformat.write(notebook, source.with_suffix(".ipynb"))
+    assert "ends with a value; print it" in notebooks.problems(source)[0]
 
 
 def test_a_cell_that_raises_or_ends_the_process_is_told(source):
