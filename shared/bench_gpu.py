@@ -114,65 +114,86 @@ def check(setting: Setting) -> None:
 
 
 def throughput(path: Path, requests: list[Request], setting: Setting) -> dict:
-    """Tokens a second of each chapter and of Hugging Face's continuous batching, the best of the repeats."""
+    """Tokens a second of each chapter and of Hugging Face's continuous batching; why, of one that cannot run here."""
     from .peers import ContinuousBatching
 
     longest = max(len(each.prompt_ids) + each.max_tokens for each in requests)
     rows = {}
-
-    def measure(name: str, run, mine: list[Request]) -> None:
-        run([Request(each.prompt_ids, 2) for each in mine[:2]])
-        seconds = []
-        for _ in range(setting.repeats):
-            start = finished(setting.device)
-            run(mine)
-            seconds.append(finished(setting.device) - start)
-        rows[name] = {
-            "requests": len(mine),
-            "tokens": num_tokens(mine),
-            "seconds": [round(each, 3) for each in seconds],
-            "tokens_per_s": round(num_tokens(mine) / min(seconds), 1),
-        }
-
     for chapter in progress(CHAPTERS, path.name):
-        engine = engine_of(chapter, path, setting, longest)
-        measure(chapter.id, partial(serve, engine, chapter.load()), requests[: setting.shares.get(chapter.id, len(requests))])
-        del engine
+        mine = requests[: setting.shares.get(chapter.id, len(requests))]
+        try:
+            engine = engine_of(chapter, path, setting, longest)
+            rows[chapter.id] = measure(partial(serve, engine, chapter.load()), mine, setting)
+        except REFUSED as error:
+            rows[chapter.id] = {"error": " ".join(str(error).split())[:200]}
+        engine = None
         emptied(setting.device)
-    positions = 2 * sum(len(each.prompt_ids) + each.max_tokens for each in requests) + 256 * setting.places
-    peer = ContinuousBatching(path, positions, setting.device, setting.dtype)
     try:
-        measure("HF continuous", peer.generate, requests)
-    finally:
-        peer.stop()
-    del peer
+        # As many positions as all requests together have: who waits for memory here would wait for nothing else.
+        positions = sum(len(each.prompt_ids) + each.max_tokens for each in requests) + 256 * setting.places
+        peer = ContinuousBatching(path, positions, setting.device, setting.dtype, setting.places)
+        try:
+            rows["HF continuous"] = measure(peer.generate, requests, setting)
+        finally:
+            peer.stop()
+    except REFUSED as error:
+        rows["HF continuous"] = {"error": " ".join(str(error).split())[:200]}
+    peer = None
     emptied(setting.device)
     return rows
+
+
+# A machine that is too small for one contestant still measures the others.
+REFUSED = (ValueError, MemoryError, RuntimeError)  # torch's out of memory is a RuntimeError
+
+
+def measure(run, requests: list[Request], setting: Setting) -> dict:
+    """The row of one contestant: its best run, after one of the same requests cut short, which compiles what there is to."""
+    run([Request(each.prompt_ids, 2) for each in requests])
+    seconds = []
+    for _ in range(setting.repeats):
+        start = finished(setting.device)
+        run(requests)
+        seconds.append(finished(setting.device) - start)
+    return {
+        "requests": len(requests),
+        "tokens": num_tokens(requests),
+        "seconds": [round(each, 4) for each in seconds],
+        "tokens_per_s": round(num_tokens(requests) / min(seconds), 1),
+    }
 
 
 def decode_steps(path: Path, setting: Setting, bytes_per_s: float) -> list[dict]:
     """The last chapter's decode step beside its floor: every weight, key and value read once."""
     chapter = CHAPTERS[-1]
     package = chapter.load()
-    longest = max(context for _, context in setting.decode) + setting.decode_steps + 2
+    max_tokens = setting.decode_steps + 2
+    longest = max(context for _, context in setting.decode) + max_tokens
     engine = engine_of(chapter, path, setting, longest)
+    token_bytes = engine.cache.kv_bytes // (engine.pool.num_blocks * engine.pool.block_size)
     rows = []
     for size, context in setting.decode:
+        row = {"sequences": size, "context": context}
         for request in fixed([(context, 0)] * size, engine.config.vocab_size):
-            engine.add_request(request.prompt_ids, package.SamplingParams(max_tokens=setting.decode_steps + 2, ignore_eos=True))
-        while engine.stats().waiting or engine.num_steps == 0:
-            engine.step()
+            engine.add_request(request.prompt_ids, package.SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+        # The first step feeds the prompts, the second is one like those that are timed.
         engine.step()
+        engine.step()
+        running = engine.stats().running
         start = finished(setting.device)
         for _ in range(setting.decode_steps):
             engine.step()
         step_s = (finished(setting.device) - start) / setting.decode_steps
         while engine.has_unfinished_requests():
             engine.step()
-        token_bytes = engine.cache.kv_bytes // (engine.pool.num_blocks * engine.pool.block_size)
-        floor_s = (weight_bytes(engine.model) + size * context * token_bytes) / bytes_per_s
-        row = {"sequences": size, "context": context, "step_ms": round(1e3 * step_s, 3), "floor_ms": round(1e3 * floor_s, 3)}
-        rows.append(row | {"share": round(floor_s / step_s, 3)})
+        if running < size:
+            rows.append(row | {"error": f"only {running} have room"})
+            continue
+        # A timed step reads, on average over them, so many positions of each sequence.
+        mean_context = context + 2 + (setting.decode_steps - 1) / 2
+        floor_s = (weight_bytes(engine.model) + size * mean_context * token_bytes) / bytes_per_s
+        row |= {"step_ms": round(1e3 * step_s, 4), "floor_ms": round(1e3 * floor_s, 4), "share": round(floor_s / step_s, 3)}
+        rows.append(row)
     return rows
 
 
@@ -196,28 +217,34 @@ def bench_gpu(setting: Setting) -> dict:
 
     check(setting)
     bytes_per_s = copy_rate(setting.device)
+    print(f"a copy moves {bytes_per_s / 1e9:,.0f} GB/s")
     results = {"copy_gb_per_s": round(bytes_per_s / 1e9, 1)}
     for shape in setting.shapes:
         path = checkpoint(shape)
         vocab_size = json.loads((path / "config.json").read_text())["vocab_size"]
         requests = ragged(setting.requests, vocab_size, prompt_len=setting.prompt_len, output_len=setting.output_len, seed=0)
-        results[shape] = {
-            "throughput": throughput(path, requests, setting),
-            "decode": decode_steps(path, setting, bytes_per_s),
-        }
+        results[shape] = {"throughput": throughput(path, requests, setting)}
+        report_throughput(shape, results[shape]["throughput"])
+        results[shape]["decode"] = decode_steps(path, setting, bytes_per_s)
+        report_decode(results[shape]["decode"])
     return results
 
 
-def report(results: dict, shapes: tuple[str, ...]) -> None:
-    print(f"a copy moves {results['copy_gb_per_s']:,.0f} GB/s")
-    for shape in shapes:
-        print(f"\n{shape}\n{'':16}{'requests':>10}{'tokens':>10}{'seconds':>10}{'tokens/s':>12}")
-        for name, row in results[shape]["throughput"].items():
-            cells = f"{row['requests']:10,}{row['tokens']:10,}{min(row['seconds']):10.2f}{row['tokens_per_s']:12,.0f}"
-            print(f"{name:16}{cells}")
-        print(f"\n{'decode step of':16}{'context':>10}{'ms':>10}{'floor ms':>10}{'share':>8}")
-        for row in results[shape]["decode"]:
-            print(f"{row['sequences']:16,}{row['context']:10,}{row['step_ms']:10.2f}{row['floor_ms']:10.2f}{row['share']:8.0%}")
+def report_throughput(shape: str, rows: dict) -> None:
+    print(f"\n{shape}\n{'':16}{'requests':>10}{'tokens':>10}{'seconds':>10}{'tokens/s':>12}")
+    for name, row in rows.items():
+        if "error" in row:
+            print(f"{name:16}{row['error']}")
+            continue
+        cells = f"{row['requests']:10,}{row['tokens']:10,}{min(row['seconds']):10.2f}{row['tokens_per_s']:12,.0f}"
+        print(f"{name:16}{cells}", flush=True)
+
+
+def report_decode(rows: list[dict]) -> None:
+    print(f"\n{'decode step of':16}{'context':>10}{'ms':>10}{'floor ms':>10}{'share':>8}")
+    for row in rows:
+        told = row.get("error") or f"{row['step_ms']:10.2f}{row['floor_ms']:10.2f}{row['share']:8.0%}"
+        print(f"{row['sequences']:16,}{row['context']:10,}{told}", flush=True)
 
 
 def main(argv: list[str]) -> int:
@@ -233,7 +260,6 @@ def main(argv: list[str]) -> int:
         parser.error("this needs a GPU, and torch sees none; --dry-run checks the command without one")
     setting = DRY_RUN if args.dry_run else GPU
     results = bench_gpu(setting)
-    report(results, setting.shapes)
     if args.write:
         print(f"\nwrote {write('gpu', results, 'python -m shared.bench_gpu --write')}")
     return 0

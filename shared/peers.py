@@ -49,14 +49,21 @@ class HuggingFace:
 class ContinuousBatching(HuggingFace):
     """transformers' own continuous batching, with a paged cache; its loop has a thread of its own."""
 
-    def __init__(self, model_dir: Path, num_positions: int, device: str = "cpu", dtype: str = "float32"):
+    def __init__(
+        self,
+        model_dir: Path,
+        num_positions: int,
+        device: str = "cpu",
+        dtype: str = "float32",
+        places: int = 64,
+    ):
         super().__init__(model_dir, device, dtype)
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
         settings = ContinuousBatchingConfig(
             page_size=256,
             num_blocks=-(-num_positions // 256),
             max_batch_tokens=1024,
-            max_requests_per_batch=64,
+            max_requests_per_batch=places,
             use_async_batching=False,
             use_cuda_graph=False,
         )

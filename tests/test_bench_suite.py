@@ -1,4 +1,5 @@
 """The benchmark beside Hugging Face: that all do the same work, and what is counted. Nothing about speed."""
+import dataclasses
 import subprocess
 import sys
 
@@ -131,3 +132,58 @@ def test_without_a_gpu_the_measurement_is_refused(capsys):
         with pytest.raises(SystemExit):
             bench_gpu.main(argv)
     assert "--dry-run checks the command without one" in capsys.readouterr().err
+
+
+def test_a_decode_step_stands_beside_the_bytes_it_must_read(monkeypatch):
+    ticks = iter(range(1000))
+    monkeypatch.setattr(bench_gpu, "finished", lambda device: 12.0 * next(ticks))
+    rows = bench_gpu.decode_steps(checkpoint("llama"), bench_gpu.DRY_RUN, bytes_per_s=1e6)
+    engine = CHAPTERS[-1].load().Engine(checkpoint("llama"), dtype="float32")
+    weights = bench.weight_bytes(engine.model)
+    for row, (size, context) in zip(rows, bench_gpu.DRY_RUN.decode, strict=True):
+        assert row["step_ms"] == 1e3 * 12.0 / 2, "two steps are timed"
+        # In the two steps each sequence has context + 2 and context + 3 positions; a position has 2 * 3 * 2 * 14 floats.
+        floor_s = (weights + size * (context + 2.5) * 2 * 3 * 2 * 14 * 4) / 1e6
+        assert row["floor_ms"] == pytest.approx(1e3 * floor_s, rel=1e-3)
+        assert row["share"] == pytest.approx(floor_s / 6.0, abs=1e-3)
+
+
+def test_sequences_that_have_no_room_are_not_timed(monkeypatch):
+    monkeypatch.setattr(bench_gpu, "DRY_RUN", dataclasses.replace(bench_gpu.DRY_RUN, decode=((8, 20), (2, 5))))
+    rows = bench_gpu.decode_steps(checkpoint("llama"), bench_gpu.DRY_RUN, bytes_per_s=1e6)
+    assert rows[0] == {"sequences": 8, "context": 20, "error": "only 4 have room"} and "step_ms" in rows[1]
+
+
+def test_a_contestant_that_does_not_fit_leaves_the_others_their_turn(monkeypatch, capsys):
+    real = bench_gpu.engine_of
+
+    def engine_of(chapter, *more):
+        if chapter.id == "v03":
+            raise ValueError("a slab of 14 GiB\ndoes not fit")
+        return real(chapter, *more)
+
+    monkeypatch.setattr(bench_gpu, "engine_of", engine_of)
+    requests = [Request([9] * 3, 4), Request([8] * 5, 2), Request([7], 5)]
+    rows = bench_gpu.throughput(checkpoint("llama"), requests, bench_gpu.DRY_RUN)
+    assert rows["v03"] == {"error": "a slab of 14 GiB does not fit"}
+    assert [rows[name]["tokens"] for name in ("v01", "v02", "v04", "HF continuous")] == [4, 6, 11, 11]
+    for name in ("v01", "v02", "v04"):
+        assert rows[name]["tokens_per_s"] == pytest.approx(rows[name]["tokens"] / min(rows[name]["seconds"]), rel=0.05)
+    bench_gpu.report_throughput("llama", rows)
+    assert "v03             a slab of 14 GiB does not fit" in capsys.readouterr().out
+
+
+def test_time_in_two_calls_of_a_part_adds_up(monkeypatch):
+    clock = iter([0.0, 1.0, 10.0, 13.0])
+    monkeypatch.setattr(bench_overhead.time, "perf_counter", lambda: next(clock))
+    spent = {"part": 0.0}
+    run = bench_overhead.clocked(lambda: None, spent, "part")
+    run()
+    run()
+    assert spent["part"] == 4.0
+
+
+def test_every_function_that_a_step_calls_is_in_one_part():
+    """Choosing is both of its functions; what is timed is called by `advance` or what it calls, and does not nest."""
+    named = [name for functions in bench_overhead.PARTS.values() for _, name in functions]
+    assert sorted(named) == ["build_batch", "commit", "compute_logits", "forward", "sample", "schedule", "top_logprobs"]
