@@ -1,4 +1,5 @@
 """The command line: what it prints, where, and what it answers to nonsense."""
+import importlib
 import os
 import shutil
 import subprocess
@@ -129,3 +130,12 @@ def test_a_chapter_runs_on_its_own_somewhere_else(chapter, tmp_path):
     assert done.returncode == 0, done.stderr
     want = chapter.load().Engine(checkpoint("llama")).generate(["The cache"], chapter.load().SamplingParams(max_tokens=7))
     assert done.stdout == want[0].text + "\n"
+
+
+def test_a_flag_that_is_left_out_means_what_the_parameter_does(chapter, Params):
+    """But for the number of tokens: whoever types a command wants a whole answer."""
+    main = importlib.import_module(f"milestones.{chapter.name}.__main__")
+    own = Params()
+    for name, options in main.SAMPLING_FLAGS.items():
+        if name != "max_tokens" and "default" in options:
+            assert options["default"] == getattr(own, name), name

@@ -1,6 +1,7 @@
 """What a caller may rely on: the queue, the ids, the ways a request ends, and that nothing stays behind."""
 import pytest
 
+from shared.checkpoints import checkpoint
 from shared.workloads import random_ids
 
 pytestmark = pytest.mark.needs("generate", "stream", "abort")
@@ -201,3 +202,11 @@ def test_the_callers_prompt_is_left_as_it_was(make_engine, Params):
     prompt_ids = [9, 10]
     [out] = make_engine("llama").generate([prompt_ids], Params(max_tokens=3, ignore_eos=True))
     assert prompt_ids == [9, 10] == out.prompt_ids
+
+
+@pytest.mark.needs("generate")
+def test_a_new_engine_has_done_nothing_and_then_counts_its_passes(chapter, Params):
+    engine = chapter.load().Engine(checkpoint("llama"))
+    assert (engine.num_steps, engine.num_positions) == (0, 0)
+    engine.generate([[9, 8, 7]], Params(max_tokens=1))
+    assert (engine.num_steps, engine.num_positions) == (1, 3)

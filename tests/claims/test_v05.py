@@ -189,3 +189,15 @@ def test_blocks_and_promises_come_back(make_engine, Params):
     assert (engine.pool.num_free, engine.scheduler.num_promised) == (38, 7)
     engine.abort_request(request_id)
     assert (engine.pool.num_free, engine.scheduler.num_promised) == (40, 0)
+
+
+def test_who_cannot_be_given_blocks_is_told_so_and_holds_what_it_held(chapter, module, Params):
+    """Admission keeps this from happening; `grow` does not rely on it."""
+    engine = chapter.load().Engine(checkpoint("llama"), num_blocks=5, block_size=4)
+    seq = engine.make_sequence([9] * 11, Params(max_tokens=1), name="prompt")
+    others = engine.pool.allocate(3)
+    assert engine.scheduler.grow(seq) is False
+    assert seq.block_table == [] and engine.pool.num_free == 2
+    engine.pool.free(others[:1])
+    assert engine.scheduler.grow(seq) is True
+    assert len(seq.block_table) == 3 and engine.pool.num_free == 0

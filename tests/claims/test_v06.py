@@ -121,6 +121,21 @@ def test_keys_and_values_go_to_their_slots_and_nowhere_else(kernels):
 
 
 @needs_triton
+@pytest.mark.parametrize("strided", ["neither", "k", "v", "both alike", "both otherwise"])
+def test_keys_and_values_may_be_parts_of_wider_tensors(kernels, strided):
+    """As they are when one product makes queries, keys and values."""
+    wide = torch.randn(2, 5, 3, 14 * 2, device=DEVICE)[..., :14]
+    wider = torch.randn(5, 3, 14 * 3, device=DEVICE)[..., :14]
+    plain_k, plain_v = torch.randn(2, 5, 3, 14, device=DEVICE)
+    k = wide[0] if strided in ("k", "both alike", "both otherwise") else plain_k
+    v = {"v": wide[1], "both alike": wide[1], "both otherwise": wider}.get(strided, plain_v)
+    k_cache, v_cache = torch.zeros(2, 4, 4, 3, 14, device=DEVICE)
+    slots = torch.tensor([9, 0, 15, 3, 8], device=DEVICE)
+    kernels.write_slots(k, v, k_cache, v_cache, slots)
+    assert k_cache.flatten(0, 1)[slots].equal(k) and v_cache.flatten(0, 1)[slots].equal(v)
+
+
+@needs_triton
 def test_addresses_beyond_two_to_the_31_are_reached(kernels):
     """The cache is promised and not touched but for one block; of 32 bits the offset would wrap."""
     args = paged([(1, 3)], 2, 1, 64, 4)
