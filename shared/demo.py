@@ -106,8 +106,12 @@ class Screen:
 def main() -> int:
     """Run the race, then hold every answer against Hugging Face's; 1 if one differs."""
     print("loading PyTorch and the embedded model ...", file=sys.stderr)
+    import torch
+
     from .checkpoints import POCKET
 
+    # For so small a model a second thread brings little, and on a busy machine the two wait for each other.
+    torch.set_num_threads(1)
     lanes = [open_lane(chapter) for chapter in CHAPTERS]
     prompts = [chat_ids(lanes[0].engine.tokenizer, question) for question in RACE]
     print(f"\n{len(RACE)} questions at once to {count(len(lanes), 'engine')}, each in the model's chat template;")
