@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
 	$(CHAPTERS:%=diff-%) $(CHAPTERS:%=nbdiff-%) $(CHAPTERS:%=traps-%) $(CHAPTERS:%=break-%) hunt reveal traps-answers \
-	notebooks nbdime docs docs-serve \
+	notebooks nbdime docs docs-serve film mutants \
 	$(CHAPTERS:%=bench-%) bench bench-all bench-gpu traps traps-matrix propagate trace soak serve chat load
 
 help:
@@ -49,6 +49,8 @@ help:
 	@echo "make nbdime       let this clone's git show and merge notebooks by cells"
 	@echo "make docs         the site, in build/site; make docs-serve shows it"
 	@echo "make traps-answers what the model says with each seeded bug, where that is not known yet"
+	@echo "make film         the first five minutes, as moving pictures: ARGS=race"
+	@echo "make mutants      random damage, and whether a test notices: ARGS=\"v05 --count 15 --new\"; slow, by hand"
 	@echo "make sync         write what is generated in the texts"
 	@echo "make check        fail if anything generated is stale, or a claim of a text is false"
 	@echo "make traps-matrix which tests of a whole suite see each seeded bug: slow, by hand"
@@ -106,6 +108,12 @@ hunt: $(READY)
 
 reveal: $(READY)
 	@$(PY) -m shared.book.hunt reveal
+
+film: $(BOOK)
+	@$(PY) -m shared.film $(ARGS)
+
+mutants: $(READY)
+	@$(PY) -m shared.book.mutants $(ARGS)
 
 traps-answers: $(READY)
 	@$(PY) -m shared.book.answers $(ARGS)

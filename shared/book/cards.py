@@ -85,7 +85,7 @@ def cost(tree: Tree, chapter: Path | None) -> list[str]:
         lines.append(f"| {what} | {' | '.join(cells)} |")
     if len(chapters) == 2:
         added, removed = lines_changed(*chapters)
-        lines.append(f"| lines of Python | | {added} added, {removed} removed |")
+        lines.append(f"| lines of Python, blank ones too | | {added} added, {removed} removed |")
     return lines
 
 

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -120,7 +121,8 @@ def ask(tree: Tree, question: str) -> list[str]:
     with in_place(tree):
         modules = [importlib.import_module(f"milestones.{chapter.name}{part}") for part in ("", ".text")]
         texts = in_company(*modules, (question,), kernels=trap.file.startswith("kernels/"))
-    return [line for asked, text in zip((question, *OTHERS), texts) for line in (f"> {asked}", f"  {text}")]
+    said = (textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  ") for text in texts)
+    return [line for asked, text in zip((question, *OTHERS), said) for line in (f"> {asked}", text)]
 
 
 def reveal(tree: Tree) -> list[str]:
@@ -149,10 +151,15 @@ def main(argv: list[str], tree: Tree | None = None) -> int:
                 parser.error("name a chapter, as in break v05")
             copy = begin(tree, tree.chapter(args.chapter), random.Random(args.seed))
             print(f"There is a bug in {copy.relative_to(tree.root)}, in one place. The engine still starts.\n")
-            print("  make hunt                           its tests: which fail, and what do they have in common?")
-            print('  make hunt ASK="What is a KV cache?" ask it, among others')
-            print(f"  $EDITOR {copy.relative_to(tree.root)}   read it, as if somebody had sent it for review")
-            print("  make reveal                         what it was\n")
+            todo = {
+                "make hunt": "its tests: which fail, and what do they have in common?",
+                'make hunt ASK="What is a KV cache?"': "ask it, among others",
+                f"$EDITOR {copy.relative_to(tree.root)}": "read it, as if somebody had sent it for review",
+                "make reveal": "what it was",
+            }
+            for command, what in todo.items():
+                print(f"  {command:40}{what}")
+            print()
             print(f"No fair: diff with milestones/{copy.name}.")
         elif args.what == "hunt":
             print("\n".join(test(tree) if args.ask is None else ask(tree, args.ask)))

@@ -1,0 +1,169 @@
+"""Small random damage to a chapter's code: what the traps did not think of.
+
+    python -m shared.book.mutants v07 --count 100         # all of the chapter's code
+    python -m shared.book.mutants v05 --count 15 --new    # only what the chapter changed
+
+Each mutant turns one comparison, operator, number, condition or line into another, chosen by a seed, in a copy of the
+chapter; the chapter's tests run on it until one fails. A survivor is printed with its line: it wants a test, or a
+sentence that says why nobody could tell. By hand: a whole suite for each survivor takes its time.
+"""
+import argparse
+import ast
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.book.diff import changes_of
+from shared.book.forks import SLOW, preload, run_copy
+from shared.book.tree import Tree, python_files, short, this_repository
+from shared.book.units import read_units
+
+TIMEOUT_S = 300
+COMPARED = {
+    ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
+    ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
+}
+SIGNS = {
+    ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!=",
+    ast.Is: "is", ast.IsNot: "is not", ast.In: "in", ast.NotIn: "not in",
+    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Div: "/", ast.Mod: "%",
+    ast.And: "and", ast.Or: "or",
+}
+OPERATED = {ast.Add: "-", ast.Sub: "+", ast.Mult: "//", ast.FloorDiv: "*", ast.Div: "*", ast.Mod: "//"}
+# What these hold is told to people or checked by nobody: messages, annotations, assertions.
+SILENT = (ast.Raise, ast.Assert, ast.JoinedStr, ast.AnnAssign, ast.Import, ast.ImportFrom)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file, from offset to end."""
+
+    file: str
+    line: int
+    start: int
+    end: int
+    new: str
+    told: str
+
+
+def mutants_of(source: str, file: str) -> list[Mutant]:
+    """Every mutant of a file."""
+    lines = source.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line.encode()))
+    found = []
+
+    def at(node, end: bool = False) -> int:
+        number, column = (node.end_lineno, node.end_col_offset) if end else (node.lineno, node.col_offset)
+        return starts[number - 1] + column
+
+    def replace(node, first: int, last: int, new: str) -> None:
+        old = source.encode()[first:last].decode()
+        found.append(Mutant(file, node.lineno, first, last, new, f"`{' '.join(old.split())}` becomes `{' '.join(new.split())}`"))
+
+    def between(node, left, right, old: str, new: str) -> None:
+        """The operator between two operands."""
+        gap = source.encode()[at(left, end=True) : at(right)].decode()
+        if gap.count(old) == 1:
+            replace(node, at(left, end=True), at(right), gap.replace(old, new))
+
+    def visit(node) -> None:
+        if isinstance(node, SILENT):
+            return
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            kind = type(node.ops[0])
+            between(node, node.left, node.comparators[0], SIGNS[kind], COMPARED[kind])
+        elif isinstance(node, ast.BinOp) and type(node.op) in OPERATED:
+            between(node, node.left, node.right, SIGNS[type(node.op)], OPERATED[type(node.op)])
+        elif isinstance(node, ast.BoolOp):
+            other = "or" if isinstance(node.op, ast.And) else "and"
+            between(node, node.values[0], node.values[1], SIGNS[type(node.op)], other)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+            replace(node, at(node), at(node, end=True), str(not node.value))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+            replace(node, at(node), at(node, end=True), str(node.value + 1))
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            replace(node, at(node), at(node.operand), "")
+        elif isinstance(node, ast.If):
+            replace(node.test, at(node.test), at(node.test, end=True), f"not ({ast.unparse(node.test)})")
+        elif isinstance(node, (ast.Assign, ast.AugAssign)) or isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            replace(node, at(node), at(node, end=True), "pass")
+        for child in children(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return found
+
+
+def children(node: ast.AST):
+    """The parts of a node that do something: no annotations, no decorators, no docstrings."""
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield child
+
+
+def choose(tree: Tree, chapter: Path, count: int, seed: int, only_new: bool) -> list[Mutant]:
+    """So many of a chapter's mutants, by the seed; of what the chapter changed, if asked."""
+    allowed = None
+    if only_new and tree.previous(chapter):
+        units = read_units(chapter)
+        changed = [change.address for change in changes_of(tree, chapter) if change.kind in ("changed", "added")]
+        allowed = {
+            (address.split("::")[0], piece.first_line + n)
+            for address in changed if address in units
+            for piece in units[address].pieces
+            for n in range(piece.text.count("\n") + 1)
+        }
+    found = []
+    for path in python_files(chapter):
+        file = path.relative_to(chapter).as_posix()
+        found += [each for each in mutants_of(path.read_text(), file) if allowed is None or (file, each.line) in allowed]
+    return random.Random(seed).sample(found, min(count, len(found)))
+
+
+def put(mutant: Mutant, chapter: Path) -> None:
+    """Damage a copy."""
+    path = chapter / mutant.file
+    source = path.read_bytes()
+    path.write_bytes(source[: mutant.start] + mutant.new.encode() + source[mutant.end :])
+
+
+def try_out(tree: Tree, chapter: Path, mutant: Mutant) -> dict:
+    """Run the chapter's tests on the mutant until one fails."""
+    tests = ["tests", "--ignore=tests/book", "-x"]
+    run = run_copy(tree, chapter, lambda copy: put(mutant, copy), tests, TIMEOUT_S)
+    by = next(iter(run.failed or run.broken or {"": ""}))
+    if run.exit_code is None:
+        result = "hangs"
+    elif not run.finished:
+        result = "crashes"
+    else:
+        result = "survived" if run.exit_code == 0 else "killed"
+    return {"chapter": short(chapter), "file": mutant.file, "line": mutant.line, "told": mutant.told, "result": result, "by": by}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shared.book.mutants", description="Damage a chapter, and see who notices.")
+    parser.add_argument("chapter", metavar="vNN")
+    parser.add_argument("--count", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--new", action="store_true", help="only what the chapter changed")
+    parser.add_argument("--part", default="1/1", help="as in 1/2: every second mutant, from the first on")
+    args = parser.parse_args(argv)
+    tree = this_repository()
+    chapter = tree.chapter(args.chapter)
+    part, parts = map(int, args.part.split("/"))
+    preload(SLOW)
+    for mutant in choose(tree, chapter, args.count, args.seed, args.new)[part - 1 :: parts]:
+        print(json.dumps(try_out(tree, chapter, mutant)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

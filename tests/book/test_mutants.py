@@ -1,0 +1,68 @@
+"""Random damage: each kind is done, only where it does something, and who survives is told."""
+import ast
+import functools
+
+from shared.book import mutants
+
+SOURCE = '''"""A page."""
+import os
+
+
+def f(a: int = 3, *, b=None) -> int:
+    """Words, 7."""
+    if a < 2 and not b:
+        raise ValueError(f"a is {a + 1}")
+    assert a != 5, "no"
+    total = a * 4
+    total += os.getpid() // 6
+    print(total)
+    return total in [True]
+'''
+
+
+def told(source):
+    return {each.told for each in mutants.mutants_of(source, "f.py")}
+
+
+def test_every_kind_of_damage_is_done_and_nothing_that_is_only_said():
+    assert told(SOURCE) == {
+        "`3` becomes `4`",
+        "`a < 2 and not b` becomes `not (a < 2 and (not b))`",
+        "`and` becomes `or`",
+        "`<` becomes `<=`",
+        "`2` becomes `3`",
+        "`not` becomes ``",
+        "`total = a * 4` becomes `pass`",
+        "`*` becomes `//`",
+        "`4` becomes `5`",
+        "`total += os.getpid() // 6` becomes `pass`",
+        "`//` becomes `*`",
+        "`6` becomes `7`",
+        "`print(total)` becomes `pass`",
+        "`in` becomes `not in`",
+        "`True` becomes `False`",
+    }
+
+
+def test_what_was_damaged_still_parses_and_differs_in_one_place(make_book, first):
+    first["cache.py"] = SOURCE.replace("Words", "W\u00f6rter \u2192")
+    tree = make_book(first)
+    path = tree.chapters[0] / "cache.py"
+    sound = path.read_text()
+    for mutant in mutants.mutants_of(sound, "cache.py"):
+        mutants.put(mutant, tree.chapters[0])
+        damaged = path.read_text()
+        assert ast.dump(ast.parse(damaged)) != ast.dump(ast.parse(sound)), mutant
+        changed = [n for n, (a, b) in enumerate(zip(sound.splitlines(), damaged.splitlines()), 1) if a != b]
+        assert changed == [mutant.line], mutant
+        path.write_text(sound)
+
+
+def test_a_seed_chooses_and_new_takes_only_what_the_chapter_changed(make_book, first):
+    then = dict(first)
+    then["cache.py"] = first["cache.py"].replace("return n * SIZE", "return n * SIZE + 1")
+    tree = make_book(first, then)
+    choose = functools.partial(mutants.choose, tree, tree.chapters[1])
+    assert choose(3, 1, False) == choose(3, 1, False) != choose(3, 2, False)
+    assert {each.told for each in choose(99, 0, True)} == {"`+` becomes `-`", "`1` becomes `2`", "`*` becomes `//`"}
+    assert len(choose(99, 0, False)) > 3
