@@ -22,8 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 
-import pyte
-
 from .chapters import ROOT
 
 PICTURES = ROOT / "docs" / "pictures"
@@ -69,6 +67,8 @@ class Camera:
     """A terminal that is watched."""
 
     def __init__(self, columns: int, lines: int):
+        import pyte
+
         self.screen = pyte.Screen(columns, lines)
         self.stream = pyte.Stream(self.screen)
         self.shots: list[tuple[float, tuple]] = []  # moment, what is shown from then on

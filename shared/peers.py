@@ -2,6 +2,7 @@
 
 Both run greedily and never stop early; on the CPU in float32, unless they are told otherwise.
 """
+import inspect
 import logging
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from .workloads import Request
 
 PLACES = 8  # requests in a padded batch
+PAGE = 256  # tokens
 
 
 class HuggingFace:
@@ -59,13 +61,16 @@ class ContinuousBatching(HuggingFace):
     ):
         super().__init__(model_dir, device, dtype)
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+        # Older releases call a page a block, and have no limit but memory to the number of requests.
+        known = inspect.signature(ContinuousBatchingConfig).parameters
+        limit = {"max_requests_per_batch": places} if "max_requests_per_batch" in known else {}
         settings = ContinuousBatchingConfig(
-            page_size=256,
-            num_blocks=-(-num_positions // 256),
+            **{"page_size" if "page_size" in known else "block_size": PAGE},
+            num_blocks=-(-num_positions // PAGE),
             max_batch_tokens=1024,
-            max_requests_per_batch=places,
             use_async_batching=False,
             use_cuda_graph=False,
+            **limit,
         )
         self.manager = self.model.init_continuous_batching(
             generation_config=self.settings(max_new_tokens=1),

@@ -260,7 +260,7 @@ def test_setup_here_takes_what_the_engines_need_and_nothing_of_the_tests(monkeyp
     monkeypatch.setattr(install, "run", commands.append)
     assert install.main(["here"]) == 0
     [command] = commands
-    assert command[0] == install.sys.executable and "transformers>=5.10,<6" in command
+    assert command[0] == install.sys.executable and "transformers>=5.17,<6" in command
     assert not any(each.startswith(("pytest", "mkdocs")) for each in command)
 
 

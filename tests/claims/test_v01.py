@@ -52,6 +52,7 @@ def test_the_weights_are_loaded_once_and_untouched(make_engine, Params):
     engine.generate([[9, 10, 11]], Params(max_tokens=4, temperature=1.0, logprobs=1))
     for name, tensor in engine.model.state_dict().items():
         assert tensor.equal(before[name]), name
+    assert not any(parameter.requires_grad for parameter in engine.model.parameters()), "nothing here is trained"
 
 
 def test_max_model_len_limits_prompt_and_output_together(chapter, Params):
