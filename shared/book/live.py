@@ -1,7 +1,7 @@
 """The values that names have while a chapter answers one fixed prompt: what the diff pages show beside each line.
 
     values = record(find("v05"))
-    values["batch.py", 70]["positions"]     # ('list of 19: 0 1 2 3 ...', 'list of 2: 9 8')
+    values["batch.py", 70]["positions"]     # {1: 'list of 21: 0 1 2 3 ...', 2: 'list of 2: 11 10'}
 
 A line has what its names were after it had run for the first time in the first step, which feeds a prompt (or, where
 requests share a pass, both), and in the second, which feeds a token of each; 0 stands for what comes before all steps.
