@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 
@@ -371,44 +372,19 @@ def print_staircase(results: dict) -> None:
             print(f"{'':8}noisy: runs differ by {row['spread']:.0%}; run it again on an idle machine")
 
 
-def overhead(chapters: list[Chapter], repeats: int) -> dict:
-    from . import bench_overhead
-
-    return bench_overhead.overhead(chapters, repeats)
-
-
-def print_overhead(results: dict) -> None:
-    from . import bench_overhead
-
-    bench_overhead.print_overhead(results)
-
-
-def suite(chapters: list[Chapter], repeats: int) -> dict:
-    from . import bench_suite
-
-    return bench_suite.suite(chapters, repeats)
-
-
-def large(chapters: list[Chapter], repeats: int) -> dict:
-    from . import bench_suite
-
-    return bench_suite.large(chapters, repeats)
-
-
-def print_suite(results: dict) -> None:
-    from . import bench_suite
-
-    bench_suite.print_suite(results)
+def elsewhere(module: str, name: str) -> Callable:
+    """A function of a module that itself imports this one, and so is looked up when it is called."""
+    return lambda *arguments: getattr(import_module(f"{__package__}.{module}"), name)(*arguments)
 
 
 WORKLOADS = {
     "growth": (growth, print_growth),
     "batch": (batch, print_batch),
     "decode": (decode, print_decode),
-    "overhead": (overhead, print_overhead),
+    "overhead": (elsewhere("bench_overhead", "overhead"), elsewhere("bench_overhead", "print_overhead")),
     "staircase": (staircase, print_staircase),
-    "suite": (suite, print_suite),
-    "large": (large, print_suite),
+    "suite": (elsewhere("bench_suite", "suite"), elsewhere("bench_suite", "print_suite")),
+    "large": (elsewhere("bench_suite", "large"), elsewhere("bench_suite", "print_suite")),
 }
 
 

@@ -59,7 +59,7 @@ def test_the_suite_prints_every_contestant_and_says_when_it_was_noisy(capsys):
     rows = {"v07": row, "HF generate": row | {"other_answers": 2}}
     arrived = {"v07": {"ttft_ms_p50": 1.0, "ttft_ms_p95": 2.0, "seconds": 3.0}}
     limits = {"gb_per_s": 20.0, "gflops": 80.0}
-    bench.print_suite({"limits": limits, "pocket": {"ragged": rows}, "arrivals": arrived, "peak_mib": {"v07": 200.0}})
+    bench_suite.print_suite({"limits": limits, "pocket": {"ragged": rows}, "arrivals": arrived, "peak_mib": {"v07": 200.0}})
     said = capsys.readouterr().out
     assert "noisy" in said and "HF generate says other tokens than v07 in 2 answers" in said
     assert "v07             p50          1" in said and "v07 200" in said
@@ -89,7 +89,7 @@ def test_the_parts_of_a_step_are_told_apart_and_nothing_stays_wrapped(name, monk
     for row in results[name].values():
         assert all(row[part] > 0 for part in bench_overhead.PARTS)
         assert row["own"] == pytest.approx(row["step"] - row["model"] - row["head"], abs=0.2)
-    bench.print_overhead(results)
+    bench_overhead.print_overhead(results)
     assert "sampled 1" in capsys.readouterr().out
 
 
@@ -187,3 +187,19 @@ def test_every_function_that_a_step_calls_is_in_one_part():
     """Choosing is both of its functions; what is timed is called by `advance` or what it calls, and does not nest."""
     named = [name for functions in bench_overhead.PARTS.values() for _, name in functions]
     assert sorted(named) == ["build_batch", "commit", "compute_logits", "forward", "sample", "schedule", "top_logprobs"]
+
+
+@pytest.mark.parametrize(
+    "workload, module, show",
+    [
+        ("overhead", bench_overhead, "print_overhead"),
+        ("suite", bench_suite, "print_suite"),
+        ("large", bench_suite, "print_suite"),
+    ],
+)
+def test_what_stands_elsewhere_is_called_with_what_was_asked(workload, module, show, monkeypatch):
+    monkeypatch.setattr(module, workload, lambda *arguments: ("measured", *arguments))
+    monkeypatch.setattr(module, show, lambda results: ("shown", results))
+    run, printed = bench.WORKLOADS[workload]
+    assert run([CHAPTERS[0]], 3) == ("measured", [CHAPTERS[0]], 3)
+    assert printed({"v01": {}}) == ("shown", {"v01": {}})
