@@ -50,7 +50,7 @@ help:
 	@echo "make docs         the site, in build/site; make docs-serve shows it"
 	@echo "make traps-answers what the model says with each seeded bug, where that is not known yet"
 	@echo "make film         the first five minutes, as moving pictures: ARGS=race"
-	@echo "make mutants      random damage, and whether a test notices: ARGS=\"v05 --count 15 --new\"; slow, by hand"
+	@echo "make mutants      random damage, and whether a test notices: ARGS=\"v05 --new --record\"; slow, by hand"
 	@echo "make sync         write what is generated in the texts"
 	@echo "make check        fail if anything generated is stale, or a claim of a text is false"
 	@echo "make traps-matrix which tests of a whole suite see each seeded bug: slow, by hand"

@@ -2,16 +2,19 @@
 
     python -m shared.book.mutants v07 --count 100         # all of the chapter's code
     python -m shared.book.mutants v05 --count 15 --new    # only what the chapter changed
+    python -m shared.book.mutants v05 --new --record      # and keep what came of it
 
 Each mutant turns one comparison, operator, number, condition or line into another, chosen by a seed, in a copy of the
-chapter; the chapter's tests run on it until one fails. A survivor is printed with its line: it wants a test, or a
-sentence that says why nobody could tell. By hand: a whole suite for each survivor takes its time.
+chapter; the chapter's tests run on it until one fails. A survivor wants a test, or a sentence in tests/mutants.toml that
+says why nobody could tell. By hand: a whole suite for each survivor takes its time. What is recorded, in
+docs/results/mutants.json, is written after each mutant, and not tried again.
 """
 import argparse
 import ast
 import json
 import random
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from shared.book.forks import SLOW, preload, run_copy
 from shared.book.tree import Tree, python_files, short, this_repository
 from shared.book.units import read_units
 
+FILE = "mutants.json"
+REASONS = "tests/mutants.toml"
 TIMEOUT_S = 300
 COMPARED = {
     ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
@@ -145,7 +150,49 @@ def try_out(tree: Tree, chapter: Path, mutant: Mutant) -> dict:
         result = "crashes"
     else:
         result = "survived" if run.exit_code == 0 else "killed"
-    return {"chapter": short(chapter), "file": mutant.file, "line": mutant.line, "told": mutant.told, "result": result, "by": by}
+    return about(chapter, mutant) | {"result": result, "by": by}
+
+
+def about(chapter: Path, mutant: Mutant) -> dict:
+    """What tells a mutant from all others."""
+    code = (chapter / mutant.file).read_text().splitlines()[mutant.line - 1].strip()
+    return {"file": mutant.file, "line": mutant.line, "code": code, "told": mutant.told}
+
+
+def recorded(tree: Tree) -> dict[str, dict]:
+    """What was tried, by chapter."""
+    path = tree.results / FILE
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def record(tree: Tree, name: str, command: str, tried: list[dict]) -> None:
+    """Put a chapter's mutants in the place of those recorded before."""
+    from shared.machine import machine, today
+
+    chapters = recorded(tree) | {name: {"command": command, "machine": machine(), "date": today(), "tried": tried}}
+    pages = []
+    for name, found in sorted(chapters.items()):
+        head = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in found.items() if key != "tried")
+        rows = ",\n".join(f"   {json.dumps(each, ensure_ascii=False)}" for each in found["tried"])
+        pages.append(f' {json.dumps(name)}: {{\n{head}  "tried": [\n{rows}\n  ]\n }}')
+    (tree.results / FILE).write_text("{\n" + ",\n".join(pages) + "\n}\n")
+
+
+def reasons(tree: Tree) -> list[dict]:
+    """Why those that survive cannot be told from the sound code."""
+    path = tree.root / REASONS
+    return tomllib.loads(path.read_text())["survivor"] if path.is_file() else []
+
+
+def unexplained(tree: Tree) -> list[str]:
+    """The recorded survivors without a reason, and the reasons without a survivor."""
+    told = ("file", "code", "told")
+    survived = {tuple(each[key] for key in told) for chapter in recorded(tree).values() for each in chapter["tried"] if each["result"] == "survived"}
+    explained = {tuple(each[key] for key in told) for each in reasons(tree) if each["why"].strip()}
+    return [
+        *(f"{file}: `{code}`: {change} survived; test it, or say in {REASONS} why nobody can tell" for file, code, change in sorted(survived - explained)),
+        *(f"{file}: `{code}`: {change} did not survive; take it out of {REASONS}" for file, code, change in sorted(explained - survived)),
+    ]
 
 
 def main(argv: list[str]) -> int:
@@ -154,14 +201,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--count", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--new", action="store_true", help="only what the chapter changed")
-    parser.add_argument("--part", default="1/1", help="as in 1/2: every second mutant, from the first on")
+    parser.add_argument("--record", action="store_true", help=f"write what comes of it to docs/results/{FILE}")
     args = parser.parse_args(argv)
     tree = this_repository()
     chapter = tree.chapter(args.chapter)
-    part, parts = map(int, args.part.split("/"))
+    command = " ".join(["python -m shared.book.mutants", *argv])
+    name, tried = short(chapter), []
+    before = recorded(tree).get(name, {}).get("tried", []) if args.record else []
     preload(SLOW)
-    for mutant in choose(tree, chapter, args.count, args.seed, args.new)[part - 1 :: parts]:
-        print(json.dumps(try_out(tree, chapter, mutant)), flush=True)
+    for mutant in choose(tree, chapter, args.count, args.seed, args.new):
+        known = [each for each in before if about(chapter, mutant).items() <= each.items()]
+        tried += known or [try_out(tree, chapter, mutant)]
+        if args.record:
+            record(tree, name, command, tried)
+        if not known:
+            print(json.dumps({"chapter": name} | tried[-1]), flush=True)
     return 0
 
 

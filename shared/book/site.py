@@ -234,10 +234,18 @@ def dead_links(site: Path) -> list[str]:
     return dead
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """Says nothing of a browser that left before its page was whole."""
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def serve(site: Path, port: int = 8001) -> None:
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
     print(f"http://127.0.0.1:{port}/  (Ctrl-C ends it)", flush=True)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
+    with Server(("127.0.0.1", port), handler) as server:
         try:
             server.serve_forever()
         except KeyboardInterrupt:

@@ -2,7 +2,10 @@
 import ast
 import functools
 
+import pytest
+
 from shared.book import mutants
+from shared.book.tree import this_repository
 
 SOURCE = '''"""A page."""
 import os
@@ -66,3 +69,40 @@ def test_a_seed_chooses_and_new_takes_only_what_the_chapter_changed(make_book, f
     assert choose(3, 1, False) == choose(3, 1, False) != choose(3, 2, False)
     assert {each.told for each in choose(99, 0, True)} == {"`+` becomes `-`", "`1` becomes `2`", "`*` becomes `//`"}
     assert len(choose(99, 0, False)) > 3
+
+
+@pytest.fixture
+def survivor(make_book, first):
+    """A book in which one of two recorded mutants survived."""
+    tree = make_book(first)
+    tree.results.mkdir(parents=True, exist_ok=True)
+    (tree.root / "tests").mkdir(exist_ok=True)
+    lost = {"file": "cache.py", "line": 4, "code": "x = 1", "told": "`1` becomes `2`", "result": "survived", "by": ""}
+    mutants.record(tree, "v01", "the command", [lost, lost | {"line": 9, "code": "y = 1", "result": "killed", "by": "a test"}])
+    return tree
+
+
+def explain(tree, *reasons):
+    rows = [f"[[survivor]]\nfile = 'cache.py'\ncode = '{code}'\ntold = '`1` becomes `2`'\nwhy = '{why}'\n" for code, why in reasons]
+    (tree.root / mutants.REASONS).write_text("\n".join(rows))
+
+
+def test_what_is_recorded_is_kept_when_another_chapter_is(survivor):
+    before = mutants.recorded(survivor)["v01"]
+    mutants.record(survivor, "v02", "another", [])
+    assert mutants.recorded(survivor)["v01"] == before
+    assert mutants.recorded(survivor)["v02"]["command"] == "another"
+
+
+def test_a_survivor_wants_a_reason_and_a_reason_its_survivor(survivor):
+    assert [line.split(" survived")[0] for line in mutants.unexplained(survivor)] == ["cache.py: `x = 1`: `1` becomes `2`"]
+    explain(survivor, ("x = 1", " "))
+    assert len(mutants.unexplained(survivor)) == 1
+    explain(survivor, ("x = 1", "nobody reads it"))
+    assert mutants.unexplained(survivor) == []
+    explain(survivor, ("x = 1", "nobody reads it"), ("y = 1", "gone"))
+    assert ["did not survive" in line for line in mutants.unexplained(survivor)] == [True]
+
+
+def test_no_mutant_of_this_book_survived_without_a_reason():
+    assert mutants.unexplained(this_repository()) == []
