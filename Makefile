@@ -16,45 +16,53 @@ PROMPT ?= Explain KV cache in one sentence.
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
+.PHONY: help setup setup-book demo test doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
 	$(CHAPTERS:%=diff-%) $(CHAPTERS:%=nbdiff-%) $(CHAPTERS:%=traps-%) $(CHAPTERS:%=break-%) hunt reveal traps-answers \
 	notebooks nbdime docs docs-serve film mutants \
 	$(CHAPTERS:%=bench-%) bench bench-all bench-gpu traps traps-matrix propagate trace soak serve chat load
 
 help:
-	@echo "make demo         a fresh machine: set up, run every chapter on the embedded model, show that all say the same"
-	@echo "make test         a fresh machine: set up, run every test"
+	@echo "begin"
+	@echo "  make demo           a fresh machine: set up, run every chapter on the embedded model, show that all say the same"
+	@echo "  make test           a fresh machine: set up, run every test"
+	@echo "  make setup          .venv with everything for the tests; does nothing when it is up to date"
+	@echo "  make setup-book     and with what notebooks and the site need beside it"
+	@echo "  make doctor         versions, device, memory, what is missing: what a bug report needs"
 	@echo
-	@echo "make setup        .venv with everything for the tests; does nothing when it is up to date"
-	@echo "make doctor       versions, device, memory, what is missing: what a bug report needs"
-	@echo "make serve        the last chapter's server: MODEL=directory-or-hub-id ARGS=\"--port 8000\""
-	@echo "make chat         talk to it, from a second terminal"
-	@echo "make load         clients for it, and what they feel: ARGS=\"--connections 16\" or ARGS=\"--rate 4\""
-	@echo "make test-vNN     one chapter's tests"
-	@echo "make run-vNN      one prompt through a chapter: PROMPT=\"...\" MODEL=directory-or-hub-id ARGS=\"--stats\""
-	@echo "make diff-vNN     what a chapter changes, unit by unit"
-	@echo "make traps-vNN    plant each seeded bug of a chapter, and see the test that catches it"
-	@echo "make break-vNN    a bug to find: one of them, planted in a copy; then make hunt, make reveal"
-	@echo "make nbdiff-vNN   what a chapter's notebook changes"
-	@echo "make trace        who ran in which forward pass: ARGS=\"v03 v04\", ARGS=\"v03 --html trace.html\""
-	@echo "make soak         thousands of requests with aborts, and an audit of the memory at every step"
-	@echo "make bench        every chapter beside Hugging Face and the machine's limit: ten minutes, on an idle machine"
-	@echo "make bench-vNN    a chapter, the one before, and Hugging Face"
-	@echo "make bench-all    and then larger work and models: by hand, an hour on an idle machine"
-	@echo "make bench-gpu    on a GPU: every chapter beside Hugging Face and the memory's limit; ARGS=--dry-run anywhere"
-	@echo "make bench-v06    on a GPU: the attention kernel against torch and against the limit of the memory; ARGS=--dry-run anywhere"
-	@echo "make new-vNN      begin a chapter as a copy of the last one: NAME=..."
-	@echo "make propagate    carry a change through all later chapters: FROM=vNN, or ARGS=--continue, ARGS=--abort"
-	@echo "make notebooks    write and run the notebooks from their sources"
-	@echo "make nbdime       let this clone's git show and merge notebooks by cells"
-	@echo "make docs         the site, in build/site; make docs-serve shows it"
-	@echo "make traps-answers what the model says with each seeded bug, where that is not known yet"
-	@echo "make film         the first five minutes, as moving pictures: ARGS=race"
-	@echo "make mutants      random damage, and whether a test notices: ARGS=\"v05 --new --record\"; slow, by hand"
-	@echo "make sync         write what is generated in the texts"
-	@echo "make check        fail if anything generated is stale, or a claim of a text is false"
-	@echo "make traps-matrix which tests of a whole suite see each seeded bug: slow, by hand"
-	@echo "make prove        all of it, with the time of each stage: what CI runs"
+	@echo "read a chapter"
+	@echo "  make run-vNN        one prompt through a chapter: PROMPT=\"...\" MODEL=directory-or-hub-id ARGS=\"--stats\""
+	@echo "  make diff-vNN       what it changes, unit by unit; make nbdiff-vNN: what its notebook changes"
+	@echo "  make test-vNN       its tests"
+	@echo "  make trace          who ran in which forward pass: ARGS=\"v03 v04\", ARGS=\"v03 --html trace.html\""
+	@echo "  make break-vNN      a bug to find: one of its traps, planted in a copy; then make hunt, make reveal"
+	@echo "  make traps-vNN      plant each of its seeded bugs, and see the test that catches it"
+	@echo
+	@echo "serve"
+	@echo "  make serve          the last chapter's server: MODEL=directory-or-hub-id ARGS=\"--port 8000\""
+	@echo "  make chat           talk to it, from a second terminal"
+	@echo "  make load           clients for it, and what they feel: ARGS=\"--connections 16\" or ARGS=\"--rate 4\""
+	@echo
+	@echo "measure"
+	@echo "  make bench          every chapter beside Hugging Face and the machine's limit: ten minutes, on an idle machine"
+	@echo "  make bench-vNN      a chapter, the one before, and Hugging Face"
+	@echo "  make bench-all      and then larger work and models: by hand, an hour on an idle machine"
+	@echo "  make bench-gpu      on a GPU: every chapter beside Hugging Face and the memory's limit; ARGS=--dry-run anywhere"
+	@echo "  make bench-v06      on a GPU: the attention kernel against torch and against the limit of the memory; ARGS=--dry-run anywhere"
+	@echo "  make soak           thousands of requests with aborts, and an audit of the memory at every step"
+	@echo
+	@echo "write"
+	@echo "  make prove          every proof, with the time of each stage: what CI runs"
+	@echo "  make check          fail if anything generated is stale, or a claim of a text is false; make sync writes it"
+	@echo "  make propagate      carry a change through all later chapters: FROM=vNN, or ARGS=--continue, ARGS=--abort"
+	@echo "  make new-vNN        begin a chapter as a copy of the last one: NAME=..."
+	@echo "  make notebooks      write and run the notebooks from their sources; make nbdime: git shows and merges them by cells"
+	@echo "  make docs           the site, in build/site; make docs-serve shows it"
+	@echo "  make film           the first five minutes, as moving pictures: ARGS=race"
+	@echo
+	@echo "write, slowly"
+	@echo "  make traps-answers  what the model says with each seeded bug, where that is not known yet"
+	@echo "  make traps-matrix   which tests of a whole suite see each seeded bug"
+	@echo "  make mutants        random damage, and whether a test notices: ARGS=\"v05 --new --record\""
 	@echo
 	@echo "chapters: $(CHAPTERS)"
 
@@ -64,6 +72,8 @@ setup: $(READY)
 	@python3 shared/install.py
 
 # What notebooks and the site need beside it.
+setup-book: $(BOOK)
+
 .venv/.ready-book: .venv/.ready
 	@python3 shared/install.py book
 
