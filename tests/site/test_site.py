@@ -38,6 +38,17 @@ def test_a_page_fits_a_phone_and_a_desk_and_does_not_complain(open_page, path):
         page.close()
 
 
+@pytest.mark.parametrize("path", ["", *CHAPTERS])
+def test_a_pictures_words_are_legible_on_a_phone(open_page, path):
+    page = open_page(path, 390)
+    page.wait_for_function("[...document.images].every(picture => picture.complete)")
+    scales = page.evaluate("""[...document.querySelectorAll(".md-content img[src$='.svg']")]
+        .map(picture => [picture.src, picture.clientWidth / picture.naturalWidth])""")
+    assert scales
+    # Their smallest words are 11 px high.
+    assert [src for src, scale in scales if 11 * scale < 9] == []
+
+
 def test_a_diff_folds_and_unfolds(open_page):
     page = open_page("milestones/v05_paged_cache/diff/")
     units, folds = page.locator("details.unit"), page.locator("details.fold")
