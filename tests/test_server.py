@@ -304,6 +304,8 @@ def test_models_are_listed_and_an_unknown_one_is_404(client):
 
 def test_with_a_key_nobody_without_it_gets_in(chapter, alone):
     with serving(chapter, alone.engine, api_key="s3cret") as server:
+        invitation = importlib.import_module(f"milestones.{chapter.name}.server").invitation(server.url, server.service)
+        assert "Bearer $API_KEY" in invitation and "s3cret" not in invitation
         for key in ("wrong", "s3cret2", ""):
             headers = {"authorization": f"Bearer {key}"} if key else {}
             response = httpx.get(f"{server.url}/v1/models", headers=headers)
@@ -384,7 +386,7 @@ BAD = [
     ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
     ("/v1/completions", {"stream": True, "stream_options": {"include_obfuscation": True}}, "include_obfuscation"),
     ("/v1/completions", {"echo": 1}, "echo"),
-    ("/v1/completions", {"prompt": ["x"] * 300}, "n"),
+    ("/v1/completions", {"prompt": ["x"] * 300}, "prompt"),
     ("/v1/chat/completions", {"messages": []}, "messages"),
     ("/v1/chat/completions", {"messages": "hi"}, "messages"),
     ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages[0].content"),
@@ -435,6 +437,7 @@ def test_a_wrong_value_is_a_400_that_names_it(server, path, wrong, param):
         (b'{"model": "pocket", "prompt": "\\ud800"}', "prompt holds half a surrogate pair"),
         (b'{"model": "\\ud800", "prompt": "x"}', "model holds half a surrogate pair"),
         (b"[" * 100_000, ""),
+        (b'{"model": "pocket", "prompt": "x", "seed": ' + b"1" * 5000 + b"}", "value has 5000 digits"),
         (b'{"prompt": "x"}', "model"),
     ],
 )
@@ -443,6 +446,24 @@ def test_what_is_no_request_is_a_400_in_openais_body(server, content, says):
         response = post(server, path, content)
         assert response.status_code == 400, response.text
         assert says in response.json()["error"]["message"] or path != "/v1/completions"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/json; charset=utf-8", 200),
+        ("APPLICATION/JSON", 200),
+        ("application/vnd.api+json", 200),
+        ("application/jsonx", 400),
+        ("text/plain", 400),
+        ("", 400),
+    ],
+)
+def test_a_body_that_is_not_called_json_is_refused_as_that(server, content_type, status):
+    response = post(server, "/v1/completions", {"model": "pocket", "prompt": "Hi", "max_tokens": 1}, headers={"content-type": content_type})
+    assert response.status_code == status
+    if status == 400:
+        assert response.json()["error"]["message"] == "the body is not JSON; send Content-Type: application/json"
 
 
 def test_half_a_character_is_refused_where_it_would_be_said_back_and_ignored_where_the_field_is(server):

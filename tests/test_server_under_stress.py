@@ -62,12 +62,30 @@ def test_a_full_queue_answers_429_and_later_room_again(chapter, tokenizer):
         with pytest.raises(openai.RateLimitError, match="at most 2 may") as caught:
             client.completions.create(model="pocket", prompt=[20], max_tokens=1)
         assert caught.value.response.headers["retry-after"] == "1"
-        with pytest.raises(openai.BadRequestError, match="n x prompts is 3, but a call has at most 2"):
+        with pytest.raises(openai.BadRequestError, match="n x prompts is 3, but a call has at most 2") as caught:
             client.completions.create(model="pocket", prompt=[20], n=3, max_tokens=1)
+        assert caught.value.param == "n"
+        with pytest.raises(openai.BadRequestError, match="n x prompts is 3, but") as caught:
+            client.chat.completions.create(model="pocket", messages=CHAT, n=3)
+        assert caught.value.param == "n"
         fake.gate.set()
         for stream in streams:
             stream.join(10)
         assert client.completions.create(model="pocket", prompt=[20], max_tokens=1).choices[0].finish_reason == "length"
+
+
+def test_too_many_prompts_are_refused_before_the_first_is_read(chapter, tokenizer, monkeypatch):
+    with serving(chapter, FakeEngine(chapter, tokenizer)) as server, client_of(server) as client:
+        monkeypatch.setattr(server.service.engine, "tokenize", None)
+        for answers, blamed in ((1, "prompt"), (128, "n")):
+            with pytest.raises(openai.BadRequestError, match=f"n x prompts is {2000 * answers}, but a call has at most 256") as caught:
+                client.completions.create(model="pocket", prompt=["a"] * 2000, n=answers)
+            assert caught.value.param == blamed
+        # Of a chat all turns are one prompt.
+        turns = CHAT + [{"role": "user", "content": "x" * 20_000}] * 60
+        with pytest.raises(openai.BadRequestError, match="bytes, too many for max_model_len") as caught:
+            client.chat.completions.create(model="pocket", messages=turns)
+        assert caught.value.param == "messages"
 
 
 def test_of_a_call_all_requests_are_queued_or_none(chapter, tokenizer):
@@ -308,12 +326,53 @@ def test_what_does_not_end_in_time_is_failed(chapter, tokenizer):
         fake.gate.set()
 
 
-@pytest.fixture
-def process(chapter):
-    """The server as a user starts it, on a free port, with the line that it prints."""
-    command = [sys.executable, "-m", f"milestones.{chapter.name}", "serve", "--port", "0", "--drain-seconds", "10"]
+def test_who_waits_for_the_tokenizer_hears_of_the_end_too(chapter, tokenizer):
+    begun, go_on = threading.Event(), threading.Event()
+    fake = FakeEngine(chapter, tokenizer)
+    with serving(chapter, fake) as server:
+        own, real = server.service.engine.tokenizer, type(server.service.engine.tokenizer).__call__
+
+        def slow(self, *args, **options):
+            begun.set()
+            go_on.wait(10)
+            return real(self, *args, **options)
+
+        found = []
+
+        def ask():
+            found.append(httpx.post(f"{server.url}/v1/completions", json={"model": "pocket", "prompt": "Once"}, timeout=10))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(own), "__call__", slow)
+            # The second's turn never comes.
+            threads = [threading.Thread(target=ask) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            assert begun.wait(5)
+            wait_until(lambda: len(server.service.engine.encoding) == 2)
+            ended = server.service.engine.loop.call_soon_threadsafe
+            ended(server.service.engine.fail_all, importlib.import_module(f"milestones.{chapter.name}.async_engine").StepFailed("it is over"))
+            for thread in threads:
+                thread.join(5)
+            go_on.set()
+        assert [(each.status_code, each.json()["error"]["message"]) for each in found] == [(500, "it is over")] * 2
+        ask()
+        assert found[-1].json()["error"]["message"] == "it is over"
+        assert fake.num_requests == 0
+
+
+def start(chapter, *flags):
+    """The server as a user starts it."""
+    command = [sys.executable, "-m", f"milestones.{chapter.name}", "serve", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.fixture
+def process(chapter, request):
+    """A server on a free port, with the line that it prints."""
+    drain_seconds = getattr(request, "param", 10)
+    process = start(chapter, "--port", "0", "--drain-seconds", str(drain_seconds))
     lines = []
     while not (lines and lines[-1].startswith("  curl ")):
         lines.append(process.stderr.readline())
@@ -346,6 +405,20 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(chapter, capsys
         port = str(listener.getsockname()[1])
         assert command_line.main(["serve", "--port", port, "--model", "nowhere"]) == 2
     assert f"127.0.0.1:{port} cannot be listened on: [Errno 98]" in capsys.readouterr().err
+    assert command_line.main(["serve", "--host", "a..b", "--model", "nowhere"]) == 2
+    assert "a..b:8000 cannot be listened on" in capsys.readouterr().err
+
+
+def test_of_two_servers_that_begin_together_one_says_why_it_cannot(chapter):
+    server_module = importlib.import_module(f"milestones.{chapter.name}.server")
+    with server_module.bind("127.0.0.1", 0) as other:
+        port = str(other.getsockname()[1])
+        process = start(chapter, "--port", port)
+        # It has the port, and says so once the model is loaded; before it listens, the other does.
+        assert process.stderr.readline().startswith("pocket: ")
+        other.listen()
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and told.splitlines()[-1].startswith(f"error: 127.0.0.1:{port} cannot be listened on: "), told
 
 
 @pytest.mark.parametrize(
@@ -355,8 +428,11 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(chapter, capsys
         (["--max-waiting", "0"], "max_waiting must be an integer from 1 up, got 0"),
         (["--default-max-tokens", "0"], "default_max_tokens must be an integer from 1 up or None, got 0"),
         (["--drain-seconds", "0"], "drain_seconds must be above 0, got 0.0"),
-        (["--api-key", ""], "api_key must be ASCII, and not empty"),
-        (["--api-key", "schlüssel"], "api_key must be ASCII, and not empty"),
+        (["--api-key", ""], "api_key must be ASCII without spaces, and not empty"),
+        (["--api-key", "schlüssel"], "api_key must be ASCII without spaces, and not empty"),
+        (["--api-key", " key"], "api_key must be ASCII without spaces, and not empty"),
+        (["--served-model-name", ""], "served_model_name must be printable, and not empty, got ''"),
+        (["--served-model-name", "p\udcff"], "served_model_name must be printable, and not empty, got 'p\\udcff'"),
     ],
 )
 def test_wrong_flags_are_refused_by_name(chapter, capsys, flags, message):
@@ -370,7 +446,18 @@ def test_a_request_that_was_never_sent_to_the_end_holds_nobody_up(process):
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
         wait_until(lambda: httpx.get(f"{process.url}/health").json()["status"] == "ok")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == 0
+        assert process.wait(9) == 0
+
+
+@pytest.mark.parametrize("process", [3], indirect=True)
+def test_a_step_that_outlasts_the_time_to_drain_does_not_keep_the_process(process):
+    with httpx.Client(base_url=process.url) as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/completions", json={"model": "pocket", "prompt": [20] * 2000, "n": 64, "max_tokens": 1}, timeout=1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=30)[1]
+    assert process.returncode == 0 and "terminate called" not in told and "Traceback" not in told, told
+    assert time.monotonic() - began < 9
 
 
 def test_a_second_sigterm_ends_it_at_once(process):

@@ -1,6 +1,7 @@
 """Command line of the engine: python -m CHAPTER generate "Once upon a time"."""
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -122,8 +123,10 @@ def run_serve(args: argparse.Namespace) -> int:
     check_integer("default_max_tokens", args.default_max_tokens, 1, optional=True)
     if not args.drain_seconds > 0:
         raise ValueError(f"drain_seconds must be above 0, got {args.drain_seconds}")
-    if args.api_key is not None and not args.api_key.isascii() or args.api_key == "":
-        raise ValueError("api_key must be ASCII, and not empty")
+    if args.api_key is not None and not re.fullmatch("[!-~]+", args.api_key):
+        raise ValueError("api_key must be ASCII without spaces, and not empty")
+    if args.served_model_name is not None and not (args.served_model_name and args.served_model_name.isprintable()):
+        raise ValueError(f"served_model_name must be printable, and not empty, got {args.served_model_name!r}")
     # Before the model is loaded, which takes longer than to find that the port is taken.
     bound = bind(args.host, args.port)
     engine = make_engine(args)

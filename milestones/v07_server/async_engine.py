@@ -85,6 +85,8 @@ class AsyncEngine:
         self.stats = engine.stats()
         self.num_calling = 0  # requests that the thread has not taken yet
         self.live: set[Generation] = set()
+        self.encoding: set[asyncio.Future] = set()
+        self.over: Exception | None = None  # why there will be no more answers
         self.dead: Exception | None = None
         # Whose an output is. Belongs to the engine's thread.
         self.owners: dict[int, tuple[Generation, int]] = {}
@@ -99,7 +101,7 @@ class AsyncEngine:
         """End the thread after the step that is under way, if that ends soon; what has not ended is failed."""
         self.fail_all(StepFailed("the server was shut down before this request was done"))
         self.calls.put(None)
-        self.tokenizing.shutdown(wait=False)
+        self.tokenizing.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.thread.join, 0.5)
 
     @property
@@ -108,7 +110,16 @@ class AsyncEngine:
 
     async def tokenize(self, function: Callable, *args):
         """Run a function of the tokenizer away from the event loop."""
-        return await self.loop.run_in_executor(self.tokenizing, function, self.tokenizer, *args)
+        result = self.loop.run_in_executor(self.tokenizing, function, self.tokenizer, *args)
+        self.encoding.add(result)
+        try:
+            return await result
+        except asyncio.CancelledError:
+            if self.over is None:
+                raise
+            raise self.over from None
+        finally:
+            self.encoding.discard(result)
 
     async def generate(self, requests: list[tuple[list[int], SamplingParams]]) -> Generation:
         """Queue all of the requests, or none.
@@ -117,10 +128,8 @@ class AsyncEngine:
             QueueFull: if not all of them have a place in the queue.
             ValueError: if the engine refuses one.
         """
-        if self.dead is not None:
-            raise StepFailed(f"the engine has stopped: {self.dead!r}")
-        if len(requests) > self.max_waiting:
-            raise ValueError(f"n x prompts is {len(requests)}, but a call has at most {self.max_waiting} requests; send several")
+        if self.over is not None:
+            raise self.over
         longest = max(len(prompt_ids) for prompt_ids, _ in requests)
         if longest > self.max_model_len:
             raise ValueError(f"prompt has {longest} tokens, more than max_model_len = {self.max_model_len}; shorten it")
@@ -144,7 +153,10 @@ class AsyncEngine:
             self.calls.put(lambda: self.remove(generation))
 
     def fail_all(self, error: Exception) -> None:
-        """End every request with an error."""
+        """End every request with an error, those that wait for the tokenizer too."""
+        self.over = error
+        for result in self.encoding:
+            result.cancel()
         for generation in list(self.live):
             generation.abort()
             generation.outputs.put_nowait(error)

@@ -72,7 +72,7 @@ class ResponseRequest(Strict):
     max_output_tokens: int | None = Field(None, ge=1, description="default: what the context has room for")
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
-    include: list[Literal["message.output_text.logprobs"]] = []
+    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)] = []
     top_logprobs: int | None = Field(None, ge=0, le=20, description="needs message.output_text.logprobs in include")
     metadata: Annotated[dict[Key, Note], Field(max_length=16)] = {}
     user: Note | None = Field(None, description="accepted; nothing here depends on it")

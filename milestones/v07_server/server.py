@@ -77,6 +77,13 @@ class Service:
         if name != self.model_name:
             raise ApiError(404, f"the model {name!r} is not served here; {self.model_name!r} is", "model", "model_not_found")
 
+    def check_count(self, num_prompts: int, n: int) -> None:
+        """ApiError if a call asks for more answers than may wait at once, before the first is thought of."""
+        asked, most = num_prompts * n, self.engine.max_waiting
+        if asked > most:
+            param = "prompt" if n == 1 else "n"
+            raise ApiError(400, f"n x prompts is {asked}, but a call has at most {most} requests; send several", param)
+
     def check_size(self, texts: list[str]) -> None:
         """ValueError for a text that cannot fit, before it is tokenized."""
         longest = max((len(text.encode()) for text in texts), default=0)
@@ -153,6 +160,7 @@ async def create_completion(request: Request, body: CompletionRequest):
     several = isinstance(prompt, list) and not isinstance(prompt[0], int)
     with refusals("prompt"):
         given = prompt if several else [prompt]
+        service.check_count(len(given), body.n)
         service.check_size([each for each in given if isinstance(each, str)])
         prompts = await service.engine.tokenize(tokenize_prompts, given, body.echo)
         requests, answers = [], []
@@ -263,6 +271,7 @@ class CompletionWriter(Writer):
 async def create_chat_completion(request: Request, body: ChatRequest):
     service = request.app.state.service
     service.check_model(body.model)
+    service.check_count(1, body.n)
     with refusals("messages"):
         ids = await tokenize_chat(service, [message.plain() for message in body.messages])
         asked = body.max_completion_tokens or body.max_tokens
@@ -279,7 +288,7 @@ async def create_chat_completion(request: Request, body: ChatRequest):
 
 async def tokenize_chat(service: Service, messages: list[dict], param: str = "messages") -> list[int]:
     """The tokens of a conversation; ApiError if the checkpoint's template refuses it, ValueError if it cannot fit."""
-    service.check_size([message["content"] for message in messages])
+    service.check_size(["".join(message["content"] for message in messages)])
     try:
         return await service.engine.tokenize(encode_chat, messages)
     except ValueError as error:
@@ -438,8 +447,10 @@ async def on_step_failed(_request: Request, error: StepFailed) -> Response:
 
 async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
     """Name the first parameter that is wrong."""
-    first = error.errors()[0]
-    if "json" not in request.headers.get("content-type", ""):
+    found = error.errors()
+    first = found[0]
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not content_type.endswith(("/json", "+json")):
         return error_response(ApiError(400, "the body is not JSON; send Content-Type: application/json", code="invalid_json"))
     if first["type"] == "json_invalid":
         return error_response(ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json"))
@@ -450,7 +461,7 @@ async def on_invalid_body(request: Request, error: RequestValidationError) -> Re
             break
         param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
     # A value that may have several forms has a complaint for each.
-    complaints = dict.fromkeys(each["msg"] for each in error.errors() if each["loc"][:2] == first["loc"][:2])
+    complaints = dict.fromkeys(each["msg"] for each in found if each["loc"][:2] == first["loc"][:2])
     return error_response(ApiError(400, f"{param or 'the body'}: {', or '.join(complaints)}", param or None, "invalid_value"))
 
 
@@ -459,8 +470,9 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
         return error_response(error.__cause__)
     if isinstance(error.__cause__, RecursionError):
         return await on_deep_body(request, error.__cause__)
+    cause = str(error.__cause__ or error.detail).partition(";")[0]  # behind it may stand what to change in this program
     says = {
-        400: f"the body cannot be read: {error.__cause__ or error.detail}",
+        400: f"the body cannot be read: {cause}",
         404: f"there is no {request.url.path} here",
         405: f"{request.url.path} does not take {request.method}",
     }
@@ -545,8 +557,8 @@ class Server(uvicorn.Server):
 
 
 def invitation(url: str, service: Service) -> str:
-    """A line that works when it is pasted."""
-    key = " -H " + shlex.quote(f"Authorization: Bearer {service.api_key}") if service.api_key else ""
+    """A line that works when it is pasted; the key is left to who knows it, since logs are read by others."""
+    key = ' -H "Authorization: Bearer $API_KEY"' if service.api_key else ""
     body = shlex.quote(json.dumps({"model": service.model_name, "prompt": "Once upon a time", "max_tokens": 32}))
     return f"serving {service.model_name}; try:\n  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {body}"
 
@@ -559,13 +571,25 @@ def bind(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
         return bound
-    except OSError as error:
-        raise ValueError(f"{host}:{port} cannot be listened on: {error}; give another host or port (0: a free one)") from None
+    except (OSError, UnicodeError) as error:
+        raise unavailable(host, port, error) from None
+
+
+def unavailable(host: str, port: int, error: Exception) -> ValueError:
+    return ValueError(f"{host}:{port} cannot be listened on: {error}; give another host or port (0: a free one)")
 
 
 def serve(service: Service, bound: socket.socket, drain_seconds: float) -> int:
     """Run until a signal says otherwise; the exit code."""
     goodbye = min(1, 0.1 * drain_seconds)
     config = uvicorn.Config(create_app(service), log_level="warning", timeout_graceful_shutdown=goodbye)
-    Server(config, service, drain_seconds).run([bound])
+    try:
+        Server(config, service, drain_seconds).run([bound])
+    # Two that began together both had the port; one of them listened first.
+    except OSError as error:
+        raise unavailable(*bound.getsockname()[:2], error) from None
+    # A step under way cannot be ended, and Python does not end in order around one.
+    if service.engine.thread.is_alive():
+        sys.stderr.flush()
+        os._exit(0)
     return 0
