@@ -13,6 +13,9 @@ endif
 CHAPTERS := $(shell python3 shared/chapters.py names)
 MODEL ?= pocket
 PROMPT ?= Explain KV cache in one sentence.
+# Words of a reader's reach a program as they were typed, whatever a shell would make of them.
+export PROMPT_AS_TYPED = $(value PROMPT)
+export ASK_AS_TYPED = $(value ASK)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
@@ -33,7 +36,7 @@ help:
 	@echo "  make run-vNN        one prompt through a chapter: PROMPT=\"...\" MODEL=directory-or-hub-id ARGS=\"--stats\""
 	@echo "  make diff-vNN       what it changes, unit by unit; make nbdiff-vNN: what its notebook changes"
 	@echo "  make test-vNN       its tests"
-	@echo "  make trace          who ran in which forward pass: ARGS=\"v03 v04\", ARGS=\"v03 --html trace.html\""
+	@echo "  make trace          who ran in which forward pass: ARGS=\"v03 v04\", ARGS=\"v03 --html build/trace.html\""
 	@echo "  make break-vNN      a bug to find: one of its traps, planted in a copy; then make hunt, make reveal"
 	@echo "  make traps-vNN      plant each of its seeded bugs, and see the test that catches it"
 	@echo
@@ -114,7 +117,7 @@ $(CHAPTERS:%=break-%): break-%: $(READY)
 	@$(PY) -m shared.book.hunt break $* $(ARGS)
 
 hunt: $(READY)
-	@$(PY) -m shared.book.hunt hunt $(if $(ASK),--ask "$(ASK)")
+	@$(PY) -m shared.book.hunt hunt $(if $(value ASK),--ask="$$ASK_AS_TYPED")
 
 reveal: $(READY)
 	@$(PY) -m shared.book.hunt reveal
@@ -177,7 +180,11 @@ $(CHAPTERS:%=test-%): test-%: $(READY)
 
 # A base model is prompted as it is, a chat model through its template; the program says which.
 $(CHAPTERS:%=run-%): run-%: $(READY)
-	@$(PY) -m shared.run $* "$(PROMPT)" --model "$(MODEL)" $(ARGS)
+	@$(PY) -m shared.run $* "$$PROMPT_AS_TYPED" --model "$(MODEL)" $(ARGS)
+
+# Of a chapter there is not.
+test-v% run-v% diff-v% nbdiff-v% traps-v% break-v% bench-v%:
+	@echo "there is no chapter v$*; the chapters are $(CHAPTERS)" >&2; exit 2
 
 $(CHAPTERS:%=diff-%): diff-%: $(READY)
 	@$(PY) -m shared.book.diff $*

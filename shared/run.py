@@ -21,15 +21,17 @@ def has_chat_template(model_dir: Path) -> bool:
 
 def main(argv: list[str]) -> int:
     """Resolve the model, choose chat where there is a template and say so, and leave the rest to the chapter."""
-    parser = argparse.ArgumentParser(prog="python -m shared.run")
-    parser.add_argument("chapter")
-    parser.add_argument("prompt")
+    parser = argparse.ArgumentParser(prog="python -m shared.run", usage="%(prog)s vNN PROMPT [--model MODEL] [flags of generate]")
     parser.add_argument("--model", default="pocket", help="directory, hub id, or a name of shared.checkpoints")
-    args, others = parser.parse_known_args(argv)
+    if len(argv) < 2:
+        parser.error("name a chapter and a prompt")
+    # A prompt may begin with a dash.
+    name, prompt, *given = argv
+    args, others = parser.parse_known_args(given)
     from .checkpoints import checkpoint
 
     try:
-        chapter = find(args.chapter)
+        chapter = find(name)
         model_dir = checkpoint(args.model)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> int:
         print(f"{args.model} has a chat template: the prompt is sent as a user's turn", file=sys.stderr)
         flags.append("--chat")
     command_line = importlib.import_module(f"milestones.{chapter.name}.__main__")
-    return command_line.main(["generate", args.prompt, "--model", str(model_dir), *flags, *others])
+    return command_line.main(["generate", "--model", str(model_dir), *flags, *others, "--", prompt])
 
 
 if __name__ == "__main__":

@@ -279,6 +279,23 @@ def test_make_has_a_target_for_every_chapter():
     assert "make demo" in subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
 
 
+def make(*arguments):
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("words", ['what does "paged" mean?', "$5, `x` or $(HOME)?", "it's", "--help", "a\\b"])
+def test_words_reach_the_program_as_they_were_typed(words):
+    show = r"PYTHON=printf '<%s>\n'"
+    assert f"<{words}>" in make(show, "run-v01", f"PROMPT={words}").stdout.splitlines()
+    assert f"<--ask={words}>" in make(show, "hunt", f"ASK={words}").stdout.splitlines()
+
+
+def test_a_chapter_that_is_not_there_is_told_with_those_that_are():
+    for target in ("test", "run", "diff", "nbdiff", "traps", "break", "bench"):
+        done = make(f"{target}-v99")
+        assert done.returncode == 2 and "there is no chapter v99; the chapters are v01 v02" in done.stderr, done.stderr
+
+
 def test_a_bug_mended_in_the_first_chapter_reaches_the_last_and_leaves_the_diffs_alone(tmp_path):
     """On the real chapters, in a repository of their own."""
     bug, mended = "first * cos + second * sin", "first * cos - second * sin"
