@@ -204,7 +204,7 @@ SECTIONS
 
 STAIRS = (
     ("tokens a second", "tokens_per_s", "{:,.0f}", 1),
-    ("ms to the first token of request 26 in the queue", "late_ttft_ms", "{:,.0f}", 1),
+    ("ms to the first token of request 26", "late_ttft_ms", "{:,.0f}", 1),
     ("positions computed", "positions", "{:,}", 1),
     ("MiB kept for keys and values", "kv_bytes", "{:,.0f}", 2**20),
 )

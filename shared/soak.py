@@ -85,7 +85,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    chapters = [find(text) for text in args.chapters]
+    try:
+        chapters = [find(text) for text in args.chapters]
+    except ValueError as error:
+        parser.error(str(error))
     for chapter in chapters or [chapter for chapter in CHAPTERS if "num_blocks" in chapter.capabilities]:
         with contextlib.redirect_stderr(io.StringIO()):
             engine = chapter.load().Engine(checkpoint("llama"), max_num_seqs=20, num_blocks=97, block_size=7)

@@ -1,7 +1,7 @@
 """A real run, step by step, recorded from outside: who was in each forward pass, with how much, and for what.
 
     make trace ARGS="v03 v04"                    # the small workload, as timelines in the terminal
-    make trace ARGS="v03 v04 --html trace.html"  # as a page that needs nothing else
+    make trace ARGS="v03 v04 --html build/trace.html"  # as a page that needs nothing else
     make trace ARGS=--write                      # commit it: what the chapters' pictures are drawn from
 
 A chapter knows nothing of this: a hook before its model reads the batch and the scheduler's lists.
@@ -265,13 +265,19 @@ def timeline(trace: Trace) -> list[str]:
     return [f"{head}  {cells(trace, i)}" for i, head in enumerate(heads)]
 
 
+def times(trace: Trace) -> list[str]:
+    """A line for each pass: what was fed to it, and how long it took."""
+    fed = [sum(part.num_tokens for part in each.parts) for each in trace.passes]
+    return [f"pass {i:3}: {num:4} tokens {1e3 * each.wall_s:8.1f} ms" for i, (num, each) in enumerate(zip(fed, trace.passes), 1)]
+
+
 def summary(trace: Trace) -> str:
     """What the run took, in one line."""
     needed = trace.num_needed / trace.num_positions
     return (
         f"{len(trace.lengths)} requests, {trace.places} at once: {len(trace.passes)} passes, "
         f"{trace.num_positions} positions of which {needed:.0%} were needed, "
-        f"places filled while others waited {trace.useful_share():.0%}"
+        f"places that gave a token while others waited {trace.useful_share():.0%}"
     )
 
 
@@ -282,13 +288,16 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.trace", description="Draw a real run, pass by pass.")
     parser.add_argument("chapters", nargs="*", metavar="vNN", help="default: all")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page")
+    parser.add_argument("--times", action="store_true", help="and how long each pass took")
     parser.add_argument("--write", action="store_true", help="write the result, of all chapters, under docs/results/")
     args = parser.parse_args(argv)
     if args.write and args.chapters:
         parser.error("--write takes all chapters: the pictures are drawn from one file")
     try:
         chapters = [find(text) for text in args.chapters] or list(CHAPTERS)
-    except ValueError as error:
+        if args.html:
+            args.html.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     traces = {chapter.id: small_trace(chapter, POCKET) for chapter in chapters}
     if args.html:
@@ -297,7 +306,7 @@ def main(argv: list[str]) -> int:
     else:
         print(f"{PROMPT} its prompt   {TOKEN} one token   {WASTE} computed for nothing   {WAITS} waits")
         for trace in traces.values():
-            print(f"\n{trace.chapter}: {summary(trace)}", *timeline(trace), sep="\n")
+            print(f"\n{trace.chapter}: {summary(trace)}", *timeline(trace), *(times(trace) if args.times else []), sep="\n")
     if args.write:
         from .bench import write
 

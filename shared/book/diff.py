@@ -10,6 +10,7 @@ import sys
 from difflib import SequenceMatcher
 from pathlib import Path
 
+from shared.book.cards import lines_changed
 from shared.book.tree import Tree, short, this_repository
 from shared.book.units import Change, compare, read_units
 
@@ -101,7 +102,9 @@ def show(tree: Tree, chapter: Path) -> list[str]:
     for file in sorted({change.address.split("::")[0] for change in changes if change.kind != "identical"}):
         of_file = [change for change in changes if change.address.split("::")[0] == file]
         lines += ["", f"=== {file}", *diff_lines([change for change in of_file if change.kind != "identical"])]
-    return [*lines, "", f"{short(previous)} to {short(chapter)}", *summary(changes)]
+    added, removed = lines_changed(previous, chapter)
+    as_diff = f"{'as diff -u counts':20} +{added:<4} -{removed:<4} with the blank lines between units"
+    return [*lines, "", f"{short(previous)} to {short(chapter)}", *summary(changes), as_diff]
 
 
 def colour(line: str) -> str:

@@ -115,14 +115,17 @@ def ask(tree: Tree, question: str) -> list[str]:
     """What the copy answers, in company."""
     import importlib
 
-    from shared.book.answers import OTHERS, in_company
+    from shared.book.answers import KERNEL_TOKENS, MAX_TOKENS, OTHERS, in_company
 
     chapter, trap = planted(tree)
     with in_place(tree):
         modules = [importlib.import_module(f"milestones.{chapter.name}{part}") for part in ("", ".text")]
-        texts = in_company(*modules, (question,), kernels=trap.file.startswith("kernels/"))
+        kernels = trap.file.startswith("kernels/")
+        texts = in_company(*modules, (question,), kernels)
     said = (textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  ") for text in texts)
-    return [line for asked, text in zip((question, *OTHERS), said) for line in (f"> {asked}", text)]
+    answers = [line for asked, text in zip((question, *OTHERS), said) for line in (f"> {asked}", text)]
+    rules = f"Answers have {KERNEL_TOKENS if kernels else MAX_TOKENS} tokens at the most, and the first story is taken back on purpose."
+    return [*answers, "", rules]
 
 
 def reveal(tree: Tree) -> list[str]:

@@ -204,7 +204,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--record", action="store_true", help=f"write what comes of it to docs/results/{FILE}")
     args = parser.parse_args(argv)
     tree = this_repository()
-    chapter = tree.chapter(args.chapter)
+    try:
+        chapter = tree.chapter(args.chapter)
+    except ValueError as error:
+        parser.error(str(error))
     command = " ".join(["python -m shared.book.mutants", *argv])
     name, tried = short(chapter), []
     before = recorded(tree).get(name, {}).get("tried", []) if args.record else []

@@ -179,8 +179,8 @@ def advance(tree: Tree, progress: Progress, tests: Tests | None) -> int:
         if progress.conflicts:
             print(f"conflict between {short(source)} and {short(target)} in:")
             print(*(f"    {name}" for name in progress.conflicts), sep="\n")
-            print("edit what stands between the markers, then: python -m shared.book.propagate --continue")
-            print("or give it up:                              python -m shared.book.propagate --abort")
+            print("edit what stands between the markers, then: make propagate ARGS=--continue")
+            print("or give it up:                              make propagate ARGS=--abort")
             return 1
         print(f"{short(target)} {'unchanged' if at_work(target) == before else 'merged'}")
     state_file(tree).unlink(missing_ok=True)

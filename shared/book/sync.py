@@ -247,12 +247,13 @@ def main(argv: list[str], tree: Tree | None = None) -> int:
         print("usage: python -m shared.book.sync [--check]", file=sys.stderr)
         return 2
     tree = tree or this_repository()
-    if argv:
-        problems = check(tree)
-    else:
-        changed, problems = sync(tree)
-        for page in changed:
-            print(f"wrote {page.relative_to(tree.root)}")
+    try:
+        changed, problems = ([], check(tree)) if argv else sync(tree)
+    except ValueError as error:
+        print(error)
+        return 1
+    for page in changed:
+        print(f"wrote {page.relative_to(tree.root)}")
     for problem in problems:
         print(problem)
     if argv:

@@ -76,7 +76,14 @@ def read_units(chapter: Path) -> dict[str, Unit]:
     """All units of a chapter by address: file after file, each in its own order."""
     units = {}
     for path in python_files(chapter):
-        units |= parse(path.read_text(), path.relative_to(chapter).as_posix())
+        file = path.relative_to(chapter).as_posix()
+        try:
+            units |= parse(path.read_text(), file)
+        except SyntaxError as error:
+            found = (error.text or error.msg).strip()
+            if found.startswith("<<<<<<<"):
+                found += "; if that is a propagation's, end it first: make propagate ARGS=--continue"
+            raise ValueError(f"{chapter.name}/{file}:{error.lineno} is no Python: {found}") from None
     return units
 
 

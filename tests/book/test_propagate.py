@@ -132,7 +132,7 @@ def test_a_conflict_stops_with_markers_and_the_next_command(conflict):
     book, _, said = conflict
     text = (book.chapters[1] / "engine.py").read_text()
     assert text.startswith("<<<<<<< v02\nA = 2\n||||||| v01 at HEAD\nA = 1\n=======\nA = 10\n>>>>>>> v01\n")
-    assert "milestones/v02_b/engine.py\n" in said and "propagate --continue" in said and "propagate --abort" in said
+    assert "milestones/v02_b/engine.py\n" in said and "propagate ARGS=--continue" in said and "propagate ARGS=--abort" in said
     assert not (book.chapters[2] / "new.py").exists()
 
 

@@ -166,6 +166,14 @@ def test_a_changed_unit_has_a_home(two, first):
     assert "+    return n * SIZE + 1\n```\n<!-- end -->\n" in text
 
 
+def test_a_file_that_is_no_python_is_named(two, first, capsys):
+    tree = two("# Second\n")
+    (tree.chapters[1] / "cache.py").write_text("<<<<<<< v02\n" + first["cache.py"])
+    assert main(["--check"], tree) == 1
+    [line] = capsys.readouterr().out.splitlines()
+    assert "/cache.py:1 is no Python: <<<<<<< v02; if that is a propagation's, end it first" in line
+
+
 def test_a_changed_unit_has_one_home_and_may_be_seen_again(two, first):
     changed = first["cache.py"].replace("    return n * SIZE", CHANGED)
     tree = two(DIFF + "\nAgain.\n\n<!-- diff: cache.py::cost -->\n", cache_py=changed)

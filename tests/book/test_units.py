@@ -160,7 +160,9 @@ def test_a_diff_names_units_and_folds_what_is_unchanged(make_book, first):
     assert count(changes["cache.py::cost"]) == (1, 1)
     lines = show(tree, tree.chapters[1])
     assert "@@ cache.py::Cache @@" not in lines
-    assert lines[-1].split() == "together +4 -1 units: 1 changed, 2 added, 0 removed; 5 lines".split()
+    assert lines[-2].split() == "together +4 -1 units: 1 changed, 2 added, 0 removed; 5 lines".split()
+    # One blank line between the class and its method, two between units, and a page that is new.
+    assert lines[-1].split()[:4] == ["as", "diff", "-u", "counts"]
 
 
 def test_far_apart_changes_are_two_hunks_of_one_unit(make_book):
