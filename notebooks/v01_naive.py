@@ -35,12 +35,15 @@ sys.path.insert(0, str(root))
 import inspect
 import random
 import time
+import warnings
 from collections import Counter
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, where Jupyter has no widgets
 
 from milestones.v01_naive import Engine, SamplingParams
 from milestones.v01_naive.batch import Batch

@@ -35,9 +35,12 @@ sys.path.insert(0, str(root))
 import inspect
 import random
 import time
+import warnings
 
 import matplotlib.pyplot as plt
 import torch
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, where Jupyter has no widgets
 
 from milestones import v01_naive, v02_kv_cache
 from milestones.v02_kv_cache import Engine, SamplingParams

@@ -35,11 +35,14 @@ sys.path.insert(0, str(root))
 import inspect
 import random
 import time
+import warnings
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, where Jupyter has no widgets
 
 from milestones.v03_static_batch import Engine, SamplingParams
 from milestones.v03_static_batch.scheduler import Scheduler

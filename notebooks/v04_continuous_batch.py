@@ -35,11 +35,14 @@ sys.path.insert(0, str(root))
 import difflib
 import inspect
 import random
+import warnings
 from statistics import median
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.colors import ListedColormap
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, where Jupyter has no widgets
 
 from milestones import v03_static_batch, v04_continuous_batch
 from milestones.v03_static_batch import scheduler as scheduler_before
@@ -122,7 +125,8 @@ def grid(trace):
 figure, axes = plt.subplots(2, 1, figsize=(8, 4.8), sharex=True)
 colors = ListedColormap(["white", "#eaeef2", "#8c959f", "#54aeff", "#0550ae"])
 for axis, each in zip(axes, (trace_before, trace)):
-    axis.imshow(grid(each), cmap=colors, vmin=0, vmax=4, aspect="auto")
+    shown = (0.5, len(trace_before.passes) + 0.5, 9.5, -0.5)  # passes count from 1
+    axis.imshow(grid(each), cmap=colors, vmin=0, vmax=4, aspect="auto", extent=shown)
     axis.set_yticks(range(10), names)
     axis.set_title(each.chapter)
 axes[1].set_xlabel("forward pass   (dark: its prompt, blue: a token, pale: waits, grey: rides along)")
@@ -339,7 +343,7 @@ plt.show()
 # 2. In part 4, abort the story when the question comes: `engine.abort_request(ids[0])`. In which step does the question
 #    have its first token in v03 now, and why? (Take the assert out.)
 # 3. In part 6, let four newcomers come at steps 15, 16, 17 and 18, with 100 tokens each. Are four short pauses better
-#    than one long one, and for whom?
+#    than one long one, and for whom? (Take the assert out.)
 #
 # The chapter's text is
 # [milestones/v04_continuous_batch/README.md](https://github.com/stepserve/stepserve/blob/main/milestones/v04_continuous_batch/README.md).

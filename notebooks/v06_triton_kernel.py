@@ -347,11 +347,12 @@ for num_splits in (1, 2, 5):
 # ## 6. An engine on these kernels
 #
 # `attention="triton"` puts `attend_in_place` into every layer, and nothing else changes. On a CPU the interpreter runs
-# each program in numpy, one after the other, so three tokens are enough. `record` counts what `cache.read` copies.
+# each program in numpy, one after the other, so three tokens are enough. `record` counts what `cache.read`
+# returns: keys and values up to the longest context, without the rest of the last block, which was gathered too.
 #
 # **Predict.** The prompt has 7 tokens, the engine 5 layers and 2 KV heads. How many programs of `_attend_kernel` does
 # the run need? (A pass launches it once a layer; its grid is sequences x KV heads x tiles of queries.) How many bytes
-# are gathered?
+# does `cache.read` return to v05?
 
 # %%
 @contextlib.contextmanager
@@ -381,7 +382,7 @@ for name, engine in engines.items():
     start = time.perf_counter()
     with counting_programs(axis=1) as num_programs:  # _write_kernel has no axis 1
         trace, [tokens[name]] = record(find(name), engine, [Request(prompt, 3)])
-    print(f"{name}: tokens {tokens[name]}, {len(trace.passes)} passes, {trace.kv_read_bytes / 2**10:.0f} KiB gathered, "
+    print(f"{name}: tokens {tokens[name]}, {len(trace.passes)} passes, {trace.kv_read_bytes / 2**10:.0f} KiB read, "
           f"{sum(num_programs)} programs, {time.perf_counter() - start:.2f} s here")
 assert len(prompt) == 7 and tokens["v05"] == tokens["v06"]
 assert trace.kv_read_bytes == 0 and sum(num_programs) == 3 * 5 * 2

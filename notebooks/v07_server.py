@@ -187,7 +187,8 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# With four places all four advance together: a pass gives each of them a token. With two, the other two wait until the
+# With four places all four advance together: a pass gives each of them a token, so 60 are enough, and one more if they
+# were not all there for the first. With two, the other two wait until the
 # first have ended, and then run as the first did; all of their delay is in the TTFT. The connections of those who wait
 # are open all the time: the event loop keeps them, and the engine's thread knows nothing of connections.
 #

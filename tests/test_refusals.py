@@ -92,6 +92,25 @@ def test_an_index_that_names_a_tensor_no_shard_has(refused, copy_of):
     assert "missing: model.extra.weight" in refused(path)
 
 
+def test_a_tensor_that_two_shards_have(refused, copy_of):
+    path = copy_of("llama3-hub")
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    name, home = next(iter(index["weight_map"].items()))
+    other = next(file for file in sorted(set(index["weight_map"].values()), reverse=True) if file != home)
+    save_file(load_file(path / other) | {name: load_file(path / home)[name]}, path / other, metadata={"format": "pt"})
+    first, second = sorted((home, other))
+    assert refused(path) == f"tensor {name} is in two files, {second} being the second; keep one"
+
+
+def test_a_checkpoint_without_an_embedding_has_no_dtype(copy_of, module):
+    """Which a GPU would take."""
+    path = copy_of("llama")
+    rewrite(path, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    loader = module("loader")
+    with pytest.raises(ValueError, match="the checkpoint has no tensor model.embed_tokens.weight"):
+        loader.choose_dtype(None, torch.device("cuda"), loader.Checkpoint(path))
+
+
 def test_a_tokenizer_that_is_not_there_or_broken(refused, copy_of):
     path = copy_of("llama")
     (path / "tokenizer.json").write_text("{")

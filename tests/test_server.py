@@ -549,6 +549,8 @@ def test_a_response_answers_and_is_remembered(client, alone):
     assert (done.status, done.error, done.incomplete_details, done.metadata) == ("completed", None, None, {"k": "v"})
     assert done.usage.total_tokens == chat.usage.total_tokens and done.id.startswith("resp_")
     assert client.responses.retrieve(done.id).to_dict() == done.to_dict()
+    with pytest.raises(openai.BadRequestError, match="a stored response is not streamed again; leave stream out"):
+        client.responses.retrieve(done.id, extra_query={"stream": "true"})
 
 
 def test_a_response_goes_on_from_another(client):

@@ -1,4 +1,5 @@
 """The service when things go wrong: full queues, faults, clients that leave or do not read, signals."""
+import asyncio
 import importlib
 import json
 import os
@@ -359,6 +360,18 @@ def test_who_waits_for_the_tokenizer_hears_of_the_end_too(chapter, tokenizer):
         ask()
         assert found[-1].json()["error"]["message"] == "it is over"
         assert fake.num_requests == 0
+
+
+def test_who_gives_up_while_the_tokenizer_works_is_not_told_of_an_end(chapter, tokenizer):
+    engine = importlib.import_module(f"milestones.{chapter.name}.async_engine").AsyncEngine(FakeEngine(chapter, tokenizer), 8)
+
+    async def give_up():
+        engine.loop = asyncio.get_running_loop()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.tokenize(lambda tokenizer: time.sleep(0.2)), 0.05)
+        assert not engine.encoding
+
+    asyncio.run(give_up())
 
 
 def start(chapter, *flags):

@@ -100,6 +100,13 @@ def test_a_template_that_raises_refuses_the_messages(module, template):
         module("text").encode_chat(tokenizer, [{"role": "user", "content": "Hello"}])
 
 
+def test_a_chat_without_a_template_is_refused(module):
+    tokenizer = make_tokenizer("byte_level")
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="this checkpoint has no chat template; send the prompt as plain text"):
+        module("text").encode_chat(tokenizer, [{"role": "user", "content": "Hello"}])
+
+
 @pytest.mark.parametrize("name", ["pocket", *RANDOM])
 def test_there_is_one_bos_raw_and_in_a_chat(chapter, make_engine, module, Params, name):
     engine = make_engine(name)
