@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -175,6 +176,23 @@ def diff(tree: Tree, chapter: Path) -> int:
     return subprocess.run([Path(sys.executable).with_name("nbdiff"), "--sources", *paths], cwd=tree.root).returncode
 
 
+def use_nbdime(root: Path) -> int:
+    """Have this clone's git show and merge notebooks by cells; .gitattributes names the drivers, and this says what they are.
+
+    By their whole paths: git may be called where this environment's programs are not found.
+    """
+    programs = Path(sys.executable).parent
+    diff, merge = (shlex.quote(str(programs / name)) for name in ("git-nbdiffdriver", "git-nbmergedriver"))
+    settings = {
+        "diff.jupyternotebook.command": f"{diff} diff",
+        "merge.jupyternotebook.driver": f"{merge} merge %O %A %B %L %P",
+        "merge.jupyternotebook.name": "notebooks, by cells",
+    }
+    for key, value in settings.items():
+        subprocess.run(["git", "config", key, value], cwd=root, check=True)
+    return 0
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.book.notebooks", description="Write, check and compare the notebooks.")
     parser.add_argument("what", nargs="*", metavar="vNN", help="chapters to write; or check, or diff vNN, or nbdime")
@@ -187,7 +205,7 @@ def main(argv: list[str]) -> int:
             print("\n".join(found), file=sys.stderr)
             return 1 if found else 0
         if command == "nbdime":
-            return subprocess.run([Path(sys.executable).with_name("nbdime"), "config-git", "--enable"], cwd=tree.root).returncode
+            return use_nbdime(tree.root)
         if command == "diff":
             if len(args.what) != 2:
                 parser.error("name one chapter, as in diff v05")

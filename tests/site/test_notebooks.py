@@ -1,4 +1,7 @@
 """The notebooks' guard: what is stale, raises, or says something else is told."""
+import functools
+import shutil
+import subprocess
 import tomllib
 
 import nbformat
@@ -101,3 +104,22 @@ def test_all_begin_alike_and_name_themselves_and_no_machine():
         made = source.with_suffix(".ipynb").read_text()
         assert str(tree.root) not in made and "image/png" in made
     assert len(begins) == 1
+
+
+def test_git_shows_a_notebook_by_cells_wherever_it_is_called(tmp_path):
+    root = tmp_path / "a clone"
+    root.mkdir()
+    run = functools.partial(subprocess.run, cwd=root, check=True, capture_output=True, text=True)
+    run(["git", "init", "-q"])
+    shutil.copy(this_repository().root / ".gitattributes", root)
+    path = root / "book.ipynb"
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("before = 1", id="a")])
+    nbformat.write(book, path)
+    run(["git", "add", "."])
+    book.cells[0].source = "after = 1"
+    nbformat.write(book, path)
+    bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    assert "--- a/book.ipynb" in run(["git", "diff"], env=bare).stdout, "a clone that was not told shows text"
+    assert notebooks.use_nbdime(root) == 0
+    shown = run(["git", "diff"], env=bare).stdout
+    assert "nbdiff" in shown and "before = 1" in shown and "after = 1" in shown
