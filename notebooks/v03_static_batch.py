@@ -194,9 +194,10 @@ for number, each in enumerate(trace.passes):
         letters.setdefault(part.request, (number, row))
 
 plt.figure(figsize=(8, 2.6))
-plt.imshow(state, cmap=ListedColormap(["white", "#d0d7de", "#54aeff", "#0550ae"]), aspect="auto")
+colors = ListedColormap(["white", "#d0d7de", "#54aeff", "#0550ae"])
+plt.imshow(state, cmap=colors, aspect="auto", extent=(0.5, state.shape[1] + 0.5, 3.5, -0.5))  # passes count from 1
 for request, (number, row) in letters.items():
-    plt.text(number, row, names[request], ha="center", va="center", color="white", weight="bold")
+    plt.text(number + 1, row, names[request], ha="center", va="center", color="white", weight="bold")
 plt.yticks(range(trace.places))
 plt.xlabel("forward pass")
 plt.ylabel("place")
@@ -230,7 +231,7 @@ assert trace.num_positions == 4 * (7 + 19 - 1) + 4 * (9 + 11 - 1) + 2 * (4 + 9 -
 assert sum(needed) == trace.num_needed == 106
 
 # %%
-x = range(len(trace.passes))
+x = range(1, len(trace.passes) + 1)
 plt.figure(figsize=(8, 3))
 plt.bar(x, needed, color="#0969da", label="needed")
 plt.bar(x, pads, bottom=needed, color="#d4a72c", label="pads")

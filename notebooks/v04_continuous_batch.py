@@ -183,8 +183,8 @@ figure, axes = plt.subplots(2, 1, figsize=(8, 4), sharex=True, sharey=True)
 for axis, each in zip(axes, (trace_before, trace)):
     useful = [sum(part.useful for part in one.parts) for one in each.passes]
     wasted = [sum(part.num_tokens - part.useful for part in one.parts) for one in each.passes]
-    axis.bar(range(len(useful)), useful, color="#0969da", label="needed")
-    axis.bar(range(len(useful)), wasted, bottom=useful, color="#d0d7de", label="for nothing")
+    axis.bar(range(1, len(useful) + 1), useful, color="#0969da", label="needed")
+    axis.bar(range(1, len(useful) + 1), wasted, bottom=useful, color="#d0d7de", label="for nothing")
     axis.set(title=f"{each.chapter}: {sum(useful)} needed, {sum(wasted)} for nothing", ylabel="positions")
 axes[0].legend()
 axes[1].set_xlabel("forward pass")
