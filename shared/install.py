@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
             run([sys.executable, "-m", "pip", "install", "--quiet", *requirements()])
             return 0
         if argv == ["book"]:
-            say("installing what notebooks and the site need")
+            say("installing what notebooks and the site need: a minute or so, without a word")
             pip(python, *requirements("book"), "--quiet")
             (VENV / ".ready-book").touch()
             say("done")
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         index = torch_index()
         say("installing PyTorch" + (f" from {index}" if index else " from the default index"))
         pip(python, "torch", *(["--index-url", index] if index else []))
-        say("installing the other packages")
+        say("installing some sixty other packages: a minute or so, without a word")
         pip(python, *requirements("test"), "--quiet")
     except subprocess.CalledProcessError as error:
         print(f"setup: this failed, for the reason above: {' '.join(error.cmd)}", file=sys.stderr)
