@@ -106,6 +106,18 @@ def find(text: str) -> Chapter:
     raise ValueError(f"there is no chapter {text!r}; the chapters are {', '.join(c.id for c in CHAPTERS)}")
 
 
+def command(chapter: Chapter) -> list[str]:
+    """How to run a chapter in a process of its own, as this process would import it: a damaged copy stays one."""
+    import milestones
+
+    places = [str(place) for place in milestones.__path__]
+    name = f"milestones.{chapter.name}"
+    if places == [str(MILESTONES)]:
+        return [sys.executable, "-m", name]
+    run = f"import runpy, milestones; milestones.__path__ = {places!r}; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-c", run]
+
+
 def main(argv: list[str]) -> int:
     if argv == ["names"]:
         print(*(chapter.id for chapter in CHAPTERS))

@@ -121,7 +121,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(run, argv, sentence):
 def test_a_chapter_runs_on_its_own_somewhere_else(chapter, tmp_path):
     """Copied out of the repository, started as a process, with nothing of ours on the path."""
     place = tmp_path / "some where"
-    shutil.copytree(chapter.path, place / chapter.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(chapter.load().__path__[0], place / chapter.name, ignore=shutil.ignore_patterns("__pycache__"))
     model = place / "model"
     shutil.copytree(checkpoint("llama"), model)
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "STEPSERVE_MODEL")}

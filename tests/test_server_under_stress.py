@@ -16,8 +16,8 @@ import openai
 import pytest
 import torch
 
-from shared.chapters import ROOT
-from shared.checkpoints import checkpoint
+from shared.chapters import ROOT, command
+from shared.checkpoints import POCKET, checkpoint
 from shared.serving import FakeEngine, serving, wait_until
 from shared.soak_server import is_idle, leave
 
@@ -376,9 +376,8 @@ def test_who_gives_up_while_the_tokenizer_works_is_not_told_of_an_end(chapter, t
 
 def start(chapter, *flags):
     """The server as a user starts it."""
-    command = [sys.executable, "-m", f"milestones.{chapter.name}", "serve", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen([*command(chapter), "serve", "--model", str(POCKET), *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture

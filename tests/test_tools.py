@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import conftest
 from shared import bench, checkpoints, demo, doctor, install, run, trace, workloads
 from shared.book.doctests import check_package
-from shared.chapters import CHAPTERS, ROOT, find
+from shared.chapters import CHAPTERS, ROOT, command, find
 from shared.checkpoints import RANDOM, checkpoint
 from shared.reference import reference
 
@@ -277,6 +277,19 @@ def test_make_has_a_target_for_every_chapter():
             done = subprocess.run(["make", "-n", f"{target}-{chapter.id}"], cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0 and chapter.id in done.stdout, done.stderr
     assert "make demo" in subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_a_chapter_has_a_process_of_its_own_with_the_files_that_are_imported_here(tmp_path, monkeypatch):
+    import milestones
+
+    assert command(CHAPTERS[0]) == [sys.executable, "-m", "milestones.v01_naive"]
+    copy = tmp_path / "it's a copy" / "v01_naive"
+    copy.mkdir(parents=True)
+    (copy / "__init__.py").touch()
+    (copy / "__main__.py").write_text("import sys\nprint('the copy', sys.argv[1:])")
+    monkeypatch.setattr(milestones, "__path__", [str(copy.parent), *milestones.__path__])
+    done = subprocess.run([*command(CHAPTERS[0]), "generate"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "the copy ['generate']\n", done.stderr
 
 
 def make(*arguments):
