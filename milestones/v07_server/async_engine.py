@@ -126,6 +126,7 @@ class AsyncEngine:
 
         Raises:
             QueueFull: if not all of them have a place in the queue.
+            StepFailed: if there will be no more answers.
             ValueError: if the engine refuses one.
         """
         if self.over is not None:

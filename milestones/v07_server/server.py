@@ -78,7 +78,7 @@ class Service:
             raise ApiError(404, f"the model {name!r} is not served here; {self.model_name!r} is", "model", "model_not_found")
 
     def check_count(self, num_prompts: int, n: int) -> None:
-        """ApiError if a call asks for more answers than may wait at once, before the first is thought of."""
+        """ApiError if a call asks for more answers than may wait at once, before any is prepared."""
         asked, most = num_prompts * n, self.engine.max_waiting
         if asked > most:
             param = "prompt" if n == 1 else "n"
@@ -470,7 +470,7 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
         return error_response(error.__cause__)
     if isinstance(error.__cause__, RecursionError):
         return await on_deep_body(request, error.__cause__)
-    cause = str(error.__cause__ or error.detail).partition(";")[0]  # behind it may stand what to change in this program
+    cause = str(error.__cause__ or error.detail).partition(";")[0]  # behind it Python says what to change in this program
     says = {
         400: f"the body cannot be read: {cause}",
         404: f"there is no {request.url.path} here",
@@ -588,7 +588,7 @@ def serve(service: Service, bound: socket.socket, drain_seconds: float) -> int:
     # Two that began together both had the port; one of them listened first.
     except OSError as error:
         raise unavailable(*bound.getsockname()[:2], error) from None
-    # A step under way cannot be ended, and Python does not end in order around one.
+    # A step under way cannot be interrupted, and Python's own end would crash on it.
     if service.engine.thread.is_alive():
         sys.stderr.flush()
         os._exit(0)

@@ -6,8 +6,10 @@
     arrivals        the wait for a first token when requests come by chance, and memory at its peak
     overhead        the engine's own share of a decode step
     changes         lines added and removed from chapter to chapter, by file
+    damage          random changes to the code, and whether a test notices
 """
 import json
+from collections import Counter
 from pathlib import Path
 
 from shared.book.cards import lines_changed
@@ -136,6 +138,19 @@ def counted(added: int, removed: int) -> str:
     return f"+{added} \u2212{removed}" if added or removed else "0"
 
 
+def damage(tree: Tree, chapter: Path | None) -> list[str]:
+    """A row for each chapter that was damaged by chance, and how its tests took it."""
+    results = read(tree, "mutants.json", "python -m shared.book.mutants v01 --record")
+    ends = ("killed", "hangs", "crashes", "survived")
+    lines = ["| | of | tried | a test fails | hangs | crashes | nobody notices |", "|---|---|" + "---:|" * (len(ends) + 1)]
+    for name, found in results.items():
+        counts = Counter(each["result"] for each in found["tried"])
+        begun = tree.previous(tree.chapter(name)) is None or "--new" not in found["command"].split()
+        where = "all of it" if begun else "what it changed"
+        lines.append(f"| {name} | {where} | {len(found['tried'])} | " + " | ".join(str(counts[end]) for end in ends) + " |")
+    return lines
+
+
 TABLES = {
     "suite": suite,
     "suite-times": suite_times,
@@ -144,4 +159,5 @@ TABLES = {
     "arrivals": arrivals,
     "overhead": overhead,
     "changes": changes,
+    "damage": damage,
 }

@@ -7,7 +7,7 @@
 Each mutant turns one comparison, operator, number, condition or line into another, chosen by a seed, in a copy of the
 chapter; the chapter's tests run on it until one fails. A survivor wants a test, or a sentence in tests/mutants.toml that
 says why nobody could tell. By hand: a whole suite for each survivor takes its time. What is recorded, in
-docs/results/mutants.json, is written after each mutant, and not tried again.
+docs/results/mutants.json, is written after each mutant, and of that only survivors are tried again.
 """
 import argparse
 import ast
@@ -178,6 +178,19 @@ def record(tree: Tree, name: str, command: str, tried: list[dict]) -> None:
     (tree.results / FILE).write_text("{\n" + ",\n".join(pages) + "\n}\n")
 
 
+def take(before: list[dict], mutant: dict) -> dict | None:
+    """Take what came of a mutant out of what was tried before, wherever its line stands now; not if it survived.
+
+    >>> before = [{"line": 7, "code": "x = 1", "result": "killed"}]
+    >>> take(before, {"line": 9, "code": "x = 1"}), before
+    ({'line': 9, 'code': 'x = 1', 'result': 'killed'}, [])
+    """
+    for i, each in enumerate(before):
+        if each["result"] != "survived" and all(each[key] == mutant[key] for key in mutant if key != "line"):
+            return before.pop(i) | mutant
+    return None
+
+
 def reasons(tree: Tree) -> list[dict]:
     """Why those that survive cannot be told from the sound code."""
     path = tree.root / REASONS
@@ -213,12 +226,14 @@ def main(argv: list[str]) -> int:
     before = recorded(tree).get(name, {}).get("tried", []) if args.record else []
     preload(SLOW)
     for mutant in choose(tree, chapter, args.count, args.seed, args.new):
-        known = [each for each in before if about(chapter, mutant).items() <= each.items()]
-        tried += known or [try_out(tree, chapter, mutant)]
+        known = take(before, about(chapter, mutant))
+        tried.append(known or try_out(tree, chapter, mutant))
         if args.record:
-            record(tree, name, command, tried)
+            record(tree, name, command, tried + before)
         if not known:
             print(json.dumps({"chapter": name} | tried[-1]), flush=True)
+    if args.record:
+        record(tree, name, command, tried)
     return 0
 
 
