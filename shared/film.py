@@ -46,6 +46,7 @@ class Film:
 
 FILMS = {
     "race": Film(("make demo",), lines=34),
+    "diff": Film(("make diff-v04",), lines=47, columns=108),
     "hunt": Film(
         ('make break-v03 ARGS="--seed 1"', 'make hunt ASK="What is a KV cache?"', "make reveal"),
         lines=34,
