@@ -399,7 +399,8 @@ def process(chapter, request):
 
 def test_sigterm_lets_streams_end_and_the_process_exits_0(process):
     body = json.loads(process.curl.split("-d '")[1].rstrip().rstrip("'"))
-    assert httpx.post(f"{process.url}/v1/completions", json=body).json()["usage"]["completion_tokens"] == 32
+    # What it says is drawn, and may end early.
+    assert 0 < httpx.post(f"{process.url}/v1/completions", json=body).json()["usage"]["completion_tokens"] <= 32
     with httpx.stream("POST", f"{process.url}/v1/completions", json=LONG | {"stream": True}, timeout=30) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
