@@ -6,6 +6,7 @@ import typing
 
 import httpx
 import openai
+import pydantic
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
@@ -505,6 +506,12 @@ def test_a_million_wrong_items_are_one_complaint(server):
         assert "3000000 bytes, too many" in error["message"]
     response = post(server, "/v1/completions", {"model": "pocket", "prompt": [5] * 1_000_000})
     assert response.status_code == 400 and "prompt has 1000000 tokens, more than max_model_len = 512" in response.text
+
+
+def test_a_list_of_wrong_items_is_one_complaint(chapter):
+    with pytest.raises(pydantic.ValidationError) as caught:
+        request_model(chapter, "/v1/responses").model_validate({"model": "pocket", "input": "a", "include": [1] * 1000})
+    assert len(caught.value.errors()) == 1
 
 
 def test_nulls_within_values_are_nulls(server):
