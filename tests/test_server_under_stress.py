@@ -351,8 +351,8 @@ def test_who_waits_for_the_tokenizer_hears_of_the_end_too(chapter, tokenizer):
                 thread.start()
             assert begun.wait(5)
             wait_until(lambda: len(server.service.engine.encoding) == 2)
-            ended = server.service.engine.loop.call_soon_threadsafe
-            ended(server.service.engine.fail_all, importlib.import_module(f"milestones.{chapter.name}.async_engine").StepFailed("it is over"))
+            over = importlib.import_module(f"milestones.{chapter.name}.async_engine").StepFailed("it is over")
+            server.service.engine.loop.call_soon_threadsafe(server.service.engine.fail_all, over)
             for thread in threads:
                 thread.join(5)
             go_on.set()
@@ -377,7 +377,8 @@ def test_who_gives_up_while_the_tokenizer_works_is_not_told_of_an_end(chapter, t
 def start(chapter, *flags):
     """The server as a user starts it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command(chapter), "serve", "--model", str(POCKET), *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    serve = [*command(chapter), "serve", "--model", str(POCKET), *flags]
+    return subprocess.Popen(serve, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture
@@ -399,8 +400,9 @@ def process(chapter, request):
 
 def test_sigterm_lets_streams_end_and_the_process_exits_0(process):
     body = json.loads(process.curl.split("-d '")[1].rstrip().rstrip("'"))
-    # What it says is drawn, and may end early.
-    assert 0 < httpx.post(f"{process.url}/v1/completions", json=body).json()["usage"]["completion_tokens"] <= 32
+    # What it says is drawn, and could end early.
+    answer = httpx.post(f"{process.url}/v1/completions", json=body | {"ignore_eos": True})
+    assert answer.json()["usage"]["completion_tokens"] == 32
     with httpx.stream("POST", f"{process.url}/v1/completions", json=LONG | {"stream": True}, timeout=30) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
@@ -454,18 +456,19 @@ def test_wrong_flags_are_refused_by_name(chapter, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("process", [60], indirect=True)
 def test_a_request_that_was_never_sent_to_the_end_holds_nobody_up(process):
     with socket.create_connection(("127.0.0.1", int(process.url.split(":")[-1]))) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
         wait_until(lambda: httpx.get(f"{process.url}/health").json()["status"] == "ok")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(9) == 0
+        assert process.wait(20) == 0
 
 
 @pytest.mark.parametrize("process", [3], indirect=True)
 def test_a_step_that_outlasts_the_time_to_drain_does_not_keep_the_process(process):
     with httpx.Client(base_url=process.url) as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/completions", json={"model": "pocket", "prompt": [20] * 2000, "n": 64, "max_tokens": 1}, timeout=1)
+        client.post("/v1/completions", json={"model": "pocket", "prompt": [20] * 2000, "n": 32, "max_tokens": 1}, timeout=1)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     told = process.communicate(timeout=30)[1]
