@@ -145,8 +145,8 @@ def damage(tree: Tree, chapter: Path | None) -> list[str]:
     lines = ["| | of | tried | a test fails | hangs | crashes | nobody notices |", "|---|---|" + "---:|" * (len(ends) + 1)]
     for name, found in results.items():
         counts = Counter(each["result"] for each in found["tried"])
-        begun = tree.previous(tree.chapter(name)) is None or "--new" not in found["command"].split()
-        where = "all of it" if begun else "what it changed"
+        only_new = "--new" in found["command"].split() and tree.previous(tree.chapter(name))
+        where = "what it changed" if only_new else "all of it"
         lines.append(f"| {name} | {where} | {len(found['tried'])} | " + " | ".join(str(counts[end]) for end in ends) + " |")
     return lines
 

@@ -170,12 +170,7 @@ def record(tree: Tree, name: str, command: str, tried: list[dict]) -> None:
     from shared.machine import machine, today
 
     chapters = recorded(tree) | {name: {"command": command, "machine": machine(), "date": today(), "tried": tried}}
-    pages = []
-    for name, found in sorted(chapters.items()):
-        head = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in found.items() if key != "tried")
-        rows = ",\n".join(f"   {json.dumps(each, ensure_ascii=False)}" for each in found["tried"])
-        pages.append(f' {json.dumps(name)}: {{\n{head}  "tried": [\n{rows}\n  ]\n }}')
-    (tree.results / FILE).write_text("{\n" + ",\n".join(pages) + "\n}\n")
+    (tree.results / FILE).write_text(json.dumps(dict(sorted(chapters.items())), indent=1, ensure_ascii=False) + "\n")
 
 
 def take(before: list[dict], mutant: dict) -> dict | None:
@@ -199,12 +194,16 @@ def reasons(tree: Tree) -> list[dict]:
 
 def unexplained(tree: Tree) -> list[str]:
     """The recorded survivors without a reason, and the reasons without a survivor."""
-    told = ("file", "code", "told")
-    survived = {tuple(each[key] for key in told) for chapter in recorded(tree).values() for each in chapter["tried"] if each["result"] == "survived"}
-    explained = {tuple(each[key] for key in told) for each in reasons(tree) if each["why"].strip()}
+
+    def names(mutants) -> set[str]:
+        return {f"{each['file']}: `{each['code']}`: {each['told']}" for each in mutants}
+
+    tried = (each for chapter in recorded(tree).values() for each in chapter["tried"])
+    survived = names(each for each in tried if each["result"] == "survived")
+    explained = names(each for each in reasons(tree) if each["why"].strip())
     return [
-        *(f"{file}: `{code}`: {change} survived; test it, or say in {REASONS} why nobody can tell" for file, code, change in sorted(survived - explained)),
-        *(f"{file}: `{code}`: {change} did not survive; take it out of {REASONS}" for file, code, change in sorted(explained - survived)),
+        *(f"{each} survived; test it, or say in {REASONS} why nobody can tell" for each in sorted(survived - explained)),
+        *(f"{each} did not survive; take it out of {REASONS}" for each in sorted(explained - survived)),
     ]
 
 
