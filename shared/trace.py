@@ -1,8 +1,9 @@
 """A real run, step by step, recorded from outside: who was in each forward pass, with how much, and for what.
 
-    make trace ARGS="v03 v04"                    # the small workload, as timelines in the terminal
+    make trace ARGS="v03 v04"                          # the small workload, as timelines in the terminal
+    make trace ARGS="v04 --times"                      # and how long each pass took
     make trace ARGS="v03 v04 --html build/trace.html"  # as a page that needs nothing else
-    make trace ARGS=--write                      # commit it: what the chapters' pictures are drawn from
+    make trace ARGS=--write                            # commit it: what the chapters' pictures are drawn from
 
 A chapter knows nothing of this: a hook before its model reads the batch and the scheduler's lists.
 """
@@ -267,8 +268,9 @@ def timeline(trace: Trace) -> list[str]:
 
 def times(trace: Trace) -> list[str]:
     """A line for each pass: what was fed to it, and how long it took."""
-    fed = [sum(part.num_tokens for part in each.parts) for each in trace.passes]
-    return [f"pass {i:3}: {num:4} tokens {1e3 * each.wall_s:8.1f} ms" for i, (num, each) in enumerate(zip(fed, trace.passes), 1)]
+    fed = [sum(positions.values()) for positions in trace.ledger()]
+    rows = enumerate(zip(fed, trace.passes, strict=True), 1)
+    return [f"pass {i:3}: {num:4} positions {1e3 * each.wall_s:8.1f} ms" for i, (num, each) in rows]
 
 
 def summary(trace: Trace) -> str:
@@ -293,6 +295,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.write and args.chapters:
         parser.error("--write takes all chapters: the pictures are drawn from one file")
+    if args.times and args.html:
+        parser.error("--times prints, and --html does not: choose one")
     try:
         chapters = [find(text) for text in args.chapters] or list(CHAPTERS)
         if args.html:
