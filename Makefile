@@ -13,7 +13,7 @@ endif
 CHAPTERS := $(shell python3 shared/chapters.py names)
 MODEL ?= pocket
 PROMPT ?= Explain KV cache in one sentence.
-# Words of a reader's reach a program as they were typed, whatever a shell would make of them.
+# By the environment a text reaches a program as it was typed: neither make nor the shell reads it.
 export PROMPT_AS_TYPED = $(value PROMPT)
 export ASK_AS_TYPED = $(value ASK)
 export TOKENIZERS_PARALLELISM := false
@@ -182,12 +182,12 @@ $(CHAPTERS:%=test-%): test-%: $(READY)
 $(CHAPTERS:%=run-%): run-%: $(READY)
 	@$(PY) -m shared.run $* "$$PROMPT_AS_TYPED" --model "$(MODEL)" $(ARGS)
 
-# Of a chapter there is not.
-test-v% run-v% diff-v% nbdiff-v% traps-v% break-v% bench-v%:
-	@echo "there is no chapter v$*; the chapters are $(CHAPTERS)" >&2; exit 2
-
 $(CHAPTERS:%=diff-%): diff-%: $(READY)
 	@$(PY) -m shared.book.diff $*
 
 $(CHAPTERS:%=traps-%): traps-%: $(READY)
 	@$(PY) -m shared.book.traps $*
+
+# What no rule above has: a chapter that does not exist.
+test-v% run-v% diff-v% nbdiff-v% traps-v% break-v% bench-v%:
+	@echo "there is no chapter v$*; the chapters are $(CHAPTERS)" >&2; exit 2

@@ -114,8 +114,8 @@ def command(chapter: Chapter) -> list[str]:
     name = f"milestones.{chapter.name}"
     if places == [str(MILESTONES)]:
         return [sys.executable, "-m", name]
-    run = f"import runpy, milestones; milestones.__path__ = {places!r}; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
-    return [sys.executable, "-c", run]
+    find_copy = f"import runpy, milestones; milestones.__path__ = {places!r}"
+    return [sys.executable, "-c", f"{find_copy}; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"]
 
 
 def main(argv: list[str]) -> int:

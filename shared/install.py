@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         index = torch_index()
         say("installing PyTorch" + (f" from {index}" if index else " from the default index"))
         pip(python, "torch", *(["--index-url", index] if index else []))
-        say("installing some sixty other packages: a minute or so, without a word")
+        say("installing the other packages: a minute or so, without a word")
         pip(python, *requirements("test"), "--quiet")
     except subprocess.CalledProcessError as error:
         print(f"setup: this failed, for the reason above: {' '.join(error.cmd)}", file=sys.stderr)

@@ -176,7 +176,7 @@ def diff(tree: Tree, chapter: Path) -> int:
     return subprocess.run([Path(sys.executable).with_name("nbdiff"), "--sources", *paths], cwd=tree.root).returncode
 
 
-def use_nbdime(root: Path) -> int:
+def use_nbdime(root: Path) -> None:
     """Have this clone's git show and merge notebooks by cells; .gitattributes names the drivers, and this says what they are.
 
     By their whole paths: git may be called where this environment's programs are not found.
@@ -190,7 +190,6 @@ def use_nbdime(root: Path) -> int:
     }
     for key, value in settings.items():
         subprocess.run(["git", "config", key, value], cwd=root, check=True)
-    return 0
 
 
 def main(argv: list[str]) -> int:
@@ -205,7 +204,8 @@ def main(argv: list[str]) -> int:
             print("\n".join(found), file=sys.stderr)
             return 1 if found else 0
         if command == "nbdime":
-            return use_nbdime(tree.root)
+            use_nbdime(tree.root)
+            return 0
         if command == "diff":
             if len(args.what) != 2:
                 parser.error("name one chapter, as in diff v05")
