@@ -8,10 +8,11 @@
     python -m shared.bench suite [v01 ...]        # chapters beside Hugging Face and the machine's limit; see bench_suite
     python -m shared.bench large [v01 ...]        # the same with more work and larger models
 
+All of it on the CPU, also where there is a GPU: that is what `bench_gpu` and `bench_attention` are for.
 Runs are warmed up, then interleaved (A B A B ...), so that a machine that slows down slows all of them
 down. A figure is the median; beside it stands the spread: the middle half of the runs, from its fastest to
-its slowest, divided by the median. CPU seconds are counted too: where cores are shared, they tell more than
-wall time.
+its slowest, divided by the median. CPU seconds are counted too: where cores are shared, they tell more
+than wall time.
 """
 import argparse
 import json
@@ -115,7 +116,7 @@ def growth(chapters: list[Chapter], repeats: int) -> dict:
     from .checkpoints import POCKET
 
     torch.set_num_threads(1)
-    engines = {chapter.id: (chapter.load(), chapter.load().Engine(POCKET)) for chapter in chapters}
+    engines = {chapter.id: (chapter.load(), chapter.load().Engine(POCKET, device="cpu")) for chapter in chapters}
     results = {chapter.id: {} for chapter in chapters}
     for length in GROWTH_LENGTHS:
         contestants = {
@@ -172,7 +173,7 @@ def batch(chapters: list[Chapter], repeats: int) -> dict:
         limits = {"max_model_len": 64} if "max_model_len" in chapter.capabilities else {}
         limits |= {"max_num_seqs": max(BATCH_SIZES)} if together else {}
         for model in BATCH_MODELS:
-            engine = package.Engine(checkpoint(model), **limits)
+            engine = package.Engine(checkpoint(model), device="cpu", **limits)
             contestants = {str(size): lambda size=size: time_batch(package, engine, size) for size in sizes_here}
             sizes = {}
             for size, timings in interleave(contestants, repeats, f"{chapter.id}, {model}").items():
@@ -209,7 +210,7 @@ def decode(chapters: list[Chapter], repeats: int) -> dict:
         for chapter in chapters:
             limits = {"max_num_seqs": DECODE_SEQS, "max_model_len": DECODE_MAX_LEN}
             limits |= {"num_blocks": DECODE_SEQS * DECODE_MAX_LEN // 16} if "num_blocks" in chapter.capabilities else {}
-            engine = chapter.load().Engine(checkpoint(model), **limits)
+            engine = chapter.load().Engine(checkpoint(model), device="cpu", **limits)
             contestants[chapter.id] = lambda chapter=chapter, engine=engine: time_decode(chapter.load(), engine)
         for name, timings in interleave(contestants, repeats, model).items():
             results[name][model] = summary(timings, DECODE_STEPS)
@@ -312,7 +313,7 @@ def staircase_engine(chapter: Chapter, **limits):
 
     if "kv_bytes" in chapter.capabilities:
         limits = {"kv_bytes": STAIRCASE_KV_BYTES, "max_num_seqs": 32} | limits
-    return chapter.load().Engine(POCKET, **limits)
+    return chapter.load().Engine(POCKET, device="cpu", **limits)
 
 
 def counts(engine, trace) -> dict:

@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
         parser.error(str(error))
     for chapter in chapters or [chapter for chapter in CHAPTERS if "num_blocks" in chapter.capabilities]:
         with contextlib.redirect_stderr(io.StringIO()):
-            engine = chapter.load().Engine(checkpoint("llama"), max_num_seqs=20, num_blocks=97, block_size=7)
+            engine = chapter.load().Engine(checkpoint("llama"), device="cpu", max_num_seqs=20, num_blocks=97, block_size=7)
         ended = soak(chapter, engine, args.requests, args.seed)
         print(f"{chapter.name}: {sum(ended.values())} requests in {engine.num_steps} passes, every block is back;", end=" ")
         print(", ".join(f"{count} ended by {reason}" for reason, count in ended.items()))

@@ -128,7 +128,7 @@ def keep_coming(chapter, engine, count: int) -> list[float]:
 
 def main() -> int:
     chapter = last_with("serve")
-    engine = chapter.load().Engine(checkpoint("pocket"), max_num_seqs=64, max_model_len=512)
+    engine = chapter.load().Engine(checkpoint("pocket"), device="cpu", max_num_seqs=64, max_model_len=512)
     start = time.perf_counter()
     print(f"{chapter.id}: 64 streams at once say what each says alone: {crowd(chapter, engine, 64)} tokens")
     print(f"{chapter.id}: 500 clients, many of whom hang up, leave nothing behind: {leave(chapter, engine, 500, seed=1)}")

@@ -325,7 +325,7 @@ def small_trace(chapter, model_dir: Path) -> Trace:
     if "num_blocks" in chapter.capabilities:
         limits |= {"num_blocks": TIMELINE_BLOCKS, "block_size": TIMELINE_BLOCK_SIZE}
     with contextlib.redirect_stderr(io.StringIO()):
-        engine = chapter.load().Engine(model_dir, **limits)
+        engine = chapter.load().Engine(model_dir, device="cpu", **limits)
     trace, _ = record(chapter, engine, fixed(TIMELINE, engine.config.vocab_size))
     return trace
 
