@@ -17,6 +17,8 @@ PROMPT ?= Explain KV cache in one sentence.
 export PROMPT_AS_TYPED = $(value PROMPT)
 export ASK_AS_TYPED = $(value ASK)
 export TOKENIZERS_PARALLELISM := false
+# All other tests use no GPU, so that they say the same on every machine.
+ON_GPU = if command -v nvidia-smi > /dev/null; then echo "on the GPU:"; $(PY) -m pytest --gpu $(1); fi
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-book demo test doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
@@ -85,6 +87,7 @@ demo: $(READY)
 
 test: $(READY)
 	@$(PY) -m pytest
+	@$(call ON_GPU)
 
 doctor: $(READY)
 	@$(PY) -m shared.doctor
@@ -177,6 +180,7 @@ new-%: $(READY)
 
 $(CHAPTERS:%=test-%): test-%: $(READY)
 	@$(PY) -m pytest --chapter $*
+	@$(call ON_GPU,--chapter $*)
 
 # A base model is prompted as it is, a chat model through its template; the program says which.
 $(CHAPTERS:%=run-%): run-%: $(READY)

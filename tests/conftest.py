@@ -18,13 +18,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# On every machine the same: no GPU is used, kernels run through Triton's interpreter. With --gpu it is the other way
+# around. CUDA and Triton read these before the first option is parsed.
+if "--gpu" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
-# Kernels run compiled on a GPU, through Triton's interpreter elsewhere; Triton reads it when it is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from shared.chapters import CHAPTERS, ROOT, find  # noqa: E402
 from shared.checkpoints import RANDOM, checkpoint  # noqa: E402
@@ -35,6 +36,7 @@ DISTANCES = ROOT / "docs" / "results" / "distances.json"
 
 def pytest_addoption(parser):
     parser.addoption("--chapter", action="append", metavar="vNN", help="only the tests of this chapter (repeatable)")
+    parser.addoption("--gpu", action="store_true", help="only what is to be seen on a GPU: kernels compiled, chapters on it")
     parser.addoption("--record", action="store_true", help=f"write the measured distances to {DISTANCES.name}")
 
 
@@ -47,6 +49,7 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_configure(config):
     config.addinivalue_line("markers", "needs(*capabilities): run for the chapters that have them all")
     config.addinivalue_line("markers", "until(chapter): a claim that this chapter ends")
+    config.addinivalue_line("markers", "gpu: run with --gpu as well, and then on the GPU")
     try:
         config.selected = [find(text) for text in config.getoption("--chapter") or ()] or list(CHAPTERS)
     except ValueError as error:
@@ -81,15 +84,20 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """With --chapter, keep that chapter's tests alone; what holds for no chapter in particular is left out."""
-    if not config.getoption("--chapter"):
-        return
+    """With --chapter, keep that chapter's tests alone; what holds for no chapter in particular is left out. So with --gpu."""
 
     def wanted(item):
+        if config.getoption("--gpu") and not item.get_closest_marker("gpu"):
+            return False
+        if not config.getoption("--chapter"):
+            return True
         return hasattr(item, "callspec") and item.callspec.params.get("chapter") in config.selected
 
     config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
     items[:] = [item for item in items if wanted(item)]
+    if config.getoption("--gpu") and not torch.cuda.is_available():
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="PyTorch sees no CUDA device here"))
 
 
 @lru_cache(maxsize=None)

@@ -1,4 +1,4 @@
-"""v06: attention reads the blocks where they lie. On a GPU the kernels run compiled, elsewhere through the interpreter."""
+"""v06: attention reads the blocks where they lie. The kernels run through the interpreter; with --gpu, compiled."""
 import importlib.metadata
 import importlib.util
 import json
@@ -14,6 +14,7 @@ from shared.chapters import ROOT
 from shared.checkpoints import TWO_LAYERS, checkpoint
 from shared.workloads import random_ids
 
+# Without --gpu none is to be seen.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists for Linux only")
 
@@ -48,6 +49,7 @@ EDGES = [(1, 1), (1, 63), (1, 64), (1, 65), (1, 131)]
 RAGGED = [(5, 5), (1, 9), (33, 70), (2, 130)]
 
 
+@pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize(
@@ -69,7 +71,6 @@ def test_the_kernel_gives_what_plain_torch_gives(kernels, lengths, num_heads, nu
 
 
 @needs_triton
-@pytest.mark.skipif(torch.cuda.is_available(), reason="loads are counted by the interpreter, which a GPU does not need")
 def test_no_key_is_loaded_that_no_query_of_the_tile_sees(kernels, monkeypatch):
     """A prompt of 33 tokens makes two tiles; its neighbour that brings one token must not pay for both."""
     from triton.runtime.interpreter import InterpreterBuilder
@@ -88,6 +89,7 @@ def test_no_key_is_loaded_that_no_query_of_the_tile_sees(kernels, monkeypatch):
     assert sum(loaded) == (59 + 70 + 9) * 2 * 14
 
 
+@pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_in_16_bits_it_differs_by_their_rounding(kernels, dtype, atol):
@@ -96,6 +98,7 @@ def test_in_16_bits_it_differs_by_their_rounding(kernels, dtype, atol):
     torch.testing.assert_close(got, kernels.paged_attention_ref(*args), rtol=0, atol=atol)
 
 
+@pytest.mark.gpu
 @needs_triton
 def test_nothing_is_written_past_the_last_query(kernels, monkeypatch):
     """A tile has more rows than there are queries; what it writes past them is somebody else's."""
@@ -108,6 +111,7 @@ def test_nothing_is_written_past_the_last_query(kernels, monkeypatch):
     assert (frame[6:] == 7).all()
 
 
+@pytest.mark.gpu
 @needs_triton
 def test_keys_and_values_go_to_their_slots_and_nowhere_else(kernels):
     k, v = torch.randn(2, 5, 3, 14, device=DEVICE)
@@ -120,6 +124,7 @@ def test_keys_and_values_go_to_their_slots_and_nowhere_else(kernels):
     assert (behind == 7).all()  # room for what goes too far: a write into memory of others could hang the test
 
 
+@pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("strided", ["neither", "k", "v", "both alike", "both otherwise"])
 def test_keys_and_values_may_be_parts_of_wider_tensors(kernels, strided):
@@ -135,6 +140,7 @@ def test_keys_and_values_may_be_parts_of_wider_tensors(kernels, strided):
     assert k_cache.flatten(0, 1)[slots].equal(k) and v_cache.flatten(0, 1)[slots].equal(v)
 
 
+@pytest.mark.gpu
 @needs_triton
 def test_addresses_beyond_two_to_the_31_are_reached(kernels):
     """The cache is promised and not touched but for one block; of 32 bits the offset would wrap."""
@@ -176,6 +182,7 @@ def test_the_online_softmax_of_the_text_with_a_pencil(chapter):
     assert (round(weight, 3), round((weight * first + second) / (1 + weight), 2)) == (0.182, 28.2)
 
 
+@pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("name", TWO_LAYERS)
 def test_the_same_tokens_with_the_kernels_in_the_loop(chapter, Params, rng, name):
