@@ -25,6 +25,7 @@ KERNELS = {
     "llama_prefill": ("_attend_kernel", LLAMA | PREFILL | ONE_SPLIT),
     "qwen_decode": ("_attend_kernel", QWEN | DECODE | ONE_SPLIT),
     "qwen_prefill": ("_attend_kernel", QWEN | PREFILL | ONE_SPLIT),
+    "qwen_prefill_float32": ("_attend_kernel", QWEN | {"TILE_ROWS": 32} | ONE_SPLIT, "fp32"),
     "llama_combine": ("_combine_kernel", {"HEAD_DIM": 64, "PADDED_DIM": 64, "PADDED_SPLITS": 16}),
     "llama_write": ("_write_kernel", {"HEAD_DIM": 64, "SIZE": 512, "PADDED_SIZE": 512}),
 }
@@ -39,7 +40,7 @@ TYPES = {
 }
 
 
-def compiled(target: int, kernel: str, constants: dict) -> dict:
+def compiled(target: int, kernel: str, constants: dict, dtype: str = "bf16") -> dict:
     """What a kernel takes on a GPU of this compute capability, compiled for what a launch passes it.
 
     Tensors begin at multiples of 16 bytes, and their strides are multiples of 16 elements; with num_splits left
@@ -55,8 +56,10 @@ def compiled(target: int, kernel: str, constants: dict) -> dict:
     module = sys.modules["milestones.v06_triton_kernel.kernels.paged_attention"]
     function = getattr(module, kernel)
     if kernel == "_attend_kernel":
-        constants = constants | {"TILE_KEYS": module.TILE_KEYS, "TILE_DTYPE": triton.language.bfloat16}
-    types = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in function.arg_names} | TYPES
+        tile_dtype = {"bf16": triton.language.bfloat16, "fp32": triton.language.float32}[dtype]
+        tile_keys = module.choose_tile(constants["PADDED_DIM"], tile_dtype.primitive_bitwidth // 8)
+        constants = constants | {"TILE_KEYS": tile_keys, "TILE_DTYPE": tile_dtype}
+    types = {name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in function.arg_names} | TYPES
     if kernel == "_attend_kernel" and "num_splits" not in constants:
         types["out_ptr"] = "*fp32"
     types |= {name: "constexpr" for name in constants}

@@ -60,6 +60,7 @@ RAGGED = [(5, 5), (1, 9), (33, 70), (2, 130)]
         (EDGES, 4, 1, 32, 16),
         (RAGGED, 3, 3, 18, 100),
         ([(1, 7), (3, 3)], 9, 3, 20, 1),
+        ([(9, 40), (1, 33)], 4, 1, 130, 16),  # too wide for 64 keys at a time
     ],
 )
 def test_the_kernel_gives_what_plain_torch_gives(kernels, lengths, num_heads, num_kv_heads, head_dim, block_size, num_splits):
@@ -93,6 +94,8 @@ def test_no_key_is_loaded_that_no_query_of_the_tile_sees(kernels, monkeypatch):
 @needs_triton
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_in_16_bits_it_differs_by_their_rounding(kernels, dtype, atol):
+    if DEVICE.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("this GPU has no bfloat16")
     args = paged(RAGGED, 6, 2, 14, 4, dtype)
     got = kernels.paged_attention(*args, 33, 130)
     torch.testing.assert_close(got, kernels.paged_attention_ref(*args), rtol=0, atol=atol)
@@ -145,6 +148,8 @@ def test_keys_and_values_may_be_parts_of_wider_tensors(kernels, strided):
 def test_addresses_beyond_two_to_the_31_are_reached(kernels):
     """The cache is promised and not touched but for one block; of 32 bits the offset would wrap."""
     args = paged([(1, 3)], 2, 1, 64, 4)
+    if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 9 * 2**30:
+        pytest.skip("the two caches are 8 GiB, more than this GPU has free")
     num_blocks = 2**31 // (4 * 64) + 5
     k, v = (torch.empty(num_blocks, 4, 1, 64, dtype=torch.float16, device=DEVICE) for _ in range(2))
     block_id = int(args[3][0, 0])
@@ -236,6 +241,8 @@ def test_the_kernels_compile_for_gpus_that_are_not_here():
         assert found == {name: committed[name] for name in found}
     for name, rows in found.items():
         for target, row in rows.items():
+            # A GeForce RTX has 99 KiB for a program; a data center's GPU has more.
+            assert row["shared_bytes"] <= 99 * 2**10, f"{name} for {target} does not fit"
             if "decode" in name:
                 assert row["stack_bytes"] == 0, f"{name} for {target} spills"
 

@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A program takes so many keys at a time, whatever the size of a block.
+# A program takes so many keys at a time, whatever the size of a block,
 TILE_KEYS = 64
+# but no more than so many bytes: several tiles must fit into shared memory, of which some GPUs have 64 KiB.
+TILE_BYTES = 2**14
 TILE_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # The longest context is split only into pieces that are worth a program.
 MIN_SPLIT_KEYS = 256
@@ -220,6 +222,15 @@ def choose_splits(num_programs: int, max_context_len: int, num_cores: int) -> in
     return max(1, min(wanted, max_context_len // MIN_SPLIT_KEYS))
 
 
+def choose_tile(padded_dim: int, itemsize: int) -> int:
+    """Keys, and rows of scores at the most, that a program takes at a time.
+
+    >>> choose_tile(padded_dim=128, itemsize=2), choose_tile(128, 4), choose_tile(256, 4)
+    (64, 32, 16)
+    """
+    return max(16, min(TILE_KEYS, TILE_BYTES // (padded_dim * itemsize)))
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -251,7 +262,9 @@ def paged_attention(
     _, block_size, num_kv_heads, _ = k_cache.shape
     group = num_heads // num_kv_heads
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.is_contiguous() and q.stride(2) == 1
-    tile_rows = max(16, triton.next_power_of_2(min(max_query_len * group, 64)))
+    padded_dim = max(16, triton.next_power_of_2(head_dim))
+    tile_keys = choose_tile(padded_dim, q.element_size())
+    tile_rows = max(16, triton.next_power_of_2(min(max_query_len * group, tile_keys)))
     num_tiles = triton.cdiv(max_query_len * group, tile_rows)
     num_seqs = len(context_lens)
     if num_splits is None:
@@ -262,13 +275,12 @@ def paged_attention(
     lse = torch.empty(num_splits, num_tokens, num_heads, device=q.device, dtype=torch.float32)
     # The interpreter multiplies no bfloat16, so tiles of 16 bits are multiplied on a GPU alone.
     tile_dtype = TILE_DTYPES[q.dtype] if q.is_cuda else tl.float32
-    padded_dim = max(16, triton.next_power_of_2(head_dim))
     _attend_kernel[(num_seqs, num_kv_heads, num_tiles * num_splits)](
         parts, lse, q, k_cache, v_cache, block_tables, query_starts, context_lens,
         q.stride(0), q.stride(1), block_tables.stride(0),
         head_dim**-0.5, num_tokens, num_splits,
         GROUP=group, NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
-        TILE_ROWS=tile_rows, TILE_KEYS=TILE_KEYS, TILE_DTYPE=tile_dtype,
+        TILE_ROWS=tile_rows, TILE_KEYS=tile_keys, TILE_DTYPE=tile_dtype,
     )
     if num_splits > 1:
         _combine_kernel[(num_tokens * num_heads,)](
