@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-import conftest
 from shared import bench, checkpoints, demo, doctor, install, run, trace, workloads
 from shared.book.doctests import check_package
 from shared.chapters import CHAPTERS, ROOT, command, find
@@ -29,22 +28,29 @@ def definition(path, **marks):
 # ---- the harness
 
 
-def test_a_test_that_needs_what_no_chapter_can_do_is_an_error():
+@pytest.fixture
+def chapters_of(request):
+    """The harness's; another folder may have a conftest.py too, so it is not found by that name."""
+    [harness] = [plugin for plugin in request.config.pluginmanager.get_plugins() if hasattr(plugin, "chapters_of")]
+    return harness.chapters_of
+
+
+def test_a_test_that_needs_what_no_chapter_can_do_is_an_error(chapters_of):
     with pytest.raises(pytest.UsageError, match="needs \\['telepathy'\\], which no chapter has"):
-        conftest.chapters_of(definition(Path("tests/test_x.py"), needs=("telepathy",)))
+        chapters_of(definition(Path("tests/test_x.py"), needs=("telepathy",)))
 
 
-def test_a_test_that_says_no_capability_is_an_error():
+def test_a_test_that_says_no_capability_is_an_error(chapters_of):
     with pytest.raises(pytest.UsageError, match="says no capability"):
-        conftest.chapters_of(definition(Path("tests/test_x.py")))
+        chapters_of(definition(Path("tests/test_x.py")))
 
 
-def test_a_claim_holds_from_its_chapter_until_the_one_that_ends_it():
+def test_a_claim_holds_from_its_chapter_until_the_one_that_ends_it(chapters_of):
     path = Path("tests/claims/test_v01.py")
-    assert conftest.chapters_of(definition(path)) == list(CHAPTERS)
-    assert conftest.chapters_of(definition(path, until=("v02",))) == [CHAPTERS[0]]
+    assert chapters_of(definition(path)) == list(CHAPTERS)
+    assert chapters_of(definition(path, until=("v02",))) == [CHAPTERS[0]]
     with pytest.raises(AssertionError, match="is no chapter"):
-        conftest.chapters_of(definition(path, until=("v2",)))
+        chapters_of(definition(path, until=("v2",)))
 
 
 def test_a_distance_that_is_no_number_is_the_worst(request, measure):
