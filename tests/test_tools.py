@@ -53,6 +53,19 @@ def test_a_claim_holds_from_its_chapter_until_the_one_that_ends_it(chapters_of):
         chapters_of(definition(path, until=("v2",)))
 
 
+def test_with_gpu_what_is_for_one_is_run_and_nothing_else():
+    """Here it is skipped, or runs on what is there; this is about which tests they are."""
+    pytest_gpu = [sys.executable, "-m", "pytest", "--gpu", "--chapter", "v06", "--collect-only"]
+    listed = subprocess.run(pytest_gpu, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert listed.returncode == 0, listed.stdout
+    names = {line.split("::")[1].split("[")[0] for line in listed.stdout.splitlines() if "::" in line}
+    assert {"test_the_kernel_gives_what_plain_torch_gives", "test_in_float32_it_says_what_hugging_face_says"} <= names
+    assert not {"test_another_attention_is_refused", "test_greedy_tokens_are_hugging_faces"} & names
+    for target, wanted in (("test-v06", "-m pytest --gpu --chapter v06;"), ("test", "-m pytest --gpu ;")):
+        planned = subprocess.run(["make", "-n", "PYTHON=python", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert "if command -v nvidia-smi > /dev/null; then" in planned.stdout and wanted in planned.stdout
+
+
 def test_a_distance_that_is_no_number_is_the_worst(request, measure):
     kept = dict(request.config.distances)
     measure("test", "a", [1.0], [1.0], "x")
