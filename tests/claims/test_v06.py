@@ -1,10 +1,12 @@
 """v06: attention reads the blocks where they lie. The kernels run through the interpreter; with --gpu, compiled."""
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import math
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -201,6 +203,30 @@ def test_the_same_tokens_with_the_kernels_in_the_loop(chapter, Params, rng, name
         outs = engine.generate(prompts, Params(max_tokens=6, ignore_eos=True, logprobs=1))
         said.append([out.token_ids for out in outs])
     assert said[0] == said[1]
+
+
+@needs_triton
+def test_kernels_are_launched_where_the_tensors_are(module, monkeypatch):
+    """On the second of two GPUs the current one is the first; which one it is, is said around every launch."""
+    module("attention").choose_attention("triton", torch.device("cpu"))
+    kernels, entered = module("kernels"), []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        entered.append(tensor)
+        yield
+        entered.remove(tensor)
+
+    def launch(*args):
+        assert [each is q for each in entered] == [True]
+        return q
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(kernels, "write_slots", launch)
+    monkeypatch.setattr(kernels, "paged_attention", launch)
+    q, batch = torch.zeros(1, 2, 4), mock.MagicMock()
+    assert kernels.attend_in_place(q, q, q, 0, batch) is q
+    assert not entered
 
 
 def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu(module):
