@@ -3,6 +3,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -44,12 +45,33 @@ def device_lines() -> list[str]:
     return lines
 
 
+def interpreter_fault() -> str | None:
+    """Why Triton's interpreter cannot run the kernels here; None if it can."""
+    triton, numpy = version("triton"), version("numpy")
+    if triton is None:
+        return "Triton is not installed; it exists for Linux only"
+    if release(triton) < (3, 7) and release(numpy) >= (2, 4):
+        return f"the interpreter of Triton {triton} fails with NumPy {numpy}; install numpy below 2.4, or triton 3.7"
+    return None
+
+
+def release(text: str) -> tuple[int, ...]:
+    """The first two numbers of a version.
+
+    >>> release("3.6.0+git1234"), release("2.10rc1")
+    ((3, 6), (2, 10))
+    """
+    return tuple(int(re.match(r"\d+", part)[0]) for part in text.split(".")[:2])
+
+
 def triton_mode() -> str:
     """How a Triton kernel would run here."""
     import torch
 
     if version("triton") is None:
         return "missing: the torch path is taken"
+    if interpreter_fault() and not torch.cuda.is_available():
+        return interpreter_fault()
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "interpreter (TRITON_INTERPRET=1)"
     return "compiled for the GPU" if torch.cuda.is_available() else "no GPU: interpreter, in tests"

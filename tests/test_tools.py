@@ -174,6 +174,21 @@ def test_run_answers_a_mistake_with_one_sentence(argv, capsys):
     assert error.startswith("error: there is no ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("triton", "numpy", "fault"),
+    [
+        ("3.6.0", "2.4.6", "Triton 3.6.0 fails with NumPy 2.4.6; install numpy below 2.4, or triton 3.7"),
+        ("3.6.0", "2.3.5", None),
+        ("3.7.1+git0a1b", "2.10.0rc1", None),
+        (None, "2.4.6", "not installed"),
+    ],
+)
+def test_doctor_knows_where_the_interpreter_cannot_run(monkeypatch, triton, numpy, fault):
+    monkeypatch.setattr(doctor, "version", {"triton": triton, "numpy": numpy}.get)
+    found = doctor.interpreter_fault()
+    assert found is None if fault is None else fault in found
+
+
 def test_doctor_reports_and_fails_when_something_is_missing(capsys, monkeypatch):
     assert doctor.main() == 0
     report = capsys.readouterr().out

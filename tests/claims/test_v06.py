@@ -14,11 +14,13 @@ import torch
 from shared import bench_attention
 from shared.chapters import ROOT
 from shared.checkpoints import TWO_LAYERS, checkpoint
+from shared.doctor import interpreter_fault
 from shared.workloads import random_ids
 
 # Without --gpu none is to be seen.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists for Linux only")
+FAULT = interpreter_fault() if DEVICE.type == "cpu" or importlib.util.find_spec("triton") is None else None
+needs_triton = pytest.mark.skipif(FAULT is not None, reason=str(FAULT))
 
 
 @pytest.fixture
