@@ -18,7 +18,7 @@ export PROMPT_AS_TYPED = $(value PROMPT)
 export ASK_AS_TYPED = $(value ASK)
 export TOKENIZERS_PARALLELISM := false
 # All other tests use no GPU, so that they say the same on every machine.
-ON_GPU = if command -v nvidia-smi > /dev/null; then echo "on the GPU:"; $(PY) -m pytest --gpu $(1); fi
+ON_GPU = if nvidia-smi -L > /dev/null 2>&1; then echo "on the GPU:"; $(PY) -m pytest --gpu $(1); fi
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-book demo test doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \

@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-TARGETS = {"sm_80": 80, "sm_90": 90}
+# A T4, an A100, a GeForce RTX 30, an H100.
+TARGETS = {"sm_75": 75, "sm_80": 80, "sm_86": 86, "sm_90": 90}
 # Llama 3.2 1B has 32 query heads, 8 KV heads and 64 elements a head; Qwen3 0.6B 16, 8 and 128.
 LLAMA = {"GROUP": 4, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 16, "HEAD_DIM": 64, "PADDED_DIM": 64}
 QWEN = LLAMA | {"GROUP": 2, "HEAD_DIM": 128, "PADDED_DIM": 128}

@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if "--gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = "1"
+else:
+    os.environ.pop("TRITON_INTERPRET", None)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -191,6 +193,8 @@ def measure(request):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--gpu") and not torch.cuda.is_available():
+        terminalreporter.write_line("nothing was run: PyTorch sees no CUDA device here; `make doctor` says what it sees")
     if not config.distances:
         return
     terminalreporter.section("distance from Hugging Face: the worst of each kind")

@@ -1,5 +1,7 @@
 """Every chapter on a GPU: with --gpu on a real one, otherwise on a pretended one, where kernels are left out."""
 import contextlib
+import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,16 +57,55 @@ def test_drawn_tokens_and_logprobs_are_the_cpus(chapter, gpu, limits, make_engin
 
 @pytest.mark.gpu
 @pytest.mark.needs("generate")
-def test_all_that_a_pass_is_given_is_on_the_gpu(chapter, gpu, limits, Params):
-    """An index on the CPU would be copied, and waited for, in every layer."""
-    batches = []
-    with gpu:
+def test_a_pass_finds_all_it_needs_on_the_gpu(chapter, gpu, limits, module, monkeypatch, Params):
+    """What crosses over within a pass is copied, and waited for, in every one of them, or in every layer."""
+    batches, counts, logits_on, sample = [], [], set(), module("engine").sample
+
+    def sample_there(logits, *args):
+        logits_on.add(logits.device.type)
+        return sample(logits, *args)
+
+    monkeypatch.setattr(module("engine"), "sample", sample_there)
+    with gpu as crossings:
         engine = chapter.load().Engine(checkpoint("llama"), device="cuda", **limits)
         engine.model.register_forward_pre_hook(lambda _model, args: batches.append(args[0]))
+        engine.model.register_forward_pre_hook(lambda *_: counts.append(len(crossings or ())))
+        engine.model.register_forward_hook(lambda *_: counts.append(len(crossings or ())))
         engine.generate([[5, 6, 7], [8]], Params(max_tokens=2))
-        placed = [leaf for leaf in tree_leaves([vars(batch) for batch in batches]) if isinstance(leaf, torch.Tensor)]
-        assert {tensor.device.type for tensor in placed} == {"cuda"}
-    assert len(placed) >= 3 * len(batches)
+        cache = vars(getattr(engine, "cache", None) or SimpleNamespace())
+        placed = [leaf for leaf in tree_leaves([cache, *map(vars, batches)]) if isinstance(leaf, torch.Tensor)]
+        assert {tensor.device.type for tensor in placed} == logits_on == {"cuda"}
+    assert len(placed) >= 3 * len(batches) + 2 * bool(cache)
+    for before, after in zip(counts[::2], counts[1::2], strict=True):
+        assert not (crossings or ())[before:after]
+
+
+@pytest.mark.needs("attention")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists for Linux only")
+def test_kernels_are_given_what_is_on_the_gpu(chapter, module, monkeypatch, Params):
+    """Kernels cannot run on the pretended GPU. They are replaced by what looks at their arguments."""
+    launched = set()
+
+    class Launch:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return self.launch
+
+        def launch(self, *args, **constants):
+            launched.add(self.name)
+            assert {each.device.type for each in args if isinstance(each, torch.Tensor)} == {"cuda"}
+            if self.name != "_write_kernel":
+                args[0].zero_()
+
+    with pretend_gpu():
+        engine = chapter.load().Engine(checkpoint("llama"), device="cuda", max_model_len=300)
+        for name in ("_write_kernel", "_attend_kernel", "_combine_kernel"):
+            monkeypatch.setattr(module("kernels.paged_attention"), name, Launch(name))
+        monkeypatch.setattr(module("kernels.paged_attention"), "MIN_SPLIT_KEYS", 1)
+        engine.generate([[5, 6, 7], [8]], Params(max_tokens=2))
+    assert launched == {"_write_kernel", "_attend_kernel", "_combine_kernel"}
 
 
 @pytest.mark.gpu
@@ -87,7 +128,9 @@ def test_by_default_it_takes_the_gpu_and_the_checkpoints_precision(chapter, gpu,
         lambda here, there: there.index_copy_(0, here.long(), there),
         lambda here, there: there.index_select(0, here.long()),
         lambda here, there: here[there.long()],
-        lambda here, there: there.__setitem__(slice(None), here),
+        lambda here, there: there.__setitem__(there.long(), here),
+        lambda here, there: there.index_put_((here.long(),), here),
+        lambda here, there: here * there[0],
         lambda here, there: torch.nn.functional.linear(there, here[None]),
     ],
 )
@@ -104,6 +147,29 @@ def test_the_pretended_gpu_allows_what_a_real_one_allows():
         assert (there + torch.tensor(1.0)).tolist() == [1, 2, 3]
         assert there[torch.tensor([2, 0])].tolist() == [2, 0]
         there[torch.tensor([1])] = torch.tensor(7.0)
-        assert there.cpu().equal(torch.tensor([0.0, 7.0, 2.0]))
+        there[:1] = torch.tensor([3.0])
+        assert there.cpu().equal(torch.tensor([3.0, 7.0, 2.0]))
+        assert int(there.copy_(torch.arange(3.0))[2]) == 2
         assert there.device.type == "cuda"
-    assert not torch.cuda.is_available() or torch.cuda.get_device_name()
+    assert not torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_crosses_over_is_told(inference):
+    """In inference mode PyTorch hands over operations that it takes apart otherwise."""
+    with pretend_gpu() as crossings, torch.inference_mode(inference):
+        there = torch.arange(3.0, device="cuda")
+        assert not crossings
+        for cross in (
+            lambda: there.cpu(),
+            lambda: torch.arange(3.0).to("cuda:0"),
+            lambda: there.tolist(),
+            lambda: there.max().item(),
+            lambda: there[torch.tensor([0])],
+            lambda: there.index_put_((torch.tensor([0]),), there[:1].clone()),
+            lambda: torch.tensor([1.0], device="cuda"),
+            lambda: there.copy_(torch.arange(3.0)),
+        ):
+            before = len(crossings)
+            cross()
+            assert len(crossings) == before + 1

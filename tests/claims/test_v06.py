@@ -23,6 +23,10 @@ FAULT = interpreter_fault() if DEVICE.type == "cpu" or importlib.util.find_spec(
 needs_triton = pytest.mark.skipif(FAULT is not None, reason=str(FAULT))
 
 
+# What a program can have of shared memory; CUDA C++ Programming Guide, technical specifications per compute capability.
+SHARED_KIB = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_90": 227}
+
+
 @pytest.fixture
 def kernels(module):
     module("attention").choose_attention("triton", DEVICE)
@@ -235,6 +239,8 @@ def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu(module):
     attention = module("attention")
     assert attention.choose_attention("auto", torch.device("cpu")) is attention.attend_cached
     assert attention.choose_attention("torch", torch.device("cuda")) is attention.attend_cached
+    if FAULT is None:
+        assert attention.choose_attention("auto", torch.device("cuda")) is module("kernels").attend_in_place
 
 
 def test_another_attention_is_refused(chapter):
@@ -269,9 +275,8 @@ def test_the_kernels_compile_for_gpus_that_are_not_here():
         assert found == {name: committed[name] for name in found}
     for name, rows in found.items():
         for target, row in rows.items():
-            # A GeForce RTX has 99 KiB for a program; a data center's GPU has more.
-            assert row["shared_bytes"] <= 99 * 2**10, f"{name} for {target} does not fit"
-            if "decode" in name:
+            assert row["shared_bytes"] <= SHARED_KIB[target] * 2**10, f"{name} for {target} does not fit"
+            if "decode" in name and target in ("sm_80", "sm_90"):
                 assert row["stack_bytes"] == 0, f"{name} for {target} spills"
 
 
