@@ -91,13 +91,13 @@ def summary(timings: list[Timing], units: int = 1) -> dict[str, float]:
     }
 
 
-def write(name: str, results: dict, command: str) -> Path:
+def write(name: str, results: dict, command: str, gpu: bool = False) -> Path:
     """Commit-ready JSON, a line a key: the results with the command, the machine and the date that made them."""
     from .machine import machine, today
 
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    everything = {"command": command, "machine": machine(), "date": today()} | results
+    everything = {"command": command, "machine": machine(gpu), "date": today()} | results
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in everything.items()]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return path

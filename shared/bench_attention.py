@@ -157,7 +157,7 @@ def main(argv: list[str]) -> int:
             for name in SHAPES
         }
         results = {"bandwidth_gb_s": round(bandwidth / 1e9, 1), "longest": longest, "rows": rows}
-        write("attention", results, "python -m shared.bench_attention --write")
+        write("attention", results, "python -m shared.bench_attention --write", gpu=True)
     return 0
 
 

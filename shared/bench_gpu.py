@@ -261,7 +261,7 @@ def main(argv: list[str]) -> int:
     setting = DRY_RUN if args.dry_run else GPU
     results = bench_gpu(setting)
     if args.write:
-        print(f"\nwrote {write('gpu', results, 'python -m shared.bench_gpu --write')}")
+        print(f"\nwrote {write('gpu', results, 'python -m shared.bench_gpu --write', gpu=True)}")
     return 0
 
 

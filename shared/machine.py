@@ -18,11 +18,11 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine() -> str:
-    """Processor, cores, memory, GPU if any, and the versions that decide the arithmetic."""
+def machine(gpu: bool = False) -> str:
+    """Processor, cores, the GPU of what was measured on one, and the versions that decide the arithmetic."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts = [cpu_name(), f"{cores} cores"]
-    if torch.cuda.is_available():
+    if gpu:
         parts.append(torch.cuda.get_device_name())
     parts.append(f"Python {platform.python_version()}")
     parts.append(f"torch {torch.__version__}")
