@@ -75,8 +75,7 @@ def compute(func, args: tuple, kwargs: dict):
     schema = func._schema
     tensors = tensors_of((args, kwargs))
     devices = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.device)]
-    was_on_gpu = any(isinstance(tensor, OnGpu) for tensor in tensors)
-    on_gpu = GPU in devices if devices else was_on_gpu
+    on_gpu = GPU in devices if devices else any(isinstance(tensor, OnGpu) for tensor in tensors)
     if schema.name in TAKE_CPU_INDICES and isinstance(args[0], OnGpu):
         refuse_mixed(schema.name, [args[0], *tensors_of(args[2:])])
         crossings.extend(schema.name for index in tensors_of(args[1]) if not isinstance(index, OnGpu))
@@ -126,7 +125,8 @@ class Calls(TorchFunctionMode):
                 elif isinstance(args[0], OnGpu) != isinstance(args[2], OnGpu):
                     crossings.append("aten::copy_")
         elif func is Tensor.copy_:
-            crossings.extend("aten::copy_" for _ in tensors[1:] if isinstance(tensors[0], OnGpu) != isinstance(tensors[1], OnGpu))
+            if isinstance(args[0], OnGpu) != isinstance(args[1], OnGpu):
+                crossings.append("aten::copy_")
         else:
             refuse_mixed(func.__name__, tensors)
         result = func(*held(args), **held(kwargs))
