@@ -73,30 +73,30 @@ help:
 
 setup: $(READY)
 
-.venv/.ready: constraints.txt pyproject.toml shared/install.py
-	@python3 shared/install.py
+.venv/.ready: constraints.txt pyproject.toml shared/commands/install.py
+	@python3 shared/commands/install.py
 
 # What notebooks and the site need beside it.
 setup-book: $(BOOK)
 
 .venv/.ready-book: .venv/.ready
-	@python3 shared/install.py book
+	@python3 shared/commands/install.py book
 
 demo: $(READY)
-	@$(PY) -m shared.demo
+	@$(PY) -m shared.commands.demo
 
 test: $(READY)
 	@$(PY) -m pytest
 	@$(call ON_GPU)
 
 doctor: $(READY)
-	@$(PY) -m shared.doctor
+	@$(PY) -m shared.commands.doctor
 
 sync: $(READY)
-	@$(PY) -m shared.book.sync
+	@$(PY) -m shared.book.claims.sync
 
 check: $(READY)
-	@$(PY) -m shared.book.sync --check
+	@$(PY) -m shared.book.claims.sync --check
 
 prove: $(BOOK)
 	@$(PY) -m shared.book.prove
@@ -117,22 +117,22 @@ $(CHAPTERS:%=nbdiff-%): nbdiff-%: $(BOOK)
 	@$(PY) -m shared.book.notebooks diff $*
 
 $(CHAPTERS:%=break-%): break-%: $(READY)
-	@$(PY) -m shared.book.hunt break $* $(ARGS)
+	@$(PY) -m shared.book.traps.hunt break $* $(ARGS)
 
 hunt: $(READY)
-	@$(PY) -m shared.book.hunt hunt $(if $(value ASK),--ask="$$ASK_AS_TYPED")
+	@$(PY) -m shared.book.traps.hunt hunt $(if $(value ASK),--ask="$$ASK_AS_TYPED")
 
 reveal: $(READY)
-	@$(PY) -m shared.book.hunt reveal
+	@$(PY) -m shared.book.traps.hunt reveal
 
 film: $(BOOK)
-	@$(PY) -m shared.film $(ARGS)
+	@$(PY) -m shared.book.site.film $(ARGS)
 
 mutants: $(READY)
-	@$(PY) -m shared.book.mutants $(ARGS)
+	@$(PY) -m shared.book.traps.mutants $(ARGS)
 
 traps-answers: $(READY)
-	@$(PY) -m shared.book.answers $(ARGS)
+	@$(PY) -m shared.book.traps.answers $(ARGS)
 
 traps: $(READY)
 	@$(PY) -m shared.book.traps --all
@@ -141,20 +141,20 @@ traps-matrix: $(READY)
 	@$(PY) -m shared.book.traps matrix
 
 trace: $(READY)
-	@$(PY) -m shared.trace $(ARGS)
+	@$(PY) -m shared.commands.trace $(ARGS)
 
 soak: $(READY)
-	@$(PY) -m shared.soak $(ARGS)
-	@$(PY) -m shared.soak_server
+	@$(PY) -m shared.verify.soak $(ARGS)
+	@$(PY) -m shared.verify.soak_server
 
 serve: $(READY)
-	@$(PY) -m shared.serve --model "$(MODEL)" $(ARGS)
+	@$(PY) -m shared.commands.serve --model "$(MODEL)" $(ARGS)
 
 chat: $(READY)
-	@$(PY) -m shared.chat $(ARGS)
+	@$(PY) -m shared.commands.chat $(ARGS)
 
 load: $(READY)
-	@$(PY) -m shared.load $(ARGS)
+	@$(PY) -m shared.bench.load $(ARGS)
 
 bench: $(READY)
 	@$(PY) -m shared.bench suite --repeats 3 $(ARGS)
@@ -164,13 +164,13 @@ bench-all: $(READY)
 	@$(PY) -m shared.bench large --repeats 3 $(ARGS)
 
 bench-gpu: $(READY)
-	@$(PY) -m shared.bench_gpu $(ARGS)
+	@$(PY) -m shared.bench.gpu $(ARGS)
 
 $(filter-out bench-v06,$(CHAPTERS:%=bench-%)): bench-%: $(READY)
 	@$(PY) -m shared.bench suite $* --before --repeats 3 $(ARGS)
 
 bench-v06: $(READY)
-	@$(PY) -m shared.bench_attention $(ARGS)
+	@$(PY) -m shared.bench.attention $(ARGS)
 
 propagate: $(READY)
 	@$(PY) -m shared.book.propagate $(FROM) $(ARGS)
@@ -184,7 +184,7 @@ $(CHAPTERS:%=test-%): test-%: $(READY)
 
 # A base model is prompted as it is, a chat model through its template; the program says which.
 $(CHAPTERS:%=run-%): run-%: $(READY)
-	@$(PY) -m shared.run $* "$$PROMPT_AS_TYPED" --model "$(MODEL)" $(ARGS)
+	@$(PY) -m shared.commands.run $* "$$PROMPT_AS_TYPED" --model "$(MODEL)" $(ARGS)
 
 $(CHAPTERS:%=diff-%): diff-%: $(READY)
 	@$(PY) -m shared.book.diff $*

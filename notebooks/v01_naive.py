@@ -48,9 +48,9 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, wher
 from milestones.v01_naive import Engine, SamplingParams
 from milestones.v01_naive.batch import Batch
 from milestones.v01_naive.sampling import filter_logits
+from shared.bench.recorder import record
 from shared.chapters import find
 from shared.checkpoints import POCKET
-from shared.trace import record
 from shared.workloads import fixed, random_ids
 
 torch.set_num_threads(1)

@@ -47,9 +47,9 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, wher
 from milestones.v03_static_batch import Engine, SamplingParams
 from milestones.v03_static_batch.scheduler import Scheduler
 from milestones.v03_static_batch.text import encode_chat
+from shared.bench.recorder import record, summary
 from shared.chapters import find
 from shared.checkpoints import POCKET
-from shared.trace import record, summary
 from shared.workloads import TIMELINE, TIMELINE_PLACES, fixed, random_ids
 
 torch.set_num_threads(1)

@@ -48,9 +48,9 @@ from milestones import v03_static_batch, v04_continuous_batch
 from milestones.v03_static_batch import scheduler as scheduler_before
 from milestones.v04_continuous_batch import Engine, scheduler
 from milestones.v04_continuous_batch.text import encode_chat
+from shared.bench.recorder import record
 from shared.chapters import find
 from shared.checkpoints import POCKET
-from shared.trace import record
 from shared.workloads import TIMELINE, TIMELINE_PLACES, Request, fixed, random_ids, staircase
 
 torch.set_num_threads(1)

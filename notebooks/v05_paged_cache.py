@@ -44,9 +44,9 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, wher
 from milestones.v04_continuous_batch import Engine as SlabEngine
 from milestones.v05_paged_cache import Engine, SamplingParams
 from milestones.v05_paged_cache.cache import BlockPool
+from shared.bench.recorder import record
 from shared.chapters import find
 from shared.checkpoints import POCKET
-from shared.trace import record
 from shared.workloads import TIMELINE, fixed, ragged
 
 # %% [markdown]

@@ -63,9 +63,9 @@ from milestones.v06_triton_kernel.cache import KVCache
 from milestones.v06_triton_kernel.config import load_config
 from milestones.v06_triton_kernel.kernels.paged_attention import TILE_KEYS, _attend_kernel
 from milestones.v06_triton_kernel.kernels.paged_attention import paged_attention, paged_attention_ref
+from shared.bench.recorder import record
 from shared.chapters import find
 from shared.checkpoints import POCKET
-from shared.trace import record
 from shared.workloads import Request
 
 # %% [markdown]

@@ -48,7 +48,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, wher
 from milestones.v07_server import Engine, SamplingParams
 from shared.chapters import find
 from shared.checkpoints import POCKET
-from shared.serving import serving, wait_until
+from shared.verify.serving import serving, wait_until
 
 # %% [markdown]
 # `serving` puts an engine behind the chapter's server, on a socket, in a thread of this process. Each experiment below

@@ -1,28 +1,41 @@
-"""The table of contents: one row a chapter, in reading order.
+"""The table of contents, and the one model of a chapter: what it is called, what it adds, where its parts lie.
 
 A *capability* is something a user can do. A chapter has those of all chapters before it and adds
 its own; a test names the ones it needs, and then runs for every chapter that has them.
+
+Tools take a Book, so that they can be pointed at any directory that is laid out like this one.
 
     python -m shared.chapters          # the table
     python -m shared.chapters names    # v01 v02 ...: what the Makefile derives its targets from
 """
 import importlib
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-MILESTONES = ROOT / "milestones"
 
 
-@dataclass(frozen=True)
+class Row(NamedTuple):
+    """A line of the table of contents."""
+
+    name: str
+    idea: str = ""
+    adds: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
 class Chapter:
-    """One directory under milestones/."""
+    """One directory under milestones/, and what belongs to it elsewhere."""
 
     name: str
     idea: str
     adds: frozenset[str]
+    root: Path  # of the repository
+    previous: "Chapter | None"
 
     @property
     def id(self) -> str:
@@ -31,91 +44,142 @@ class Chapter:
 
     @property
     def path(self) -> Path:
-        return MILESTONES / self.name
+        return self.root / "milestones" / self.name
+
+    @property
+    def text(self) -> Path:
+        return self.path / "README.md"
+
+    @property
+    def traps(self) -> Path:
+        """Where its seeded bugs are written down."""
+        return self.root / "tests" / "traps" / f"{self.id}.toml"
+
+    @property
+    def claims(self) -> Path:
+        """The tests of what it claims."""
+        return self.root / "tests" / "claims" / f"test_{self.id}.py"
+
+    @property
+    def notebook(self) -> Path:
+        """The source of its notebook."""
+        return self.root / "notebooks" / f"{self.name}.py"
 
     @property
     def number(self) -> int:
-        return CHAPTERS.index(self)
-
-    @property
-    def previous(self) -> "Chapter | None":
-        return CHAPTERS[self.number - 1] if self.number else None
+        """Its place in the book, counted from 0."""
+        return self.previous.number + 1 if self.previous else 0
 
     @property
     def capabilities(self) -> frozenset[str]:
         """All that a user can do in this chapter."""
-        return frozenset().union(*(chapter.adds for chapter in CHAPTERS[: self.number + 1]))
+        return self.adds | (self.previous.capabilities if self.previous else frozenset())
+
+    @property
+    def command(self) -> list[str]:
+        """How to run it in a process of its own."""
+        return [sys.executable, "-m", f"milestones.{self.name}"]
 
     def load(self) -> ModuleType:
         return importlib.import_module(f"milestones.{self.name}")
 
-
-def last_with(capability: str) -> Chapter:
-    """The newest chapter in which a user can do this."""
-    return [chapter for chapter in CHAPTERS if capability in chapter.capabilities][-1]
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
 
 
-CHAPTERS = (
-    Chapter(
+@dataclass(frozen=True, eq=False)
+class Book:
+    """A repository with chapters under milestones/, in reading order."""
+
+    root: Path
+    chapters: tuple[Chapter, ...]
+
+    @classmethod
+    def of(cls, root: Path, rows: Iterable[Row]) -> "Book":
+        chapters = []
+        for row in rows:
+            chapters.append(Chapter(*row, root=root, previous=chapters[-1] if chapters else None))
+        return cls(root, tuple(chapters))
+
+    def find(self, text: str) -> Chapter:
+        """The chapter called text: its short form or its whole name.
+
+        >>> BOOK.find("v01")
+        <v01_naive>
+        """
+        for chapter in self.chapters:
+            if text in (chapter.id, chapter.name):
+                return chapter
+        raise ValueError(f"there is no chapter {text!r}; the chapters are {', '.join(c.id for c in self.chapters)}")
+
+    def after(self, chapter: Chapter) -> tuple[Chapter, ...]:
+        """The chapters that follow a chapter."""
+        return self.chapters[chapter.number + 1 :]
+
+    def first_with(self, capability: str) -> Chapter:
+        """The chapter that adds a capability."""
+        return next(chapter for chapter in self.chapters if capability in chapter.adds)
+
+    def last_with(self, capability: str) -> Chapter:
+        """The newest chapter in which a user can do this."""
+        return [chapter for chapter in self.chapters if capability in chapter.capabilities][-1]
+
+    @property
+    def results(self) -> Path:
+        """Where measured figures are committed, as JSON."""
+        return self.root / "docs" / "results"
+
+
+CONTENTS = (
+    Row(
         name="v01_naive",
         idea="A decoder is a function from tokens to the next token's logits; call it in a loop.",
         adds=frozenset({"generate", "sample", "logprobs", "stream", "abort", "chat", "command_line", "max_model_len"}),
     ),
-    Chapter(
+    Row(
         name="v02_kv_cache",
         idea="Keys and values of past tokens never change. Prefill once, then feed one token at a time.",
         adds=frozenset({"previous"}),
     ),
-    Chapter(
+    Row(
         name="v03_static_batch",
         idea="One pass reads every weight, whether it serves one request or sixteen. Fill a rectangle.",
         adds=frozenset({"max_num_seqs"}),
     ),
-    Chapter(
+    Row(
         name="v04_continuous_batch",
         idea="Schedule by the step and by the token, not by the rectangle: a place freed now is taken in the next step.",
         adds=frozenset(),
     ),
-    Chapter(
+    Row(
         name="v05_paged_cache",
         idea="A slab reserves the longest length for everyone. Give memory out in blocks, and keep a table per sequence.",
         adds=frozenset({"num_blocks", "block_size", "kv_bytes"}),
     ),
-    Chapter(
+    Row(
         name="v06_triton_kernel",
         idea="Gathering copies the whole cache at every step. A kernel can follow the tables itself, with an online softmax.",
         adds=frozenset({"attention"}),
     ),
-    Chapter(
+    Row(
         name="v07_server",
         idea="One thread steps the engine, the event loop keeps the connections, and queues lie between them.",
         adds=frozenset({"stop_strings", "prompt_logprobs", "serve"}),
     ),
 )
 
-
-def find(text: str) -> Chapter:
-    """The chapter called text: its short form or its whole name.
-
-    >>> find("v01").name
-    'v01_naive'
-    """
-    for chapter in CHAPTERS:
-        if text in (chapter.id, chapter.name):
-            return chapter
-    raise ValueError(f"there is no chapter {text!r}; the chapters are {', '.join(c.id for c in CHAPTERS)}")
+BOOK = Book.of(ROOT, CONTENTS)
+CHAPTERS = BOOK.chapters
+find, first_with, last_with = BOOK.find, BOOK.first_with, BOOK.last_with
 
 
-def command(chapter: Chapter) -> list[str]:
-    """How to run a chapter in a process of its own, as this process would import it: a damaged copy stays one."""
-    import milestones
-
-    places = [str(place) for place in milestones.__path__]
-    name = f"milestones.{chapter.name}"
-    if places == [str(MILESTONES)]:
-        return [sys.executable, "-m", name]
-    find_copy = f"import runpy, milestones; milestones.__path__ = {places!r}"
-    return [sys.executable, "-c", f"{find_copy}; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"]
+def python_files(directory: Path) -> list[Path]:
+    """The *.py files under a directory, in order, without caches and hidden directories."""
+    found = []
+    for path in sorted(directory.rglob("*.py")):
+        if not any(part.startswith((".", "__pycache__")) for part in path.relative_to(directory).parts):
+            found.append(path)
+    return found
 
 
 def main(argv: list[str]) -> int:

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from .chapters import ROOT
+from shared.chapters import ROOT
 
 POCKET = ROOT / "shared" / "models" / "pocket"
 CACHE = ROOT / ".cache" / "checkpoints"

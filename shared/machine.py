@@ -1,7 +1,11 @@
-"""What a measurement ran on: the line that stands beside every committed number."""
+"""What a measurement ran on: the line that stands beside every committed number.
+
+    python -m shared.machine        # this machine, and its kind
+"""
 import datetime
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -30,6 +34,17 @@ def machine(gpu: bool = False) -> str:
     return ", ".join(parts)
 
 
+def kind(gpu: bool = False) -> str:
+    """The kind of machine: gpu for what ran on one, otherwise the vectors that PyTorch computes with, as avx2 or avx512."""
+    return "gpu" if gpu else torch.backends.cpu.get_cpu_capability().lower()
+
+
 def today() -> str:
     """The date of a measurement, ISO."""
     return datetime.date.today().isoformat()
+
+
+if __name__ == "__main__":
+    print(machine(gpu=torch.cuda.is_available()))
+    print(*[kind(), *["gpu"] * torch.cuda.is_available()], sep=", ")
+    sys.exit(0)

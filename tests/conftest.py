@@ -31,7 +31,7 @@ import torch  # noqa: E402
 
 from shared.chapters import CHAPTERS, ROOT, find  # noqa: E402
 from shared.checkpoints import RANDOM, checkpoint  # noqa: E402
-from shared.reference import reference  # noqa: E402
+from shared.verify.reference import reference  # noqa: E402
 
 DISTANCES = ROOT / "docs" / "results" / "distances.json"
 

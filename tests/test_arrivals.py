@@ -5,7 +5,7 @@ from collections import deque
 import pytest
 
 from shared.checkpoints import checkpoint
-from shared.trace import run
+from shared.bench.recorder import run
 from shared.workloads import Request, ragged
 
 pytestmark = pytest.mark.needs("generate", "abort")

@@ -6,7 +6,11 @@ import sys
 import pytest
 import torch
 
-from shared import bench, bench_gpu, bench_overhead, bench_suite
+from shared.bench import __main__ as bench
+from shared.bench import gpu as bench_gpu
+from shared.bench import overhead as bench_overhead
+from shared.bench import suite as bench_suite
+from shared.bench.timing import weight_bytes
 from shared.chapters import CHAPTERS, ROOT, find
 from shared.checkpoints import checkpoint
 from shared.workloads import Request
@@ -34,7 +38,7 @@ def test_the_limit_counts_what_must_be_multiplied_and_read():
     by_rate = bench_suite.least_seconds(requests, model, {"bytes_per_s": 1e18, "operations_per_s": 1e6})
     assert by_rate == pytest.approx(operations / 1e6)
     by_bytes = bench_suite.least_seconds(requests, model, {"bytes_per_s": 1e6, "operations_per_s": 1e18})
-    assert by_bytes == pytest.approx(5 * bench.weight_bytes(model) / 1e6)
+    assert by_bytes == pytest.approx(5 * weight_bytes(model) / 1e6)
 
 
 def test_requests_that_arrive_by_chance_all_see_a_first_token(monkeypatch, capsys):
@@ -48,7 +52,7 @@ def test_requests_that_arrive_by_chance_all_see_a_first_token(monkeypatch, capsy
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_the_peak_of_memory_grows_with_what_is_held():
     """In a process that has not had more already."""
-    code = "from shared.bench_suite import peak_kib as peak; a = peak(); held = b'x' * 2**26; print(peak() - a)"
+    code = "from shared.bench.suite import peak_kib as peak; a = peak(); held = b'x' * 2**26; print(peak() - a)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 60 * 2**10 < int(done.stdout) < 70 * 2**10
 
@@ -71,8 +75,6 @@ def test_the_chapter_before_can_be_asked_for(monkeypatch):
     assert bench.main(["suite", "v05", "--before"]) == 0
     assert bench.main(["suite", "v01", "--before"]) == 0
     assert [[chapter.id for chapter in chapters] for chapters in asked] == [["v04", "v05"], ["v01"]]
-
-
 
 
 @pytest.mark.parametrize("name", ["v01", CHAPTERS[-1].id])
@@ -139,7 +141,7 @@ def test_a_decode_step_stands_beside_the_bytes_it_must_read(monkeypatch):
     monkeypatch.setattr(bench_gpu, "finished", lambda device: 12.0 * next(ticks))
     rows = bench_gpu.decode_steps(checkpoint("llama"), bench_gpu.DRY_RUN, bytes_per_s=1e6)
     engine = CHAPTERS[-1].load().Engine(checkpoint("llama"), dtype="float32")
-    weights = bench.weight_bytes(engine.model)
+    weights = weight_bytes(engine.model)
     for row, (size, context) in zip(rows, bench_gpu.DRY_RUN.decode, strict=True):
         assert row["step_ms"] == 1e3 * 12.0 / 2, "two steps are timed"
         # In the two steps each sequence has context + 2 and context + 3 positions; a position has 2 * 3 * 2 * 14 floats.
@@ -187,19 +189,3 @@ def test_every_function_that_a_step_calls_is_in_one_part():
     """Choosing is both of its functions; what is timed is called by `advance` or what it calls, and does not nest."""
     named = [name for functions in bench_overhead.PARTS.values() for _, name in functions]
     assert sorted(named) == ["build_batch", "commit", "compute_logits", "forward", "sample", "schedule", "top_logprobs"]
-
-
-@pytest.mark.parametrize(
-    "workload, module, show",
-    [
-        ("overhead", bench_overhead, "print_overhead"),
-        ("suite", bench_suite, "print_suite"),
-        ("large", bench_suite, "print_suite"),
-    ],
-)
-def test_what_stands_elsewhere_is_called_with_what_was_asked(workload, module, show, monkeypatch):
-    monkeypatch.setattr(module, workload, lambda *arguments: ("measured", *arguments))
-    monkeypatch.setattr(module, show, lambda results: ("shown", results))
-    run, printed = bench.WORKLOADS[workload]
-    assert run([CHAPTERS[0]], 3) == ("measured", [CHAPTERS[0]], 3)
-    assert printed({"v01": {}}) == ("shown", {"v01": {}})

@@ -5,9 +5,10 @@ import builtins
 import openai
 import pytest
 
-from shared import chat, load
+from shared.bench import load
+from shared.commands import chat
 from shared.checkpoints import checkpoint
-from shared.serving import serving
+from shared.verify.serving import serving
 
 pytestmark = pytest.mark.needs("serve")
 

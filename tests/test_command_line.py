@@ -19,6 +19,7 @@ def run(module, capsys):
     """main(argv) in this process: its exit code, stdout and stderr."""
 
     def run(*argv):
+        capsys.readouterr()  # what an engine said that the test made before
         try:
             code = module("__main__").main(list(argv))
         except SystemExit as exit:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from shared.checkpoints import RANDOM, checkpoint
-from shared.reference import Outputs, reference
+from shared.verify.reference import Outputs, reference
 from shared.workloads import random_ids
 
 pytestmark = pytest.mark.needs("generate")

@@ -8,8 +8,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from shared.checkpoints import checkpoint
-from shared.pretend_gpu import pretend_gpu
-from shared.reference import reference, settled
+from shared.verify.pretend_gpu import pretend_gpu
+from shared.verify.reference import reference, settled
 from shared.workloads import QUESTIONS, ragged
 
 # The pretended one computes as the CPU does, which has been compared for all.

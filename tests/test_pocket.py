@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from shared.checkpoints import checkpoint
 from shared.models import corpus, train
-from shared.reference import reference
+from shared.verify.reference import reference
 
 NAMES = ("pocket", "pocket-draft")
 

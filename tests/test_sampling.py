@@ -7,7 +7,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from shared.checkpoints import checkpoint
-from shared.reference import reference
+from shared.verify.reference import reference
 from shared.workloads import random_ids
 
 pytestmark = pytest.mark.needs("sample")

@@ -13,8 +13,8 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
 from shared.checkpoints import checkpoint
-from shared.serving import serving
-from shared.soak_server import crowd
+from shared.verify.serving import serving
+from shared.verify.soak_server import crowd
 
 pytestmark = pytest.mark.needs("serve")
 

@@ -6,7 +6,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
 from shared.checkpoints import checkpoint
-from shared.serving import serving
+from shared.verify.serving import serving
 
 pytestmark = pytest.mark.needs("serve")
 

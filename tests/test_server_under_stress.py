@@ -16,10 +16,10 @@ import openai
 import pytest
 import torch
 
-from shared.chapters import ROOT, command
+from shared.chapters import ROOT
 from shared.checkpoints import POCKET, checkpoint
-from shared.serving import FakeEngine, serving, wait_until
-from shared.soak_server import is_idle, leave
+from shared.verify.serving import FakeEngine, serving, wait_until
+from shared.verify.soak_server import is_idle, leave
 
 pytestmark = pytest.mark.needs("serve")
 
@@ -377,7 +377,7 @@ def test_who_gives_up_while_the_tokenizer_works_is_not_told_of_an_end(chapter, t
 def start(chapter, *flags):
     """The server as a user starts it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    serve = [*command(chapter), "serve", "--model", str(POCKET), *flags]
+    serve = [*chapter.command, "serve", "--model", str(POCKET), *flags]
     return subprocess.Popen(serve, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
 
 

@@ -6,7 +6,7 @@ from hypothesis import Phase, settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from shared.checkpoints import checkpoint
-from shared.soak import audit, soak
+from shared.verify.soak import audit, soak
 from shared.workloads import random_ids
 
 pytestmark = pytest.mark.needs("num_blocks", "abort")

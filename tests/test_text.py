@@ -2,7 +2,7 @@
 import pytest
 
 from shared.checkpoints import RANDOM, checkpoint, make_tokenizer
-from shared.reference import reference
+from shared.verify.reference import reference
 from shared.workloads import random_ids
 
 pytestmark = pytest.mark.needs("stream")

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from shared.checkpoints import checkpoint
-from shared.reference import TIE, Greedy, reference, settled
+from shared.verify.reference import TIE, Greedy, reference, settled
 from shared.workloads import QUESTIONS, ragged, random_ids
 
 pytestmark = pytest.mark.needs("generate")

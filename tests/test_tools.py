@@ -1,5 +1,6 @@
 """What stands around the chapters: the harness's own guards, the commands behind make, checkpoints by name."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,15 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from shared import bench, checkpoints, demo, doctor, install, run, trace, workloads
+from shared import checkpoints, workloads
+from shared.bench import __main__ as bench
+from shared.bench import batches, growth, staircase, timing
+from shared.commands import demo, doctor, install, run
 from shared.book.doctests import check_package
-from shared.chapters import CHAPTERS, ROOT, command, find
+from shared.chapters import CHAPTERS, ROOT, Book, find
 from shared.checkpoints import RANDOM, checkpoint
-from shared.reference import reference
+from shared.results import rows_of, write_row
+from shared.verify.reference import reference
 
 
 def definition(path, **marks):
@@ -313,17 +318,41 @@ def test_make_has_a_target_for_every_chapter():
     assert "make demo" in subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
 
 
-def test_a_chapter_has_a_process_of_its_own_with_the_files_that_are_imported_here(tmp_path, monkeypatch):
-    import milestones
+COPY = """
+import multiprocessing, subprocess, sys
+from pathlib import Path
+from shared.book.changed_copy import changed_copy
+from shared.chapters import find
 
-    assert command(CHAPTERS[0]) == [sys.executable, "-m", "milestones.v01_naive"]
-    copy = tmp_path / "it's a copy" / "v01_naive"
-    copy.mkdir(parents=True)
-    (copy / "__init__.py").touch()
-    (copy / "__main__.py").write_text("import sys\nprint('the copy', sys.argv[1:])")
-    monkeypatch.setattr(milestones, "__path__", [str(copy.parent), *milestones.__path__])
-    done = subprocess.run([*command(CHAPTERS[0]), "generate"], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "the copy ['generate']\n", done.stderr
+def where(queue):
+    import milestones.v01_naive
+    queue.put(milestones.v01_naive.__file__)
+
+def change(copy):
+    (copy / "__main__.py").write_text("import sys\\nprint('the copy', sys.argv[1:])")
+
+if __name__ == "__main__":
+    with changed_copy(find("v01"), change, Path(sys.argv[1])) as copy:
+        print(subprocess.run([*find("v01").command, "generate"], capture_output=True, text=True).stdout, end="")
+        context = multiprocessing.get_context("spawn")
+        queue = context.Queue()
+        process = context.Process(target=where, args=(queue,))
+        process.start()
+        print(queue.get(timeout=60) == str(copy / "__init__.py"))
+        process.join()
+    import milestones.v01_naive
+    print(milestones.v01_naive.__file__)
+"""
+
+
+def test_a_changed_copy_is_what_every_process_imports_that_is_started_meanwhile(tmp_path):
+    """By a command or spawned, as an engine's process is; and afterwards the chapter is back."""
+    script, scratch = tmp_path / "it's a script.py", tmp_path / "scratch"
+    script.write_text(COPY)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script, scratch], cwd=ROOT, env=env, capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert said == ["the copy ['generate']", "True", str(CHAPTERS[0].path / "__init__.py")], done.stderr
 
 
 def make(*arguments):
@@ -373,19 +402,19 @@ def test_a_bug_mended_in_the_first_chapter_reaches_the_last_and_leaves_the_diffs
 
 def test_contestants_take_turns_after_one_unmeasured_run_each():
     order = []
-    contestants = {name: lambda name=name: order.append(name) or bench.Timing(1.0, 1.0) for name in "AB"}
-    timings = bench.interleave(contestants, repeats=3)
+    contestants = {name: lambda name=name: order.append(name) or timing.Timing(1.0, 1.0) for name in "AB"}
+    timings = timing.interleave(contestants, repeats=3)
     assert "".join(order) == "AB" + "ABABAB"
     assert {name: len(runs) for name, runs in timings.items()} == {"A": 3, "B": 3}
 
 
 def test_growth_measures_every_chapter_at_every_length(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "GROWTH_LENGTHS", (3, 5))
-    results = bench.growth(list(CHAPTERS), repeats=1)
+    monkeypatch.setattr(growth, "GROWTH_LENGTHS", (3, 5))
+    results = growth.growth(list(CHAPTERS), repeats=1)
     for chapter in CHAPTERS:
         assert {"3", "5", "worst_spread", "ratio"} == set(results[chapter.id])
         assert results[chapter.id]["5"]["wall_ms"] > 0
-    bench.print_growth(results)
+    growth.print_growth(results)
     assert "ms per token" in capsys.readouterr().out
 
 
@@ -397,9 +426,10 @@ def small(monkeypatch):
 
 
 def test_the_staircase_counts_and_times_every_chapter(small, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    elsewhere = Book(tmp_path, CHAPTERS)
+    monkeypatch.setattr(bench, "write_row", lambda *args: write_row(*args, book=elsewhere))
     assert bench.main(["staircase", "--repeats", "2", "--write"]) == 0
-    results = json.loads((tmp_path / "staircase.json").read_text())
+    [results] = rows_of(elsewhere.results / "staircase.json").values()
     # The embedded model's head is tied, so that all of its file is read in every pass.
     stored = sum(tensor.numel() for tensor in load_file(checkpoint("pocket") / "model.safetensors").values())
     assert results["command"] == "python -m shared.bench staircase --repeats 2 --write"
@@ -416,21 +446,21 @@ def test_the_staircase_counts_and_times_every_chapter(small, monkeypatch, capsys
 
 
 def test_a_staircase_whose_chapters_disagree_is_no_result(small, monkeypatch):
-    record = trace.record
+    record = staircase.record
 
     def lie(chapter, engine, requests):
         found, tokens = record(chapter, engine, requests)
         return found, tokens if chapter.id == "v01" else [[1], *tokens[1:]]
 
-    monkeypatch.setattr(trace, "record", lie)
+    monkeypatch.setattr(staircase, "record", lie)
     with pytest.raises(AssertionError, match="v02 says other tokens than v01"):
-        bench.staircase(list(CHAPTERS[:2]), repeats=1)
+        staircase.staircase(list(CHAPTERS[:2]), repeats=1)
 
 
 def test_batch_measures_where_several_run_together(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "BATCH_SIZES", (1, 3))
-    monkeypatch.setattr(bench, "BATCH_MODELS", ("llama", "qwen2"))
-    results = bench.batch(list(CHAPTERS), repeats=1)
+    monkeypatch.setattr(batches, "BATCH_SIZES", (1, 3))
+    monkeypatch.setattr(batches, "BATCH_MODELS", ("llama", "qwen2"))
+    results = batches.batch(list(CHAPTERS), repeats=1)
     assert list(results) == [chapter.id for chapter in CHAPTERS]
     assert "3" not in results["v02"]["llama"]
     assert results["v03"]["llama"]["3"]["tokens_per_s"] > 0
@@ -439,24 +469,24 @@ def test_batch_measures_where_several_run_together(monkeypatch, capsys):
         parameters = checkpoints.AutoModelForCausalLM.from_pretrained(checkpoint(name)).num_parameters()
         embedding = checkpoints.RANDOM[name].vocab_size * checkpoints.RANDOM[name].hidden_size
         assert results["v03"][name]["weight_bytes"] == 4 * (parameters - (0 if tied else embedding))
-    bench.print_batch(results)
+    batches.print_batch(results)
     assert "tokens/s with requests in a pass" in capsys.readouterr().out
 
 
 def test_decode_measures_a_step_of_sixteen(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "BATCH_MODELS", ("llama", "qwen2"))
+    monkeypatch.setattr(batches, "BATCH_MODELS", ("llama", "qwen2"))
     chapters = [chapter for chapter in CHAPTERS if "max_num_seqs" in chapter.capabilities]
-    monkeypatch.setattr(bench, "DECODE_CONTEXTS", (3, 9))
+    monkeypatch.setattr(batches, "DECODE_CONTEXTS", (3, 9))
     # These have 320 positions.
-    monkeypatch.setattr(bench, "DECODE_MAX_LEN", 320)
-    results = bench.decode(chapters, repeats=1)
+    monkeypatch.setattr(batches, "DECODE_MAX_LEN", 320)
+    results = batches.decode(chapters, repeats=1)
     assert all(results[chapter.id][model]["wall_ms"] > 0 for chapter in chapters for model in ("llama", "qwen2"))
-    bench.print_decode(results)
+    batches.print_decode(results)
     assert "ms a step of 16 sequences" in capsys.readouterr().out
 
 
 def test_a_noisy_measurement_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "GROWTH_LENGTHS", (3,))
+    monkeypatch.setattr(growth, "GROWTH_LENGTHS", (3,))
     timings = {"wall_ms": 1.0, "cpu_ms": 1.0, "spread": 0.9, "repeats": 2}
-    bench.print_growth({"v01": {"3": timings, "worst_spread": 0.9, "ratio": 1.0}})
+    growth.print_growth({"v01": {"3": timings, "worst_spread": 0.9, "ratio": 1.0}})
     assert "noisy: runs differ by up to 90%" in capsys.readouterr().out

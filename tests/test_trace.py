@@ -4,12 +4,14 @@ import re
 
 import pytest
 
-from shared import pictures, trace
-from shared.bench import staircase_engine
-from shared.book.texts import look_up
+from shared.bench.recorder import Part, Pass, Trace, record
+from shared.bench.staircase import staircase_engine
+from shared.book.site import pictures
 from shared.chapters import ROOT
 from shared.checkpoints import POCKET
-from shared.trace import Part, Pass, Trace, record, small_trace, without_times
+from shared.commands import trace
+from shared.commands.trace import small_trace, without_times
+from shared.results import cited, figures, rows_of
 from shared.workloads import Request, fixed
 
 RESULTS = ROOT / "docs" / "results"
@@ -85,7 +87,7 @@ def test_the_committed_staircase_counts_what_a_run_does(chapter):
     """Its times are one machine's; what was computed is the same on every one. v01 is counted and not run: it takes long."""
     from shared.workloads import staircase
 
-    committed = look_up(json.loads((RESULTS / "staircase.json").read_text()), chapter.id)
+    committed = cited(rows_of(RESULTS / "staircase.json"))[chapter.id]
     requests = staircase(2000)
     lengths = [(len(request.prompt_ids), request.max_tokens) for request in requests]
     if chapter.id == "v01":
@@ -122,8 +124,8 @@ def test_of_a_block_the_needed_part_is_coloured():
 
 
 def test_one_scale_for_all_that_take_several_at_once():
-    results = json.loads((RESULTS / "timeline.json").read_text())
-    widths = {re.search(r'width="(\d+)"', pictures.of_chapter(name)(pictures.measured(results)))[1] for name in ("v03", "v04")}
+    results = figures(cited(rows_of(RESULTS / "timeline.json")))
+    widths = {re.search(r'width="(\d+)"', pictures.of_chapter(name)(results))[1] for name in ("v03", "v04")}
     assert len(widths) == 1
 
 

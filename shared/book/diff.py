@@ -7,20 +7,19 @@ not counted.
 """
 import signal
 import sys
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, unified_diff
 from pathlib import Path
 
-from shared.book.cards import lines_changed
-from shared.book.tree import Tree, short, this_repository
+from shared.chapters import BOOK, Book, Chapter, python_files
 from shared.book.units import Change, compare, read_units
 
 COLOURS = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m", "=": "\033[1m"}
 
 
-def changes_of(tree: Tree, chapter: Path) -> list[Change]:
+def changes_of(chapter: Chapter) -> list[Change]:
     """All units of a chapter against the one before; all added in the first."""
-    previous = tree.previous(chapter)
-    return compare(read_units(previous) if previous else {}, read_units(chapter))
+    previous = chapter.previous
+    return compare(read_units(previous.path) if previous else {}, read_units(chapter.path))
 
 
 def mark(old: str, new: str) -> list[str]:
@@ -92,19 +91,33 @@ def row(name: str, units: list[int], added: int, removed: int) -> str:
     return f"{name:20} +{added:<4} -{removed:<4} units: {changed} changed, {new} added, {gone} removed"
 
 
-def show(tree: Tree, chapter: Path) -> list[str]:
+def lines_changed(before: Chapter, after: Chapter, only: str | None = None) -> tuple[int, int]:
+    """Lines of Python added and removed between two chapters, as `diff -u` counts them; of one file only, if named."""
+    added = removed = 0
+    names = {path.relative_to(chapter.path) for chapter in (before, after) for path in python_files(chapter.path)}
+    names = {name for name in names if only in (None, name.as_posix())}
+    for name in sorted(names):
+        old, new = ((chapter.path / name).read_text().splitlines() if (chapter.path / name).is_file() else []
+                    for chapter in (before, after))
+        for line in list(unified_diff(old, new, lineterm=""))[2:]:
+            added += line.startswith("+")
+            removed += line.startswith("-")
+    return added, removed
+
+
+def show(chapter: Chapter) -> list[str]:
     """The chapter's diff and its summary, as lines."""
-    previous = tree.previous(chapter)
+    previous = chapter.previous
     if previous is None:
-        return [f"{short(chapter)} is the first chapter: it has no predecessor to differ from"]
-    changes = changes_of(tree, chapter)
+        return [f"{chapter.id} is the first chapter: it has no predecessor to differ from"]
+    changes = changes_of(chapter)
     lines = []
     for file in sorted({change.address.split("::")[0] for change in changes if change.kind != "identical"}):
         of_file = [change for change in changes if change.address.split("::")[0] == file]
         lines += ["", f"=== {file}", *diff_lines([change for change in of_file if change.kind != "identical"])]
     added, removed = lines_changed(previous, chapter)
     as_diff = f"{'as diff -u counts':20} +{added:<4} -{removed:<4} with the blank lines between units"
-    return [*lines, "", f"{short(previous)} to {short(chapter)}", *summary(changes), as_diff]
+    return [*lines, "", f"{previous.id} to {chapter.id}", *summary(changes), as_diff]
 
 
 def colour(line: str) -> str:
@@ -112,13 +125,13 @@ def colour(line: str) -> str:
     return f"{start}{line}\033[0m" if start else line
 
 
-def main(argv: list[str], tree: Tree | None = None) -> int:
+def main(argv: list[str], book: Book | None = None) -> int:
     if len(argv) != 1:
         print("usage: python -m shared.book.diff v05", file=sys.stderr)
         return 2
-    tree = tree or this_repository()
+    book = book or BOOK
     try:
-        lines = show(tree, tree.chapter(argv[0]))
+        lines = show(book.find(argv[0]))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.book.tree import python_files, this_repository
+from shared.chapters import BOOK, python_files
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def check_package(name: str) -> Report:
 
 
 def main(argv: list[str]) -> int:
-    names = argv or ["shared", *(f"milestones.{name}" for name in this_repository().names)]
+    names = argv or ["shared", *(f"milestones.{chapter.name}" for chapter in BOOK.chapters)]
     failed = 0
     for name in names:
         report = check_package(name)

@@ -1,46 +1,56 @@
-"""pytest in a fork of this process, which finds a copy of a chapter in the chapter's place.
+"""Work in forks of this process, several at a time.
 
-A fork inherits what was imported before it, so a child is at its tests in a second. The process that forks
-imports what is slow, and nothing of milestones: the child has to find the copy.
+A fork inherits what was imported before it, so a child is at its work in a moment. The process that forks imports what
+is slow, and nothing of milestones: a child may have to find a changed copy.
 """
 import contextlib
 import importlib
-import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.book.tree import Tree, short
+from tqdm import tqdm
 
-# What every child would import first.
-SLOW = ("torch", "safetensors.torch", "transformers", "tokenizers", "pytest", "shared.checkpoints", "shared.reference")
+# What nearly every child would import first.
+SLOW = ("torch", "safetensors.torch", "transformers", "tokenizers", "pytest", "shared.checkpoints", "shared.verify.reference")
+FAILED = 70  # the exit code of a child whose work raised
 
 
 @dataclass(frozen=True)
-class Run:
-    """What pytest said in a child: its exit code, and the tests that passed, failed, or could not start."""
+class Work:
+    """What a child does, in a directory of its own, and how long it may take."""
 
-    exit_code: int | None  # None: no answer in time
-    finished: bool  # whether it was pytest that ended, and not the process under it
-    passed: list[str]
-    failed: dict[str, str]  # how, by test
-    broken: dict[str, str]
-    imported: list[str]  # modules from outside of the repository
-    output: str
+    run: Callable[[Path], None]  # in the child; what it leaves in the directory is its result
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended; its directory is there until the next is asked for."""
+
+    number: int  # of its work, counted from 0
+    exit_code: int | None  # None: stopped, since it took too long
+    scratch: Path
+    seconds: float
 
     @property
-    def tail(self) -> str:
-        lines = [line for line in self.output.splitlines() if line.strip()]
-        return "\n".join(f"    {line}" for line in lines[-12:])
+    def output(self) -> str:
+        """What the child wrote to stdout and stderr."""
+        return (self.scratch / "output").read_text(errors="replace")
 
 
-def preload(names) -> None:
+def at_once() -> int:
+    """How many children may run at a time: one a core."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def preload(names: Sequence[str]) -> None:
     """Import what is slow, once, and keep torch from starting threads: a fork does not take them along."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -53,87 +63,73 @@ def preload(names) -> None:
     assert not loaded, f"the process that forks must not have imported a chapter, it has {loaded[:3]}"
 
 
-def run_copy(
-    tree: Tree, chapter: Path, change: Callable[[Path], None] | None, arguments: list[str], timeout_s: float
-) -> Run:
-    """Run pytest in a fork that finds a changed copy of the chapter in the chapter's place."""
-    with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
-        copy = scratch / "milestones" / chapter.name
-        shutil.copytree(chapter, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        if change is not None:
-            change(copy)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        child = os.fork()
-        if child == 0:
-            be_child(tree, scratch, [*arguments, "--chapter", short(chapter)])
-        exit_code = wait(child, timeout_s)
-        output = (scratch / "output").read_text(errors="replace") if (scratch / "output").exists() else ""
-        said = scratch / "reports.json"
-        reports = json.loads(said.read_text()) if said.exists() else vars(Recorder()) | {"imported": []}
-        return Run(exit_code=exit_code, finished=said.exists(), output=output, **reports)
+def in_forks(works: Sequence[Work], label: str = "", limit: int | None = None) -> Iterator[Ended]:
+    """Do all works, several at a time; how each ended, in the order in which they end.
+
+    On a terminal a line tells how far it is.
+    """
+    waiting, running = list(enumerate(works)), {}
+    bar = tqdm(total=len(works), desc=label, leave=False, disable=not (label and sys.stderr.isatty()))
+    try:
+        while waiting or running:
+            while waiting and len(running) < (limit or at_once()):
+                number, work = waiting.pop(0)
+                scratch = tempfile.TemporaryDirectory()
+                running[start(work, Path(scratch.name))] = number, work, scratch, time.monotonic()
+            child, exit_code = one_that_ended(running)
+            number, _, scratch, began = running.pop(child)
+            with scratch:
+                yield Ended(number, exit_code, Path(scratch.name), time.monotonic() - began)
+            bar.update()
+    finally:
+        bar.close()
+        for child, (_, _, scratch, _) in running.items():
+            stop(child)
+            scratch.cleanup()
 
 
-def be_child(tree: Tree, scratch: Path, arguments: list[str]) -> None:
-    """In the fork: run pytest, leave what it said in scratch, and end without returning."""
-    exit_code = 70
+def start(work: Work, scratch: Path) -> int:
+    """Fork; the child does its work and ends without returning."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    exit_code = FAILED
     try:
         os.setsid()
-        output = os.open(scratch / "output", os.O_CREAT | os.O_WRONLY)
+        output = os.open(scratch / "output", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os.chdir(tree.root)
-        sys.path.insert(0, str(tree.root))
-        import milestones
-        import pytest
-
-        milestones.__path__ = [str(scratch / "milestones"), *milestones.__path__]
-        before = set(sys.modules)
-        recorder = Recorder()
-        base = ["-q", "-p", "no:cacheprovider", f"--rootdir={tree.root}"]
-        exit_code = int(pytest.main([*base, *arguments], plugins=[recorder]))
-        new = [name for name in sys.modules if name not in before and is_installed(sys.modules[name])]
-        (scratch / "reports.json").write_text(json.dumps(vars(recorder) | {"imported": new}))
-    except BaseException as error:
-        print(f"the child process failed: {type(error).__name__}: {error}")
+        work.run(scratch)
+        exit_code = 0
+    except SystemExit as error:
+        exit_code = error.code if isinstance(error.code, int) else FAILED
+    except BaseException:
+        traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(exit_code)
 
 
-def is_installed(module) -> bool:
-    """Whether a module comes from a package that every child may as well inherit."""
-    return "-packages" in (getattr(module, "__file__", None) or "")
-
-
-def wait(child: int, timeout_s: float) -> int | None:
-    """The child's exit code; None if it had to be stopped."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+def one_that_ended(running: dict) -> tuple[int, int | None]:
+    """Wait until a child ends, or has taken too long and is stopped; its id and exit code."""
+    while True:
+        for child, (_, work, _, began) in running.items():
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return child, os.waitstatus_to_exitcode(status)
+            if time.monotonic() - began > work.timeout_s:
+                stop(child)
+                return child, None
         time.sleep(0.01)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
+
+
+def stop(child: int) -> None:
+    """End a child and whatever it started."""
+    for kill in (os.killpg, os.kill):  # it may not have its group yet
+        with contextlib.suppress(ProcessLookupError):
+            kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return None
-
-
-class Recorder:
-    """A pytest plugin that notes how each test ended."""
-
-    def __init__(self):
-        self.passed = []
-        self.failed = {}
-        self.broken = {}
-
-    def pytest_runtest_logreport(self, report) -> None:
-        if report.failed:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            how = crash.message.splitlines()[0] if crash and crash.message else str(report.longrepr)[-200:]
-            (self.failed if report.when == "call" else self.broken)[report.nodeid] = how
-        elif report.when == "call" and report.passed:
-            self.passed.append(report.nodeid)

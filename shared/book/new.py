@@ -7,11 +7,11 @@ empty list of traps, a page for its claims, and a row in the table of contents, 
 """
 import ast
 import re
-import shutil
 import sys
 from pathlib import Path
 
-from shared.book.tree import Tree, short, this_repository
+from shared.book.changed_copy import make_copy
+from shared.chapters import BOOK, Book, Chapter
 
 TEXT = """\
 # {id}: what it is, and nothing else
@@ -44,7 +44,7 @@ CLAIMS = '''"""What {id} claims: its own way of doing things, for it and all lat
 '''
 
 ROW = """\
-    Chapter(
+    Row(
         name="{name}",
         idea="",
         adds=frozenset(),
@@ -52,59 +52,57 @@ ROW = """\
 """
 
 
-def create(tree: Tree, number: str, noun: str) -> list[Path]:
+def create(book: Book, number: str, noun: str) -> list[Path]:
     """Make the chapter; what was written, and nothing if it is refused."""
-    last = tree.chapters[-1]
-    expected = f"v{int(short(last)[1:]) + 1:02}"
+    last = book.chapters[-1]
+    expected = f"v{int(last.id[1:]) + 1:02}"
     if number != expected:
         raise ValueError(f"the chapter after {last.name} is {expected}, not {number}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", noun):
         raise ValueError(f"NAME is {noun!r}; it takes small letters, digits and underscores, and begins with a letter")
     name = f"{number}_{noun}"
-    contents = tree.root / "shared" / "chapters.py"
-    chapter, claims = last.with_name(name), tree.root / "tests" / "claims" / f"test_{number}.py"
-    for path in (chapter, claims, tree.traps(chapter)):
+    contents = book.root / "shared" / "chapters.py"
+    chapter = Chapter(name, "", frozenset(), book.root, last)
+    for path in (chapter.path, chapter.claims, chapter.traps):
         if path.exists():
-            raise ValueError(f"{path.relative_to(tree.root)} is there already; remove it first")
+            raise ValueError(f"{path.relative_to(book.root)} is there already; remove it first")
     rows = add_row(contents.read_text(), name)
-    shutil.copytree(last, chapter, ignore=shutil.ignore_patterns("__pycache__", "README.md"))
-    written = [chapter]
-    for path, template in ((chapter / "README.md", TEXT), (tree.traps(chapter), TRAPS), (claims, CLAIMS)):
+    make_copy(last, chapter.path.parent, "README.md", name=name)
+    written = [chapter.path]
+    for path, template in ((chapter.text, TEXT), (chapter.traps, TRAPS), (chapter.claims, CLAIMS)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(template.format(id=number))
         written.append(path)
-    notebook = tree.root / "notebooks" / f"{last.name}.py"
-    if notebook.exists():
-        copy = notebook.with_name(f"{name}.py")
-        copy.write_text(notebook.read_text().replace(last.name, name))
-        written.append(copy)
+    if last.notebook.exists():
+        chapter.notebook.write_text(last.notebook.read_text().replace(last.name, name))
+        written.append(chapter.notebook)
     contents.write_text(rows)
     return [*written, contents]
 
 
 def add_row(source: str, name: str) -> str:
-    """The table of contents with a row for name before the end of CHAPTERS."""
+    """The table of contents with a row for name before the end of CONTENTS."""
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CHAPTERS":
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CONTENTS":
             lines = source.splitlines(keepends=True)
             if lines[node.end_lineno - 1].strip() == ")":
                 lines.insert(node.end_lineno - 1, ROW.format(name=name))
                 return "".join(lines)
-    raise ValueError("shared/chapters.py has no CHAPTERS that ends with a line `)`")
+    raise ValueError("shared/chapters.py has no CONTENTS that ends with a line `)`")
 
 
-def main(argv: list[str], tree: Tree | None = None) -> int:
+def main(argv: list[str], book: Book | None = None) -> int:
     if len(argv) != 2:
         print("usage: python -m shared.book.new v08 NAME", file=sys.stderr)
         return 2
-    tree = tree or this_repository()
+    book = book or BOOK
     try:
-        written = create(tree, *argv)
+        written = create(book, *argv)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     for path in written:
-        print(f"wrote {path.relative_to(tree.root)}")
+        print(f"wrote {path.relative_to(book.root)}")
     print(f"next: say what {argv[0]} adds in shared/chapters.py, then `make diff-{argv[0]}`")
     return 0
 

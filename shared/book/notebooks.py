@@ -17,20 +17,15 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 import traceback
+from functools import partial
 from pathlib import Path
 
-from shared.book.forks import SLOW, preload, wait
-from shared.book.tree import Tree, short, this_repository
+from shared.book.forks import SLOW, Ended, Work, in_forks, preload
+from shared.chapters import BOOK, Book, Chapter
 
 TIMEOUT_S = 120
 MEASURED = re.compile(r"\d[\d,]*\.\d+(e-?\d+)?")
-
-
-def sources(tree: Tree) -> list[Path]:
-    """One for each chapter, in order."""
-    return [tree.root / "notebooks" / f"{chapter.name}.py" for chapter in tree.chapters]
 
 
 def read(source: Path):
@@ -78,43 +73,40 @@ def chosen(text: str) -> str:
 
 # ---- checking
 
-def printed(source: Path) -> list[str] | str:
-    """What each code cell prints, run in a fork; or, as one text, how it failed."""
+def run_cells(source: Path, scratch: Path) -> None:
+    """In a fork: run the source's cells in its directory, and leave what each printed, or how one failed, in scratch."""
+    os.chdir(source.parent)
+    os.environ["MPLBACKEND"] = "Agg"
     cells = [cell.source for cell in read(source).cells if cell.cell_type == "code"]
-    with tempfile.TemporaryDirectory() as scratch:
-        said = Path(scratch) / "printed.json"
-        sys.stdout.flush()
-        child = os.fork()
-        if child == 0:
-            be_child(source, cells, said)
-        exit_code = wait(child, TIMEOUT_S)
-        if said.exists():
-            return json.loads(said.read_text())
-        return f"no end after {TIMEOUT_S} s" if exit_code is None else f"the process ended with {exit_code}"
-
-
-def be_child(source: Path, cells: list[str], said: Path) -> None:
-    """In the fork: run the cells in the notebook's directory, leave what they printed, and end without returning."""
+    space, printed = {"__name__": "__main__"}, []
     try:
-        os.setsid()
-        os.chdir(source.parent)
-        os.environ["MPLBACKEND"] = "Agg"
-        space, outputs = {"__name__": "__main__"}, []
         for number, cell in enumerate(cells):
             out, err = io.StringIO(), io.StringIO()
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 exec(compile(cell, f"{source.name}, cell {number}", "exec"), space)
-            outputs.append(out.getvalue() + "\n" + chosen(err.getvalue()))
-        said.write_text(json.dumps(outputs))
+            printed.append(out.getvalue() + "\n" + chosen(err.getvalue()))
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[1:] or [None]
-        said.write_text(json.dumps(f"{type(error).__name__} in {where[0] and where[0].filename}: {error}"))
-    finally:
-        os._exit(0)
+        printed = f"{type(error).__name__} in {where[0] and where[0].filename}: {error}"
+    (scratch / "printed.json").write_text(json.dumps(printed))
 
 
-def problems(source: Path) -> list[str]:
-    """Why a notebook is not what its source says."""
+def printed_by(ended: Ended) -> list[str] | str:
+    """What each code cell printed; or, as one text, how the run failed."""
+    said = ended.scratch / "printed.json"
+    if said.exists():
+        return json.loads(said.read_text())
+    return f"no end after {TIMEOUT_S} s" if ended.exit_code is None else f"the process ended with {ended.exit_code}"
+
+
+def run_sources(sources: list[Path]) -> dict[Path, list[str] | str]:
+    """What each source prints, several run at a time."""
+    works = [Work(partial(run_cells, source), TIMEOUT_S) for source in sources]
+    return {sources[ended.number]: printed_by(ended) for ended in in_forks(works, "notebooks")}
+
+
+def unlike(source: Path) -> list[str]:
+    """Why a notebook is not its source's, without running it."""
     import nbformat
 
     name, path = source.name, source.with_suffix(".ipynb")
@@ -125,10 +117,17 @@ def problems(source: Path) -> list[str]:
     fresh, kept = read(source), nbformat.read(path, as_version=4)
     if [each_of(cell) for cell in fresh.cells] != [each_of(cell) for cell in kept.cells]:
         return [f"{path.name} has other cells than {name}; run `make notebooks`"]
-    outputs = printed(source)
+    return []
+
+
+def unprinted(source: Path, outputs: list[str] | str) -> list[str]:
+    """What a notebook has kept that a run of its source did not print."""
+    import nbformat
+
+    path = source.with_suffix(".ipynb")
     if isinstance(outputs, str):
-        return [f"{name}: {outputs}"]
-    code = [cell for cell in kept.cells if cell.cell_type == "code"]
+        return [f"{source.name}: {outputs}"]
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     found = []
     for number, (cell, output) in enumerate(zip(code, outputs, strict=True)):
         if any(each.output_type == "execute_result" for each in cell.outputs):
@@ -154,26 +153,32 @@ def counted(text: str) -> list[str]:
     return sorted(" ".join(line.split()) for line in lines if line.strip())
 
 
-def check(tree: Tree) -> list[str]:
-    """Run every source; what is wrong, notebook by notebook."""
-    preload((*SLOW, "matplotlib.pyplot", "jupytext", "nbformat", "httpx", "openai", "fastapi", "uvicorn"))
-    found, sound = [], 0
-    for source in sources(tree):
-        wrong = problems(source)
-        print(f"{source.stem:24} {'wrong' if wrong else 'runs, and is what it was'}", flush=True)
-        found += wrong
-        sound += not wrong
-    print(f"{sound} of {len(tree.chapters)} notebooks run and are what they were")
+def problems(sources: list[Path]) -> dict[Path, list[str]]:
+    """Why each notebook is not what its source says; those are run that could be."""
+    found = {source: unlike(source) for source in sources}
+    for source, outputs in run_sources([source for source in sources if not found[source]]).items():
+        found[source] = unprinted(source, outputs)
     return found
 
 
-def diff(tree: Tree, chapter: Path) -> int:
+def check(book: Book) -> list[str]:
+    """Run every source; what is wrong, notebook by notebook."""
+    preload((*SLOW, "matplotlib.pyplot", "jupytext", "nbformat", "httpx", "openai", "fastapi", "uvicorn"))
+    found = problems([chapter.notebook for chapter in book.chapters])
+    for source, wrong in found.items():
+        print(f"{source.stem:24} {'wrong' if wrong else 'runs, and is what it was'}", flush=True)
+    sound = sum(not wrong for wrong in found.values())
+    print(f"{sound} of {len(book.chapters)} notebooks run and are what they were")
+    return [each for wrong in found.values() for each in wrong]
+
+
+def diff(chapter: Chapter) -> int:
     """Show what the chapter's notebook changes, by nbdime."""
-    previous = tree.previous(chapter)
+    previous = chapter.previous
     if previous is None:
-        raise ValueError(f"{short(chapter)} is the first chapter; there is no notebook before it")
+        raise ValueError(f"{chapter.id} is the first chapter; there is no notebook before it")
     paths = [f"notebooks/{each.name}.ipynb" for each in (previous, chapter)]
-    return subprocess.run([Path(sys.executable).with_name("nbdiff"), "--sources", *paths], cwd=tree.root).returncode
+    return subprocess.run([Path(sys.executable).with_name("nbdiff"), "--sources", *paths], cwd=chapter.root).returncode
 
 
 def use_nbdime(root: Path) -> None:
@@ -196,27 +201,25 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.book.notebooks", description="Write, check and compare the notebooks.")
     parser.add_argument("what", nargs="*", metavar="vNN", help="chapters to write; or check, or diff vNN, or nbdime")
     args = parser.parse_args(argv)
-    tree = this_repository()
     command = args.what[0] if args.what else ""
     try:
         if command == "check":
-            found = check(tree)
+            found = check(BOOK)
             print("\n".join(found), file=sys.stderr)
             return 1 if found else 0
         if command == "nbdime":
-            use_nbdime(tree.root)
+            use_nbdime(BOOK.root)
             return 0
         if command == "diff":
             if len(args.what) != 2:
                 parser.error("name one chapter, as in diff v05")
-            return diff(tree, tree.chapter(args.what[1]))
-        chosen = {tree.chapter(name).name for name in args.what}
+            return diff(BOOK.find(args.what[1]))
+        chosen = [BOOK.find(name) for name in args.what] or BOOK.chapters
     except ValueError as error:
         parser.error(str(error))
-    for source in sources(tree):
-        if not chosen or source.stem in chosen:
-            execute(source)
-            print(f"{source.stem:24} {source.with_suffix('.ipynb').stat().st_size // 1024:6} KiB", flush=True)
+    for chapter in chosen:
+        execute(chapter.notebook)
+        print(f"{chapter.name:24} {chapter.notebook.with_suffix('.ipynb').stat().st_size // 1024:6} KiB", flush=True)
     return 0
 
 

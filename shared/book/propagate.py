@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from shared.book.tree import Tree, python_files, short, this_repository
+from shared.chapters import BOOK, Book, Chapter, python_files
 
 MARKER = re.compile(rb"^(<{7}|\|{7}|={7}|>{7})( |$)", re.MULTILINE)
 SAME_FILE = 0.6  # the share of lines that makes a file that is gone and a new one the same, renamed
 
 Files = dict[str, bytes]
-Tests = Callable[[Tree, tuple[Path, ...]], int]
+Tests = Callable[[Book, tuple[Chapter, ...]], int]
 
 
 class Refused(Exception):
@@ -46,37 +46,37 @@ class Progress:
     renames: dict[str, str]
     tests: bool
 
-    def save(self, tree: Tree) -> None:
-        state_file(tree).write_text(json.dumps(vars(self)))
+    def save(self, book: Book) -> None:
+        state_file(book).write_text(json.dumps(vars(self)))
 
 
-def state_file(tree: Tree) -> Path:
-    return tree.root / git(tree, "rev-parse", "--git-dir").decode().strip() / "stepserve-propagate.json"
+def state_file(book: Book) -> Path:
+    return book.root / git(book, "rev-parse", "--git-dir").decode().strip() / "stepserve-propagate.json"
 
 
-def load(tree: Tree) -> Progress | None:
-    path = state_file(tree)
+def load(book: Book) -> Progress | None:
+    path = state_file(book)
     return Progress(**json.loads(path.read_text())) if path.exists() else None
 
 
-def git(tree: Tree, *arguments: str) -> bytes:
-    done = subprocess.run(["git", *arguments], cwd=tree.root, capture_output=True)
+def git(book: Book, *arguments: str) -> bytes:
+    done = subprocess.run(["git", *arguments], cwd=book.root, capture_output=True)
     if done.returncode:
         raise Refused(f"git {arguments[0]}: {done.stderr.decode().strip()}")
     return done.stdout
 
 
-def at_head(tree: Tree, chapter: Path) -> Files:
+def at_head(book: Book, chapter: Chapter) -> Files:
     """A chapter's *.py files as they were committed."""
-    place = chapter.relative_to(tree.root).as_posix()
-    names = git(tree, "ls-tree", "-r", "-z", "--name-only", "HEAD", "--", f"{place}/").decode().split("\0")
+    place = chapter.path.relative_to(book.root).as_posix()
+    names = git(book, "ls-tree", "-r", "-z", "--name-only", "HEAD", "--", f"{place}/").decode().split("\0")
     names = [name for name in names if name.endswith(".py")]
-    return {name.removeprefix(f"{place}/"): git(tree, "show", f"HEAD:./{name}") for name in names}
+    return {name.removeprefix(f"{place}/"): git(book, "show", f"HEAD:./{name}") for name in names}
 
 
-def at_work(chapter: Path) -> Files:
+def at_work(chapter: Chapter) -> Files:
     """A chapter's *.py files as they are."""
-    return {path.relative_to(chapter).as_posix(): path.read_bytes() for path in python_files(chapter)}
+    return {path.relative_to(chapter.path).as_posix(): path.read_bytes() for path in python_files(chapter.path)}
 
 
 def find_renames(old: Files, new: Files) -> dict[str, str]:
@@ -93,9 +93,9 @@ def find_renames(old: Files, new: Files) -> dict[str, str]:
     return renames
 
 
-def merge_chapter(tree: Tree, source: Path, target: Path, renames: dict[str, str]) -> list[str]:
+def merge_chapter(book: Book, source: Chapter, target: Chapter, renames: dict[str, str]) -> list[str]:
     """Carry what changed in source since HEAD into target; the target's files that conflict."""
-    old, new, ours = at_head(tree, source), at_work(source), at_work(target)
+    old, new, ours = at_head(book, source), at_work(source), at_work(target)
     conflicts = []
     pairs = [(name, renames.get(name, name)) for name in old]
     pairs += [(name, name) for name in new if name not in old and name not in renames.values()]
@@ -104,18 +104,18 @@ def merge_chapter(tree: Tree, source: Path, target: Path, renames: dict[str, str
         if was == now and before == after:
             continue
         if mine is None and was is not None:
-            print(f"{short(target)} has no {before}: it keeps being without")
+            print(f"{target.id} has no {before}: it keeps being without")
             continue
         if now is None and mine == was:
-            (target / before).unlink()
+            (target.path / before).unlink()
             continue
         merged, clean = merge(mine, was, now, source, target)
         if before != after:
-            (target / before).unlink()
-        (target / after).parent.mkdir(parents=True, exist_ok=True)
-        (target / after).write_bytes(merged)
+            (target.path / before).unlink()
+        (target.path / after).parent.mkdir(parents=True, exist_ok=True)
+        (target.path / after).write_bytes(merged)
         if not clean:
-            conflicts.append((target / after).relative_to(tree.root).as_posix())
+            conflicts.append((target.path / after).relative_to(book.root).as_posix())
     return conflicts
 
 
@@ -123,13 +123,13 @@ def merge(
     ours: bytes | None,
     base: bytes | None,
     theirs: bytes | None,
-    source: Path,
-    target: Path,
+    source: Chapter,
+    target: Chapter,
 ) -> tuple[bytes, bool]:
     """One file's 3-way merge, and whether it went without conflict; a file that is not there is empty."""
     if ours is None and base is None:
         return theirs, True
-    labels = (short(target), f"{short(source)} at HEAD", short(source))
+    labels = (target.id, f"{source.id} at HEAD", source.id)
     with tempfile.TemporaryDirectory() as scratch:
         paths = []
         for n, content in enumerate((ours, base, theirs)):
@@ -144,112 +144,112 @@ def merge(
     return done.stdout, done.returncode == 0
 
 
-def start(tree: Tree, chapter: Path, tests: Tests | None) -> int:
+def start(book: Book, chapter: Chapter, tests: Tests | None) -> int:
     """Begin to carry what changed in a chapter; 0 if all went through, 1 at a conflict or a failed test."""
-    if load(tree):
+    if load(book):
         raise Refused("a propagation is under way; give --continue or --abort")
-    if not at_head(tree, chapter):
-        raise Refused(f"{short(chapter)} is not committed yet: there is nothing to compare it with")
-    later = tree.later(chapter)
+    if not at_head(book, chapter):
+        raise Refused(f"{chapter.id} is not committed yet: there is nothing to compare it with")
+    later = book.after(chapter)
     for each in later:
-        if git(tree, "status", "--porcelain", "--", str(each)).strip():
-            raise Refused(f"{short(each)} has changes that are not committed; commit or stash them first")
-    old, new = at_head(tree, chapter), at_work(chapter)
+        if git(book, "status", "--porcelain", "--", str(each.path)).strip():
+            raise Refused(f"{each.id} has changes that are not committed; commit or stash them first")
+    old, new = at_head(book, chapter), at_work(chapter)
     if old == new:
-        print(f"no *.py file of {short(chapter)} has changed since HEAD")
+        print(f"no *.py file of {chapter.id} has changed since HEAD")
         return 0
     renames = find_renames(old, new)
     for each in later:
         for name in renames.values() & at_work(each).keys():
-            raise Refused(f"{short(each)} already has a file called {name}; rename one of them first")
-    return advance(tree, Progress(chapter.name, 0, [], renames, tests is not None), tests)
+            raise Refused(f"{each.id} already has a file called {name}; rename one of them first")
+    return advance(book, Progress(chapter.name, 0, [], renames, tests is not None), tests)
 
 
-def advance(tree: Tree, progress: Progress, tests: Tests | None) -> int:
+def advance(book: Book, progress: Progress, tests: Tests | None) -> int:
     """Merge into the later chapters from where it stands, to the end or the next conflict."""
-    first = tree.chapter(progress.chapter)
-    chain = (first, *tree.later(first))
+    first = book.find(progress.chapter)
+    chain = (first, *book.after(first))
     while progress.done + 1 < len(chain):
         source, target = chain[progress.done:progress.done + 2]
         before = at_work(target)
-        progress.save(tree)
-        progress.conflicts = merge_chapter(tree, source, target, progress.renames)
+        progress.save(book)
+        progress.conflicts = merge_chapter(book, source, target, progress.renames)
         progress.done += 1
-        progress.save(tree)
+        progress.save(book)
         if progress.conflicts:
-            print(f"conflict between {short(source)} and {short(target)} in:")
+            print(f"conflict between {source.id} and {target.id} in:")
             print(*(f"    {name}" for name in progress.conflicts), sep="\n")
             print("edit what stands between the markers, then: make propagate ARGS=--continue")
             print("or give it up:                              make propagate ARGS=--abort")
             return 1
-        print(f"{short(target)} {'unchanged' if at_work(target) == before else 'merged'}")
-    state_file(tree).unlink(missing_ok=True)
+        print(f"{target.id} {'unchanged' if at_work(target) == before else 'merged'}")
+    state_file(book).unlink(missing_ok=True)
     print("now `make sync`: texts show what has changed")
-    return tests(tree, chain) if tests else 0
+    return tests(book, chain) if tests else 0
 
 
-def go_on(tree: Tree, tests: Tests | None) -> int:
+def go_on(book: Book, tests: Tests | None) -> int:
     """Go on after a conflict has been settled by hand."""
-    progress = load(tree)
+    progress = load(book)
     if progress is None:
         raise Refused("no propagation is under way")
     for name in progress.conflicts:
-        path = tree.root / name
+        path = book.root / name
         if path.exists() and MARKER.search(path.read_bytes()):
             raise Refused(f"{name} still has conflict markers; edit it, then --continue")
         if path.exists() and not path.read_bytes().strip():
             path.unlink()
-    return advance(tree, progress, tests if progress.tests else None)
+    return advance(book, progress, tests if progress.tests else None)
 
 
-def abort(tree: Tree) -> int:
+def abort(book: Book) -> int:
     """Give every later chapter back as it was."""
-    progress = load(tree)
+    progress = load(book)
     if progress is None:
         raise Refused("no propagation is under way")
-    restore(tree, tree.later(tree.chapter(progress.chapter)))
-    state_file(tree).unlink()
-    print(f"the chapters after {short(tree.chapter(progress.chapter))} are as they were")
+    restore(book, book.after(book.find(progress.chapter)))
+    state_file(book).unlink()
+    print(f"the chapters after {book.find(progress.chapter).id} are as they were")
     return 0
 
 
-def restore(tree: Tree, chapters: tuple[Path, ...]) -> None:
+def restore(book: Book, chapters: tuple[Chapter, ...]) -> None:
     """The chapters' *.py files as they were committed: contents, modes, and none that is new."""
     for chapter in chapters:
-        committed = at_head(tree, chapter)
+        committed = at_head(book, chapter)
         for name in at_work(chapter).keys() - committed.keys():
-            path = chapter / name
+            path = chapter.path / name
             path.unlink()
-            while path.parent != chapter and not any(path.parent.iterdir()):
+            while path.parent != chapter.path and not any(path.parent.iterdir()):
                 path = path.parent
                 path.rmdir()
-        git(tree, "checkout", "HEAD", "--", *(str(chapter / name) for name in committed))
+        git(book, "checkout", "HEAD", "--", *(str(chapter.path / name) for name in committed))
 
 
-def run_tests(tree: Tree, chapters: tuple[Path, ...]) -> int:
+def run_tests(book: Book, chapters: tuple[Chapter, ...]) -> int:
     """The tests of every chapter that was touched; 0 if all pass."""
-    options = [option for chapter in chapters for option in ("--chapter", short(chapter))]
-    print(f"testing {', '.join(map(short, chapters))}", flush=True)
-    return subprocess.run([sys.executable, "-m", "pytest", "tests", "-q", *options], cwd=tree.root).returncode
+    options = [option for chapter in chapters for option in ("--chapter", chapter.id)]
+    print(f"testing {', '.join(each.id for each in chapters)}", flush=True)
+    return subprocess.run([sys.executable, "-m", "pytest", "tests", "-q", *options], cwd=book.root).returncode
 
 
-def main(argv: list[str], tree: Tree | None = None) -> int:
+def main(argv: list[str], book: Book | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.book.propagate", description="Carry a change forward.")
     parser.add_argument("chapter", nargs="?", metavar="vNN", help="where the change was made")
     parser.add_argument("--continue", dest="go_on", action="store_true", help="after a conflict was settled")
     parser.add_argument("--abort", action="store_true", help="give the later chapters back")
     parser.add_argument("--no-tests", action="store_true", help="do not run the chapters' tests at the end")
     arguments = parser.parse_args(argv)
-    tree = tree or this_repository()
+    book = book or BOOK
     tests = None if arguments.no_tests else run_tests
     try:
         if arguments.go_on:
-            return go_on(tree, tests)
+            return go_on(book, tests)
         if arguments.abort:
-            return abort(tree)
+            return abort(book)
         if not arguments.chapter:
             parser.error("name the chapter that the change was made in")
-        return start(tree, tree.chapter(arguments.chapter), tests)
+        return start(book, book.find(arguments.chapter), tests)
     except (Refused, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.book.tree import this_repository
+from shared.chapters import BOOK
 
 PYTHON = sys.executable
 
@@ -42,7 +42,7 @@ STAGES = (
     Stage(
         name="texts",
         proves="nothing generated is stale, every change is explained, every number has its source",
-        command=(PYTHON, "-m", "shared.book.sync", "--check"),
+        command=(PYTHON, "-m", "shared.book.claims.sync", "--check"),
         tells=r"\d+ changed units explained.*",
     ),
     Stage(
@@ -114,7 +114,7 @@ def main(argv: list[str], stages: tuple[Stage, ...] = STAGES, root: Path | None 
         names = ", ".join(stage.name for stage in stages)
         print(f"there is no stage {', '.join(sorted(unknown))}; the stages are {names}", file=sys.stderr)
         return 2
-    root = root or this_repository().root
+    root = root or BOOK.root
     chosen = tuple(stage for stage in stages if not argv or stage.name in argv)
     results = prove(root, chosen)
     print("", *table(results), sep="\n")

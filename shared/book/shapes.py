@@ -27,8 +27,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared.book.letters import Comment, Letters, known_in, parse_dims
-from shared.book.tree import python_files
+from shared.book.dimensions import Comment, Letters, known_in, parse_dims
+from shared.chapters import python_files
 from shared.book.units import read_units
 
 SHAPE = re.compile(r"#\s*(\[[^\]]*\])")

@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.book.tree import python_files
+from shared.chapters import python_files
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 IMPORTS = (ast.Import, ast.ImportFrom)
@@ -72,18 +72,18 @@ class Change:
         return (self.old.text if self.old else "", self.new.text if self.new else "")
 
 
-def read_units(chapter: Path) -> dict[str, Unit]:
-    """All units of a chapter by address: file after file, each in its own order."""
+def read_units(directory: Path) -> dict[str, Unit]:
+    """All units of a chapter, or of a copy of one, by address: file after file, each in its own order."""
     units = {}
-    for path in python_files(chapter):
-        file = path.relative_to(chapter).as_posix()
+    for path in python_files(directory):
+        file = path.relative_to(directory).as_posix()
         try:
             units |= parse(path.read_text(), file)
         except SyntaxError as error:
             found = (error.text or error.msg).strip()
             if found.startswith("<<<<<<<"):
                 found += "; if that is a propagation's, end it first: make propagate ARGS=--continue"
-            raise ValueError(f"{chapter.name}/{file}:{error.lineno} is no Python: {found}") from None
+            raise ValueError(f"{directory.name}/{file}:{error.lineno} is no Python: {found}") from None
     return units
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.book.tree import Tree
+from shared.chapters import Book, Row
 
 FIRST = {
     "__init__.py": '"""A book."""\nfrom .cache import Cache\n',
@@ -37,12 +37,12 @@ def cost(n):
 def make_book(tmp_path):
     """A function that writes a book: a dict of files for each chapter, and files beside the chapters."""
 
-    def make(*chapters: dict[str, str], beside: dict[str, str] = {}) -> Tree:
+    def make(*chapters: dict[str, str], beside: dict[str, str] = {}) -> Book:
         names = tuple(f"v{n + 1:02}_{'abcdef'[n]}" for n in range(len(chapters)))
         for name, files in zip(names, chapters):
             write(tmp_path / "milestones" / name, files)
         write(tmp_path, beside)
-        return Tree(tmp_path, names)
+        return Book.of(tmp_path, [Row(name) for name in names])
 
     return make
 
@@ -64,9 +64,15 @@ def first():
 def commit():
     """A function that commits all of a book, as a git repository of its own."""
 
-    def commit(tree: Tree) -> None:
+    def commit(book: Book) -> None:
         who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
         for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "a book"]):
-            subprocess.run(["git", *command], cwd=tree.root, check=True, capture_output=True)
+            subprocess.run(["git", *command], cwd=book.root, check=True, capture_output=True)
 
     return commit
+
+
+def row(figures: dict, kind: str = "avx512", date: str = "2000-01-01", code: dict = {}) -> dict:
+    """A result file with one row, of figures that were measured on this kind of machine."""
+    about = {"command": "measure", "machine": f"{kind} machine, Python 3", "date": date, "code": code}
+    return {kind: about | figures}

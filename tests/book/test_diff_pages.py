@@ -3,9 +3,10 @@ import re
 
 import pytest
 
-from shared.book import answers, diff_pages, live, site
-from shared.book.traps import Trap, read_traps
-from shared.book.tree import this_repository
+from shared.book.site import build, diff_pages, line_values
+from shared.book.traps import answers
+from shared.book.traps.seeded_bugs import Trap, read_traps
+from shared.chapters import BOOK
 from shared.chapters import CHAPTERS, find
 
 TEXT = """# Two
@@ -60,23 +61,23 @@ def test_a_page_has_each_changed_line_once_and_folds_what_is_far_from_a_change(m
     first["cache.py"] = first["cache.py"].replace("    return n * SIZE\n", f"{far}    return n * SIZE\n")
     then["cache.py"] = first["cache.py"].replace("return n * SIZE", "return n * SIZE + 1")
     text = "# Two\n\n### Cost\n\nIt costs one more <b>.\n\n<!-- diff: cache.py::cost -->\n"
-    tree = make_book(first, then | {"README.md": text})
-    page = diff_pages.page(tree, tree.chapters[1], {}, {})
+    book = make_book(first, then | {"README.md": text})
+    page = diff_pages.page(book, book.chapters[1], {}, {})
     plain = re.sub("<[^>]*>", "", page)
     assert page.count('class="l del"') == 1 and page.count('class="l add"') == 1
     assert "\u2212    return n * SIZE" in plain and "+    return n * SIZE + 1" in plain
     assert "11 unchanged lines" in plain
     assert "It costs one more <b>." in page
     assert 'href="../../v02_b/files/cache/#L18"' in page
-    where = [n for n, line in enumerate((tree.chapters[1] / "cache.py").read_text().splitlines(), 1) if "SIZE + 1" in line]
+    where = [n for n, line in enumerate((book.chapters[1].path / "cache.py").read_text().splitlines(), 1) if "SIZE + 1" in line]
     held = {"n": {0: "3"}, "SIZE": {1: "4", 2: "5"}}
-    page = diff_pages.page(tree, tree.chapters[1], {"v02": {("cache.py", where[0]): held}}, {})
+    page = diff_pages.page(book, book.chapters[1], {"v02": {("cache.py", where[0]): held}}, {})
     assert 'data-held="n&#10;v02, before  3">n</span>' in page
     assert 'data-held="SIZE&#10;v02, step 1  4&#10;v02, step 2  5">SIZE</span>' in page
 
 
 def names_shown(text, held):
-    [line] = diff_pages.numbered(text, 1, "f.py", this_repository().chapters[0], {"v01": {("f.py", 1): {name: {1: "0"} for name in held}}})
+    [line] = diff_pages.numbered(text, 1, "f.py", BOOK.chapters[0], {"v01": {("f.py", 1): {name: {1: "0"} for name in held}}})
     return re.findall('data-held="([^&]*)&#10;v01, step 1  0"[^>]*>([^<]*)<', diff_pages.code_html(line))
 
 
@@ -110,9 +111,9 @@ def test_traps_stand_with_their_unit_and_the_others_at_the_end(make_book, first)
     then = dict(first)
     then["cache.py"] = first["cache.py"].replace("return n * SIZE", "return n * SIZE + 1").replace("class Cache", "class Gone").replace("    def write", "    def put")
     text = "# Two\n\n### Cost\n\nWhy.\n\n<!-- diff: cache.py::cost -->\n\n### All\n\nMore.\n\n<!-- diff: cache.py::Cache.write, cache.py::Gone.put -->\n"
-    tree = make_book(first, then | {"README.md": text}, beside={"tests/traps/v02.toml": TRAPS.replace("Cache.write", "Gone.__init__").replace("= number", "= {}").replace("= 0", "= 1")})
+    book = make_book(first, then | {"README.md": text}, beside={"tests/traps/v02.toml": TRAPS.replace("Cache.write", "Gone.__init__").replace("= number", "= {}").replace("= 0", "= 1")})
     says = {"v02/free": {"same": True}, "v02/forgets": {"question": "q", "answer": "<a>"}}
-    page = diff_pages.page(tree, tree.chapters[1], {}, says)
+    page = diff_pages.page(book, book.chapters[1], {}, says)
     cost, rest = page.split("### All")
     assert "<b>free</b>: All is &lt;free&gt;." in cost and "same as ever" in cost and "forgets" not in cost
     shown, end = rest.split("### What did not change")
@@ -132,13 +133,13 @@ def test_a_line_of_both_chapters_shows_both_values():
 
 
 def test_markup_in_code_and_values_stays_text():
-    lines = diff_pages.numbered("a = '<script>' & b\n", 1, "f.py", this_repository().chapters[0], {"v01": {("f.py", 1): {"a": {1: "'<b>'"}}}})
+    lines = diff_pages.numbered("a = '<script>' & b\n", 1, "f.py", BOOK.chapters[0], {"v01": {("f.py", 1): {"a": {1: "'<b>'"}}}})
     html = diff_pages.line_html(lines[0], "same")
     assert "<script>" not in html and "<b>" not in html and "&lt;script&gt;" in html and "&lt;b&gt;" in html
 
 
 def test_values_are_those_of_the_first_two_steps():
-    values = live.record(CHAPTERS[-1])
+    values = line_values.record(CHAPTERS[-1])
     source = (CHAPTERS[-1].path / "batch.py").read_text().splitlines()
     [line] = [n for n, text in enumerate(source, 1) if text.strip() == "token_ids += new_ids"]
     # The questions have 11 and 10 tokens; then each brings one.
@@ -153,28 +154,28 @@ def test_values_are_those_of_the_first_two_steps():
 
 def test_names_are_those_of_the_statement_alone():
     source = "for a in b.c:\n    d = e(\n        f.g,\n    )\nif h:\n    pass\ndef i(j): return k\n"
-    found = live.names_by_line(source)
+    found = line_values.names_by_line(source)
     assert set(found[1]) == {"a", "b.c", "b"} and set(found[2]) == {"d", "e", "f.g", "f"} and found[5] == ("h",)
 
 
 def test_a_link_that_leads_nowhere_stops_the_site(make_book, first, tmp_path):
-    tree = make_book(first, beside={"README.md": "[a](milestones/v01_a/cache.py) [b](https://x.y) [c](#d)\n"})
-    text = tree.root / "README.md"
-    assert site.for_site(tree, text, tmp_path / "pages") == "[a](milestones/v01_a/files/cache.md) [b](https://x.y) [c](#d)\n"
+    book = make_book(first, beside={"README.md": "[a](milestones/v01_a/cache.py) [b](https://x.y) [c](#d)\n"})
+    text = book.root / "README.md"
+    assert build.for_site(book, text, tmp_path / "pages") == "[a](milestones/v01_a/files/cache.md) [b](https://x.y) [c](#d)\n"
     for wrong in ("nothing.md", "milestones/v01_a/gone.py", "docs"):
-        (tree.root / "docs").mkdir(exist_ok=True)
+        (book.root / "docs").mkdir(exist_ok=True)
         text.write_text(f"[a]({wrong})\n")
-        with pytest.raises(site.BrokenLink, match=wrong):
-            site.for_site(tree, text, tmp_path / "pages")
+        with pytest.raises(build.BrokenLink, match=wrong):
+            build.for_site(book, text, tmp_path / "pages")
     text.write_text("```\n[a](nothing.md)\n```\n")
-    assert "nothing.md" in site.for_site(tree, text, tmp_path / "pages"), "code is left alone"
+    assert "nothing.md" in build.for_site(book, text, tmp_path / "pages"), "code is left alone"
 
 
 def test_dead_links_of_a_built_site_are_told(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "index.html").write_text('<a href="b/">1</a><a href="b/#here">2</a><a href="b/#there">3</a><img src="c.png"><a href="mailto:d">')
     (tmp_path / "b" / "index.html").write_text('<p id="here"></p><a href="..">4</a><a href="#nowhere">5</a>')
-    assert site.dead_links(tmp_path) == [
+    assert build.dead_links(tmp_path) == [
         "b/index.html: #nowhere has no such place in it",
         "index.html: b/#there has no such place in it",
         "index.html: c.png is not there",
@@ -182,9 +183,9 @@ def test_dead_links_of_a_built_site_are_told(tmp_path):
 
 
 def test_an_answer_belongs_to_one_bug():
-    tree = this_repository()
-    assert answers.stale(tree) == []
-    trap = read_traps(tree.traps(tree.chapters[0]))[0]
+    book = BOOK
+    assert answers.stale(book) == []
+    trap = read_traps(book.chapters[0].traps)[0]
     other = Trap(**(vars(trap) | {"replace": trap.replace + " "}))
     assert answers.key(trap) != answers.key(other)
     sound = [f"answer {n}" for n in range(len(answers.QUESTIONS + answers.OTHERS))]
@@ -196,12 +197,12 @@ def test_an_answer_belongs_to_one_bug():
 
 def test_an_answer_that_is_missing_or_of_another_bug_is_told(make_book, first):
     trap = '[[trap]]\nname = "n"\nfile = "cache.py"\nunit = "cost"\nfind = "n * SIZE"\nreplace = "n"\ntest = "t"\nsees = "s"\n'
-    tree = make_book(first, beside={"tests/traps/v01.toml": trap, f"docs/results/{answers.FILE}": '{"answers": {"v01/gone": {"key": "x"}}}'})
-    assert answers.stale(tree) == ["v01/n", "v01/gone"]
+    book = make_book(first, beside={"tests/traps/v01.toml": trap, f"docs/results/{answers.FILE}": '{"answers": {"v01/gone": {"key": "x"}}}'})
+    assert answers.stale(book) == ["v01/n", "v01/gone"]
 
 
 def test_a_chapter_is_found_by_its_traps_page():
-    page = site.traps_page(this_repository(), {"v01/scale missing": {"question": "q", "answer": "a | b"}})
+    page = build.traps_page(BOOK, {"v01/scale missing": {"question": "q", "answer": "a | b"}})
     assert page.count("\n## v0") == len(CHAPTERS)
     assert "| a \\| b |" in page
     assert find("v01").name in page

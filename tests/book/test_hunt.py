@@ -5,49 +5,49 @@ import sys
 
 import pytest
 
-from shared.book import hunt
-from shared.book.traps import read_traps
-from shared.book.tree import Tree, this_repository
+from shared.book.traps import hunt
+from shared.book.traps.seeded_bugs import read_traps
+from shared.chapters import BOOK, Book
 from shared.chapters import ROOT
 
 TRAP = '[[trap]]\nname = "costs nothing"\nfile = "cache.py"\nunit = "cost"\nfind = "n * SIZE"\nreplace = "n * 0"\ntest = "tests/t.py"\nsees = "All is free."\n'
 
 
 def test_a_bug_is_planted_in_a_copy_and_revealed(make_book, first, capsys):
-    tree = make_book(first | {"README.md": "# One\n"}, beside={"tests/traps/v01.toml": TRAP})
-    assert hunt.main(["break", "v01"], tree) == 0
+    book = make_book(first | {"README.md": "# One\n"}, beside={"tests/traps/v01.toml": TRAP})
+    assert hunt.main(["break", "v01"], book) == 0
     assert "There is a bug in build/hunt/v01_a" in capsys.readouterr().out
-    copy = tree.root / "build" / "hunt" / "v01_a"
+    copy = book.root / "build" / "hunt" / "v01_a"
     assert "n * 0" in (copy / "cache.py").read_text() and not (copy / "README.md").exists()
-    assert "n * SIZE" in (tree.chapters[0] / "cache.py").read_text(), "the chapter is as it was"
-    assert hunt.main(["reveal"], tree) == 0
+    assert "n * SIZE" in (book.chapters[0].path / "cache.py").read_text(), "the chapter is as it was"
+    assert hunt.main(["reveal"], book) == 0
     told = capsys.readouterr().out
     for part in ("costs nothing, in cache.py::cost", "-    return n * SIZE", "+    return n * 0", "All is free.", "tests/t.py"):
         assert part in told
 
 
 def test_who_mends_the_copy_or_throws_it_away_is_told_all_the_same(make_book, first):
-    tree = make_book(first, beside={"tests/traps/v01.toml": TRAP})
-    copy = hunt.begin(tree, tree.chapters[0], random.Random(0))
-    (copy / "cache.py").write_text((tree.chapters[0] / "cache.py").read_text())
-    assert "+    return n * 0" in hunt.reveal(tree)
+    book = make_book(first, beside={"tests/traps/v01.toml": TRAP})
+    copy = hunt.begin(book, book.chapters[0], random.Random(0))
+    (copy / "cache.py").write_text((book.chapters[0].path / "cache.py").read_text())
+    assert "+    return n * 0" in hunt.reveal(book)
     (copy / "cache.py").unlink()
-    assert "+    return n * 0" in hunt.reveal(tree)
+    assert "+    return n * 0" in hunt.reveal(book)
 
 
 def test_without_a_hunt_nothing_is_revealed(make_book, first, capsys):
-    tree = make_book(first)
-    assert hunt.main(["reveal"], tree) == 2
+    book = make_book(first)
+    assert hunt.main(["reveal"], book) == 2
     assert "nothing is planted; begin with `make break-v05`" in capsys.readouterr().err
-    assert hunt.main(["break", "v01"], tree) == 2
+    assert hunt.main(["break", "v01"], book) == 2
     assert "v01 has no traps" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        hunt.main(["break"], tree)
+        hunt.main(["break"], book)
 
 
 def test_chance_finds_every_trap_and_a_seed_the_same():
-    tree = this_repository()
-    traps = read_traps(tree.traps(tree.chapters[0]))
+    book = BOOK
+    traps = read_traps(book.chapters[0].traps)
     drawn = {random.Random(seed).choice(traps).name for seed in range(400)}
     assert drawn == {trap.name for trap in traps}
     assert random.Random(3).choice(traps) == random.Random(3).choice(traps)
@@ -58,15 +58,15 @@ def test_the_copy_is_what_is_asked(tmp_path):
     code = f"""
 import random
 from pathlib import Path
-from shared.book import hunt
-from shared.book.tree import this_repository
-tree, chapter = this_repository(), this_repository().chapters[0]
-hunt.directory = lambda tree: Path({str(tmp_path)!r})
+from shared.book.traps import hunt
+from shared.chapters import BOOK
+book, chapter = BOOK, BOOK.chapters[0]
+hunt.directory = lambda book: Path({str(tmp_path)!r})
 class First(random.Random):
     def choice(self, traps):
         return next(trap for trap in traps if trap.name == "scale missing")
-hunt.begin(tree, chapter, First())
-print(' '.join(hunt.ask(tree, "What is a KV cache?")))
+hunt.begin(book, chapter, First())
+print(' '.join(hunt.ask(book, "What is a KV cache?")))
 import milestones.v01_naive
 print(milestones.v01_naive.__file__.startswith({str(tmp_path)!r}))
 """
@@ -77,8 +77,8 @@ print(milestones.v01_naive.__file__.startswith({str(tmp_path)!r}))
 
 
 def test_a_hunt_for_a_bug_that_was_renamed_says_so(make_book, first):
-    tree = make_book(first, beside={"tests/traps/v01.toml": TRAP})
-    hunt.begin(tree, tree.chapters[0], random.Random(0))
-    tree.traps(tree.chapters[0]).write_text(TRAP.replace("costs nothing", "is free"))
+    book = make_book(first, beside={"tests/traps/v01.toml": TRAP})
+    hunt.begin(book, book.chapters[0], random.Random(0))
+    book.chapters[0].traps.write_text(TRAP.replace("costs nothing", "is free"))
     with pytest.raises(hunt.NoHunt, match="no trap 'costs nothing' any more"):
-        hunt.reveal(Tree(tree.root, tree.names))
+        hunt.reveal(book)

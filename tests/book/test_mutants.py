@@ -4,8 +4,8 @@ import functools
 
 import pytest
 
-from shared.book import mutants
-from shared.book.tree import this_repository
+from shared.book.traps import mutants
+from shared.chapters import BOOK
 
 SOURCE = '''"""A page."""
 import os
@@ -49,11 +49,11 @@ def test_every_kind_of_damage_is_done_and_nothing_that_is_only_said():
 
 def test_what_was_damaged_still_parses_and_differs_in_one_place(make_book, first):
     first["cache.py"] = SOURCE.replace("Words", "W\u00f6rter \u2192")
-    tree = make_book(first)
-    path = tree.chapters[0] / "cache.py"
+    book = make_book(first)
+    path = book.chapters[0].path / "cache.py"
     sound = path.read_text()
     for mutant in mutants.mutants_of(sound, "cache.py"):
-        mutants.put(mutant, tree.chapters[0])
+        mutants.put(mutant, book.chapters[0].path)
         damaged = path.read_text()
         assert ast.dump(ast.parse(damaged)) != ast.dump(ast.parse(sound)), mutant
         changed = [n for n, (a, b) in enumerate(zip(sound.splitlines(), damaged.splitlines()), 1) if a != b]
@@ -64,8 +64,8 @@ def test_what_was_damaged_still_parses_and_differs_in_one_place(make_book, first
 def test_a_seed_chooses_and_new_takes_only_what_the_chapter_changed(make_book, first):
     then = dict(first)
     then["cache.py"] = first["cache.py"].replace("return n * SIZE", "return n * SIZE + 1")
-    tree = make_book(first, then)
-    choose = functools.partial(mutants.choose, tree, tree.chapters[1])
+    book = make_book(first, then)
+    choose = functools.partial(mutants.choose, book.chapters[1])
     assert choose(3, 1, False) == choose(3, 1, False) != choose(3, 2, False)
     assert {each.told for each in choose(99, 0, True)} == {"`+` becomes `-`", "`1` becomes `2`", "`*` becomes `//`"}
     assert len(choose(99, 0, False)) > 3
@@ -74,17 +74,17 @@ def test_a_seed_chooses_and_new_takes_only_what_the_chapter_changed(make_book, f
 @pytest.fixture
 def survivor(make_book, first):
     """A book in which one of two recorded mutants survived."""
-    tree = make_book(first)
-    tree.results.mkdir(parents=True, exist_ok=True)
-    (tree.root / "tests").mkdir(exist_ok=True)
+    book = make_book(first)
+    book.results.mkdir(parents=True, exist_ok=True)
+    (book.root / "tests").mkdir(exist_ok=True)
     lost = {"file": "cache.py", "line": 4, "code": "x = 1", "told": "`1` becomes `2`", "result": "survived", "by": ""}
-    mutants.record(tree, "v01", "the command", [lost, lost | {"line": 9, "code": "y = 1", "result": "killed", "by": "a test"}])
-    return tree
+    mutants.record(book, "v01", "the command", [lost, lost | {"line": 9, "code": "y = 1", "result": "killed", "by": "a test"}])
+    return book
 
 
-def explain(tree, *reasons):
+def explain(book, *reasons):
     rows = [f"[[survivor]]\nfile = 'cache.py'\ncode = '{code}'\ntold = '`1` becomes `2`'\nwhy = '{why}'\n" for code, why in reasons]
-    (tree.root / mutants.REASONS).write_text("\n".join(rows))
+    (book.root / mutants.REASONS).write_text("\n".join(rows))
 
 
 def test_what_is_recorded_is_kept_when_another_chapter_is(survivor):
@@ -105,4 +105,4 @@ def test_a_survivor_wants_a_reason_and_a_reason_its_survivor(survivor):
 
 
 def test_no_mutant_of_this_book_survived_without_a_reason():
-    assert mutants.unexplained(this_repository()) == []
+    assert mutants.unexplained(BOOK) == []

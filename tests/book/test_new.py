@@ -4,11 +4,11 @@ import ast
 import pytest
 
 from shared.book.new import main
-from shared.book.tree import python_files
+from shared.chapters import Chapter, python_files
 
-CHAPTERS = '''\
-CHAPTERS = (
-    Chapter(
+CONTENTS = '''\
+CONTENTS = (
+    Row(
         name="v02_b",
         idea="b",
         adds=frozenset({"a"}),
@@ -24,7 +24,7 @@ def find(text):
 @pytest.fixture
 def book(make_book, first):
     second = first | {"README.md": "the second\n", "kernels/k.py": "K = 1\n", "__pycache__/cache.py": "old"}
-    beside = {"shared/chapters.py": CHAPTERS, "notebooks/v02_b.py": "# v02_b\nimport milestones.v02_b\n"}
+    beside = {"shared/chapters.py": CONTENTS, "notebooks/v02_b.py": "# v02_b\nimport milestones.v02_b\n"}
     return make_book(first, second, beside=beside)
 
 
@@ -32,7 +32,7 @@ def test_a_new_chapter_has_all_that_a_chapter_has(book):
     assert main(["v03", "paging"], book) == 0
     new, last = book.root / "milestones" / "v03_paging", book.chapters[1]
     files = {path.relative_to(new).as_posix(): path.read_text() for path in python_files(new)}
-    assert files == {path.relative_to(last).as_posix(): path.read_text() for path in python_files(last)}
+    assert files == {path.relative_to(last.path).as_posix(): path.read_text() for path in python_files(last.path)}
     assert "kernels/k.py" in files and not (new / "__pycache__").exists()
     assert (new / "README.md").read_text().startswith("# v03: ")
     assert "v03" in (book.root / "tests/traps/v03.toml").read_text()

@@ -3,9 +3,11 @@ import json
 
 import pytest
 
-from shared.book import blocks
-from shared.book.sync import check, main, sync
-from shared.book.texts import TextError, bare_numbers, fill_blocks, find_claims, read_result
+from shared.book.claims import generators
+from shared.book.claims.markdown import TextError, bare_numbers, fill_blocks, find_claims, read_result
+from shared.book.claims.sync import check, main, sync
+
+from .conftest import row
 
 TRAPS = """\
 [[trap]]
@@ -37,9 +39,9 @@ These say nothing that the prose does not.
 @pytest.fixture
 def book(make_book, first):
     """A chapter with a true text."""
-    tree = make_book(first | {"README.md": FIRST_TEXT})
-    sync(tree)
-    return tree
+    book = make_book(first | {"README.md": FIRST_TEXT})
+    sync(book)
+    return book
 
 
 @pytest.fixture
@@ -48,19 +50,19 @@ def two(make_book, first):
 
     def two(text, **changes):
         second = first | {"README.md": text} | {name.replace("_py", ".py"): source for name, source in changes.items()}
-        tree = make_book(first | {"README.md": FIRST_TEXT}, second)
-        sync(tree)
-        return tree
+        book = make_book(first | {"README.md": FIRST_TEXT}, second)
+        sync(book)
+        return book
 
     return two
 
 
-def told(tree):
-    return [str(problem) for problem in check(tree)]
+def told(book):
+    return [str(problem) for problem in check(book)]
 
 
-def edit(tree, old, new, chapter=0):
-    page = tree.chapters[chapter] / "README.md"
+def edit(book, old, new, chapter=0):
+    page = book.chapters[chapter].text
     assert page.read_text().count(old) == 1
     page.write_text(page.read_text().replace(old, new))
 
@@ -68,14 +70,14 @@ def edit(tree, old, new, chapter=0):
 def test_a_true_text_passes_and_is_written_only_once(book):
     assert told(book) == []
     assert sync(book) == ([], [])
-    text = (book.chapters[0] / "README.md").read_text()
+    text = (book.chapters[0].path / "README.md").read_text()
     block = text.split("-->\n", 1)[1].split("<!-- end -->")[0]
     assert block.startswith("`cache.py`: `Cache`\n```python\n# The oldest is the first to go.\nclass Cache:\n")
     assert block.endswith("        self.numbers[name] = number\n```\n")
 
 
 def test_sync_touches_no_line_outside_its_blocks(book):
-    page = book.chapters[0] / "README.md"
+    page = book.chapters[0].path / "README.md"
     assert fill_blocks(page.read_text(), lambda claim: []).replace("<!-- end -->\n", "") == FIRST_TEXT
 
 
@@ -105,11 +107,11 @@ def test_claims_in_code_are_no_claims():
 
 
 def test_a_stale_block_is_told(book):
-    source = book.chapters[0] / "cache.py"
+    source = book.chapters[0].path / "cache.py"
     source.write_text(source.read_text().replace("self.numbers = {}", "self.numbers = dict()"))
     [message] = told(book)
     assert message == "milestones/v01_a/README.md:5: the block of `code: cache.py::Cache.*` is stale; run `make sync`"
-    assert sync(book)[0] == [book.chapters[0] / "README.md"]
+    assert sync(book)[0] == [book.chapters[0].path / "README.md"]
     assert told(book) == []
 
 
@@ -120,10 +122,10 @@ def test_a_block_edited_by_hand_is_told(book):
 
 def test_a_claim_without_a_unit_is_told_and_its_block_left(book):
     edit(book, "code: cache.py::Cache.*", "code: cache.py::Cash.*")
-    before = (book.chapters[0] / "README.md").read_text()
+    before = (book.chapters[0].path / "README.md").read_text()
     assert "README.md:5: code: cache.py::Cash.*: there is no unit cache.py::Cash.*" in told(book)[0]
     assert sync(book)[0] == []
-    assert (book.chapters[0] / "README.md").read_text() == before
+    assert (book.chapters[0].path / "README.md").read_text() == before
 
 
 def test_an_unknown_claim_is_told(book):
@@ -137,7 +139,7 @@ def test_an_end_without_a_claim_is_told(book):
 
 
 def test_every_unit_of_the_first_chapter_is_shown_once(book):
-    source = book.chapters[0] / "cache.py"
+    source = book.chapters[0].path / "cache.py"
     source.write_text(source.read_text() + "\n\ndef late():\n    pass\n")
     assert any("cache.py::late is shown nowhere" in message for message in told(book))
     edit(book, "cache.py::cost -->", "cache.py::cost, cache.py::late, cache.py::Cache -->")
@@ -156,36 +158,36 @@ DIFF = "# Second\n\nIt costs one more.\n\n<!-- diff: cache.py::cost -->\n"
 
 
 def test_a_changed_unit_has_a_home(two, first):
-    tree = two("# Second\n", cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
-    [message] = told(tree)
+    book = two("# Second\n", cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
+    [message] = told(book)
     assert "cache.py::cost is changed since v01 and no text claims it; claim it with diff:" in message
-    tree = two(DIFF, cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
-    assert told(tree) == []
-    text = (tree.chapters[1] / "README.md").read_text()
+    book = two(DIFF, cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
+    assert told(book) == []
+    text = (book.chapters[1].path / "README.md").read_text()
     assert "```diff\n@@ cache.py::cost @@\n def cost(n):\n" in text
     assert "+    return n * SIZE + 1\n```\n<!-- end -->\n" in text
 
 
 def test_a_file_that_is_no_python_is_named(two, first, capsys):
-    tree = two("# Second\n")
-    (tree.chapters[1] / "cache.py").write_text("<<<<<<< v02\n" + first["cache.py"])
-    assert main(["--check"], tree) == 1
+    book = two("# Second\n")
+    (book.chapters[1].path / "cache.py").write_text("<<<<<<< v02\n" + first["cache.py"])
+    assert main(["--check"], book) == 1
     [line] = capsys.readouterr().out.splitlines()
     assert "/cache.py:1 is no Python: <<<<<<< v02; if that is a propagation's, end it first" in line
 
 
 def test_a_changed_unit_has_one_home_and_may_be_seen_again(two, first):
     changed = first["cache.py"].replace("    return n * SIZE", CHANGED)
-    tree = two(DIFF + "\nAgain.\n\n<!-- diff: cache.py::cost -->\n", cache_py=changed)
-    assert ["cache.py::cost has 2 homes" in message for message in told(tree)] == [True]
-    tree = two(DIFF + "\nAgain.\n\n<!-- see: cache.py::cost -->\n", cache_py=changed)
-    assert told(tree) == []
+    book = two(DIFF + "\nAgain.\n\n<!-- diff: cache.py::cost -->\n", cache_py=changed)
+    assert ["cache.py::cost has 2 homes" in message for message in told(book)] == [True]
+    book = two(DIFF + "\nAgain.\n\n<!-- see: cache.py::cost -->\n", cache_py=changed)
+    assert told(book) == []
 
 
 def test_a_home_stands_under_a_paragraph(two, first):
     text = DIFF.replace("It costs one more.\n", "")
-    tree = two(text, cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
-    assert ["stands under no paragraph" in message for message in told(tree)] == [True]
+    book = two(text, cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
+    assert ["stands under no paragraph" in message for message in told(book)] == [True]
 
 
 def test_a_claim_of_what_did_not_change_is_told(two):
@@ -197,8 +199,8 @@ def test_a_claim_of_what_did_not_change_is_told(two):
 def test_added_and_removed_units_and_files_need_homes_and_imports_do_not(two, first):
     source = first["cache.py"].replace("import math\n", "import math\nimport sys\n")
     source = source.replace("def write", "def put") + "\n\ndef late():\n    pass\n"
-    tree = two("# Second\n", cache_py=source, new_py='"""New."""\n')
-    assert [message.split(": ")[1].split(" since v01 and no text claims it;")[0] for message in told(tree)] == [
+    book = two("# Second\n", cache_py=source, new_py='"""New."""\n')
+    assert [message.split(": ")[1].split(" since v01 and no text claims it;")[0] for message in told(book)] == [
         "cache.py::Cache.put is added",
         "cache.py::late is added",
         "new.py is added",
@@ -241,7 +243,7 @@ def test_a_chapter_without_a_text_is_told(make_book, first):
     assert told(make_book(first)) == ["milestones/v01_a/README.md:1: is missing; a chapter has a text"]
 
 
-RESULTS = {"docs/results/speed.json": json.dumps({"v01": {"tok_s": 41.678, "a.b": [1, {"c": 12345}]}, "note": "warm"})}
+RESULTS = {"docs/results/speed.json": json.dumps(row({"v01": {"tok_s": 41.678, "a.b": [1, {"c": 12345}]}, "note": "warm"}))}
 
 
 def test_results_are_filled_from_committed_files(make_book, first):
@@ -251,14 +253,14 @@ def test_results_are_filled_from_committed_files(make_book, first):
         "and <!-- result: speed.json#v01.a.b.1.c | , -->9<!-- / --> MB;\n"
         "so `<!-- result: x#y -->` is written, <!-- result: speed.json#note -->.",
     )
-    tree = make_book(first | {"README.md": text}, beside=RESULTS)
-    sync(tree)
-    assert told(tree) == []
-    shown = (tree.chapters[0] / "README.md").read_text()
+    book = make_book(first | {"README.md": text}, beside=RESULTS)
+    sync(book)
+    assert told(book) == []
+    shown = (book.chapters[0].path / "README.md").read_text()
     assert "#v01.tok_s .1f -->41.7<!-- / --> tok/s" in shown and "-->12,345<!-- / --> MB" in shown
     assert "`<!-- result: x#y -->`" in shown and "-->warm<!-- / -->" in shown
-    edit(tree, "41.7", "99.9")
-    assert ["a result token shows an old value" in message for message in told(tree)] == [True]
+    edit(book, "41.7", "99.9")
+    assert ["a result token shows an old value" in message for message in told(book)] == [True]
 
 
 @pytest.mark.parametrize(
@@ -272,17 +274,17 @@ def test_results_are_filled_from_committed_files(make_book, first):
 )
 def test_a_result_that_is_not_there_is_told(make_book, first, token, why):
     tokens = f"<!-- result: {token} --> ms, <!-- result: speed.json#note --> and\nb <!-- result: {token} -->."
-    tree = make_book(first | {"README.md": FIRST_TEXT.replace("here.", tokens)}, beside=RESULTS)
-    sync(tree)
-    messages = told(tree)
+    book = make_book(first | {"README.md": FIRST_TEXT.replace("here.", tokens)}, beside=RESULTS)
+    sync(book)
+    messages = told(book)
     assert [message.split(":")[1] for message in messages] == ["3", "4"] and all(why in message for message in messages)
-    assert "-->warm<!-- / -->" in (tree.chapters[0] / "README.md").read_text()
+    assert "-->warm<!-- / -->" in (book.chapters[0].path / "README.md").read_text()
 
 
 def test_a_result_at_the_start_of_a_line_is_told(make_book, first):
     text = FIRST_TEXT.replace("It begins here.", "It takes\n<!-- result: speed.json#v01.tok_s --> ms")
-    tree = make_book(first | {"README.md": text}, beside=RESULTS)
-    assert any("ends the paragraph on GitHub" in message for message in told(tree))
+    book = make_book(first | {"README.md": text}, beside=RESULTS)
+    assert any("ends the paragraph on GitHub" in message for message in told(book))
 
 
 @pytest.mark.parametrize(
@@ -330,47 +332,47 @@ def test_a_bare_number_fails_the_check(book):
 def test_traps_are_listed_from_their_file(make_book, first):
     claims = "Mistakes:\n\n<!-- traps -->\n\nHere:\n\n<!-- traps: cache.py::Cache.* -->"
     text = FIRST_TEXT.replace("It begins here.", claims)
-    tree = make_book(first | {"README.md": text}, beside={"tests/traps/v01.toml": TRAPS})
-    sync(tree)
-    assert told(tree) == []
+    book = make_book(first | {"README.md": text}, beside={"tests/traps/v01.toml": TRAPS})
+    sync(book)
+    assert told(book) == []
     row = "- **a number forgotten** (`cache.py::Cache.write`): Every number is nought.\n<!-- end -->"
-    assert (tree.chapters[0] / "README.md").read_text().count(row) == 2
-    edit(tree, "traps: cache.py::Cache.*", "traps: cache.py::cost")
-    assert "traps: cache.py::cost: there is no unit cache.py::cost" in told(tree)[0]
-    tree.traps(tree.chapters[0]).unlink()
-    assert "there is no tests/traps/v01.toml" in told(tree)[0]
+    assert (book.chapters[0].path / "README.md").read_text().count(row) == 2
+    edit(book, "traps: cache.py::Cache.*", "traps: cache.py::cost")
+    assert "traps: cache.py::cost: there is no unit cache.py::cost" in told(book)[0]
+    book.chapters[0].traps.unlink()
+    assert "there is no tests/traps/v01.toml" in told(book)[0]
 
 
 def test_tables_are_functions_by_name(book, monkeypatch):
-    monkeypatch.setitem(blocks.TABLES, "squares", lambda tree, chapter: ["| n | n n |", "|---|---|", "| 3 | 9 |"])
+    monkeypatch.setitem(generators.TABLES, "squares", lambda book, chapter: ["| n | n n |", "|---|---|", "| 3 | 9 |"])
     edit(book, "Then it ends.", "<!-- table: squares -->")
     assert "is not there yet; run `make sync`" in told(book)[0]
     sync(book)
     assert told(book) == []
-    text = (book.chapters[0] / "README.md").read_text()
+    text = (book.chapters[0].path / "README.md").read_text()
     assert "<!-- table: squares -->\n| n | n n |\n|---|---|\n| 3 | 9 |\n<!-- end -->\n" in text
     edit(book, "table: squares", "table: cubes")
     assert "there is no table 'cubes'" in told(book)[0]
 
 
 def test_texts_beside_the_chapters_are_kept_too(two, first):
-    tree = two(DIFF, cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
-    page = tree.root / "docs" / "deep" / "page.md"
+    book = two(DIFF, cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
+    page = book.root / "docs" / "deep" / "page.md"
     page.parent.mkdir(parents=True)
     page.write_text("It costs 2 MB.\n\n<!-- code: v01/cache.py::cost -->\n\n<!-- see: v02/cache.py::cost -->\n")
-    (tree.root / "README.md").write_text("<!-- code: cache.py::cost -->\n")
-    sync(tree)
+    (book.root / "README.md").write_text("<!-- code: cache.py::cost -->\n")
+    sync(book)
     assert "    return n * SIZE\n```" in page.read_text() and "+    return n * SIZE + 1\n```" in page.read_text()
-    messages = told(tree)
+    messages = told(book)
     assert len(messages) == 2 and "should name one chapter" in messages[0] and "'2 MB'" in messages[1]
 
 
 def test_code_that_contains_a_fence_gets_a_longer_one(make_book):
     source = 'def f():\n    """\n    ```\n    <!-- end -->\n    ```\n    `b`\n    """\n'
-    tree = make_book({"a.py": source, "README.md": "All:\n\n<!-- code: a.py::* -->\n\nDone.\n"})
-    sync(tree)
-    assert told(tree) == []
-    assert "````python\n" in (tree.chapters[0] / "README.md").read_text()
+    book = make_book({"a.py": source, "README.md": "All:\n\n<!-- code: a.py::* -->\n\nDone.\n"})
+    sync(book)
+    assert told(book) == []
+    assert "````python\n" in (book.chapters[0].path / "README.md").read_text()
 
 
 def test_a_claim_may_take_several_lines():
@@ -386,9 +388,9 @@ def test_the_command_fails_where_the_check_does(book, capsys):
     assert main(["--chekc"], book) == 2
 
 
-def test_a_key_with_dots_is_found_whole(tmp_path):
-    (tmp_path / "a.json").write_text('{"model.layers.0": {"max": 0.25}}')
-    assert read_result(tmp_path, "a.json#model.layers.0.max .0%") == "25%"
+def test_a_key_with_dots_is_found_whole(make_book, first):
+    book = make_book(first, beside={"docs/results/a.json": json.dumps(row({"model.layers.0": {"max": 0.25}}))})
+    assert read_result(book, "a.json#model.layers.0.max .0%") == "25%"
 
 
 # ---- pictures and tables of committed results
@@ -405,7 +407,7 @@ RUN = {
 def test_a_picture_is_what_its_result_draws(book):
     assert not told(book)
     book.results.mkdir(parents=True, exist_ok=True)
-    (book.results / "timeline.json").write_text(json.dumps({"date": "today", "v03": RUN, "v04": RUN, "v05": RUN}))
+    (book.results / "timeline.json").write_text(json.dumps({"command": "c", "date": "today", "v03": RUN, "v04": RUN, "v05": RUN}))
     assert told(book) == [
         f"docs/pictures/{name}.svg:1: is not what its result draws; run `make sync`"
         for name in ("v03_timeline", "v04_timeline", "v05_blocks")
@@ -439,16 +441,16 @@ def stairs(**changes):
 
 def test_a_cost_card_shows_what_changed_in_bold(two):
     text = "# Next\n\n<!-- table: cost -->\n\n<!-- table: strip -->\n"
-    tree = two(text)
-    assert any("there is no staircase.json" in problem for problem in told(tree))
-    tree.results.mkdir(parents=True, exist_ok=True)
+    book = two(text)
+    assert any("there is no staircase.json" in problem for problem in told(book))
+    book.results.mkdir(parents=True, exist_ok=True)
     life = {"waits": 8.0, "useful": 8.0, "rides": 100.0}
     later = stairs(passes=900, watched={"request": 1, "lengths": [4, 2], "life_ms": life})
-    (tree.results / "staircase.json").write_text(json.dumps({"v01": stairs(), "v02": later}))
-    cache = tree.chapters[1] / "cache.py"
+    (book.results / "staircase.json").write_text(json.dumps(row({"v01": stairs(), "v02": later})))
+    cache = book.chapters[1].path / "cache.py"
     cache.write_text(cache.read_text().replace("SIZE = 4  # entries\n", "SIZE = 5  # entries\nMORE = 6\n"))
-    sync(tree)
-    lines = (tree.chapters[1] / "README.md").read_text().splitlines()
+    sync(book)
+    lines = (book.chapters[1].path / "README.md").read_text().splitlines()
     assert "| 3 requests to pocket, 1,200 tokens | v01 | v02 |" in lines
     assert "| forward passes | 1,000 | **900** |" in lines
     assert "| positions computed | 5,000 | 5,000 |" in lines
@@ -460,26 +462,26 @@ def test_a_cost_card_shows_what_changed_in_bold(two):
 
 
 def test_a_card_has_no_row_and_no_column_of_nothing_but_zeros(two):
-    tree = two("# Next\n\n<!-- table: cost -->\n\n<!-- table: strip -->\n")
-    tree.results.mkdir(parents=True, exist_ok=True)
+    book = two("# Next\n\n<!-- table: cost -->\n\n<!-- table: strip -->\n")
+    book.results.mkdir(parents=True, exist_ok=True)
     life = {"waits": 8.0, "useful": 8.0, "rides": 100.0}
     rides = {"watched": {"request": 1, "lengths": [4, 2], "life_ms": life}}
     for first, second, shown in ((0, 0, False), (0, 2**20, True)):
         rows = {"v01": stairs(kv_bytes=first), "v02": stairs(kv_bytes=second, **(rides if shown else {}))}
-        (tree.results / "staircase.json").write_text(json.dumps(rows))
-        sync(tree)
-        text = (tree.chapters[1] / "README.md").read_text()
+        (book.results / "staircase.json").write_text(json.dumps(row(rows)))
+        sync(book)
+        text = (book.chapters[1].path / "README.md").read_text()
         assert ("memory kept" in text) == ("then rides along" in text) == shown
 
 
 def test_the_staircase_in_a_text_of_no_chapter(two):
-    tree = two("# Next\n")
-    (tree.root / "README.md").write_text("# All\n\n<!-- table: staircase -->\n\n<!-- table: cost -->\n")
-    tree.results.mkdir(parents=True, exist_ok=True)
-    (tree.results / "staircase.json").write_text(json.dumps({"v01": stairs()}))
-    assert any("staircase.json has no v02; run" in problem for problem in told(tree))
-    (tree.results / "staircase.json").write_text(json.dumps({"v01": stairs(), "v02": stairs(tokens_per_s=1234.5)}))
-    sync(tree)
-    lines = (tree.root / "README.md").read_text().splitlines()
+    book = two("# Next\n")
+    (book.root / "README.md").write_text("# All\n\n<!-- table: staircase -->\n\n<!-- table: cost -->\n")
+    book.results.mkdir(parents=True, exist_ok=True)
+    (book.results / "staircase.json").write_text(json.dumps(row({"v01": stairs()})))
+    assert any("staircase.json has no v02; run" in problem for problem in told(book))
+    (book.results / "staircase.json").write_text(json.dumps(row({"v01": stairs(), "v02": stairs(tokens_per_s=1234.5)})))
+    sync(book)
+    lines = (book.root / "README.md").read_text().splitlines()
     assert "| [v01](milestones/v01_a/README.md) | 77 | 1,000 | 5,000 | 50% | 3.0\u00a0GB | 3\u00a0MiB | 0\u00a0ms |" in lines
-    assert any("a cost card belongs to a chapter" in problem for problem in told(tree))
+    assert any("a cost card belongs to a chapter" in problem for problem in told(book))

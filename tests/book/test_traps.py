@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from shared.book.traps import Trap, belongs, plant, read_traps, run_in_process
+from shared.book.traps.runner import belongs, run_in_process
+from shared.book.traps.seeded_bugs import Trap, plant, read_traps
 from shared.chapters import ROOT
 
 from .conftest import FIRST, write
@@ -107,12 +108,12 @@ from types import SimpleNamespace
 # What other packages bring along for pytest takes longer to import than the limit below.
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 sys.path.insert(0, {repository!r})
-sys.modules["shared.machine"] = SimpleNamespace(machine=lambda: "a machine", today=lambda: "2000-01-01")
-from shared.book import traps
-from shared.book.tree import Tree
+sys.modules["shared.machine"] = SimpleNamespace(machine=lambda gpu: "a machine", today=lambda: "2000-01-01")
+from shared.book.traps import runner
+from shared.chapters import Book, Row
 
-traps.TIMEOUT_S = 2
-sys.exit(traps.main(sys.argv[1:], Tree(Path({root!r}), ("v01_a",)), slow=("pytest",)))
+runner.TIMEOUT_S = 2
+sys.exit(runner.main(sys.argv[1:], Book.of(Path({root!r}), [Row("v01_a")]), slow=("pytest",)))
 """
 
 
@@ -204,8 +205,8 @@ def test_two_traps_of_one_name_are_refused(tmp_path):
 def test_a_bug_is_planted_where_it_should_be_and_nowhere_else(make_book, first):
     [chapter] = make_book(first).chapters
     trap = Trap(name="a", file="cache.py", unit="cost", find="n * SIZE", replace="n", test=("t",), sees="s")
-    plant(trap, chapter)
-    assert (chapter / "cache.py").read_text() == first["cache.py"].replace("n * SIZE", "n")
+    plant(trap, chapter.path)
+    assert (chapter.path / "cache.py").read_text() == first["cache.py"].replace("n * SIZE", "n")
 
 
 def test_a_test_s_name_is_not_the_beginning_of_another_s():

@@ -65,7 +65,7 @@ def test_a_file_is_taken_apart_into_its_units():
 def test_a_chapter_is_read_with_its_packages_and_without_caches(make_book):
     files = ("b.py", "kernels/a.py", ".ipynb_checkpoints/b.py", "__pycache__/b.py")
     [chapter] = make_book({name: "A = 1\n" for name in files}).chapters
-    assert list(read_units(chapter)) == ["b.py", "kernels/a.py"]
+    assert list(read_units(chapter.path)) == ["b.py", "kernels/a.py"]
 
 
 def test_every_line_belongs_to_one_unit():
@@ -145,8 +145,8 @@ def test_a_claim_names_several_units_at_once():
 def test_a_diff_names_units_and_folds_what_is_unchanged(make_book, first):
     second = first | {"cache.py": first["cache.py"].replace("n * SIZE", "n * SIZE + 1")}
     second["new.py"] = "class New:\n    def a(self):\n        pass\n"
-    tree = make_book(first, second)
-    changes = {change.address: change for change in changes_of(tree, tree.chapters[1])}
+    book = make_book(first, second)
+    changes = {change.address: change for change in changes_of(book.chapters[1])}
     assert diff_lines([changes["cache.py::cost"]]) == [
         "@@ cache.py::cost @@",
         " def cost(n):",
@@ -158,7 +158,7 @@ def test_a_diff_names_units_and_folds_what_is_unchanged(make_book, first):
         "@@ new.py::New @@", "+class New:", "+", "+    def a(self):", "+        pass"
     ]
     assert count(changes["cache.py::cost"]) == (1, 1)
-    lines = show(tree, tree.chapters[1])
+    lines = show(book.chapters[1])
     assert "@@ cache.py::Cache @@" not in lines
     assert lines[-2].split() == "together +4 -1 units: 1 changed, 2 added, 0 removed; 5 lines".split()
     # One blank line between the class and its method, two between units, and a page that is new.
@@ -168,14 +168,14 @@ def test_a_diff_names_units_and_folds_what_is_unchanged(make_book, first):
 def test_far_apart_changes_are_two_hunks_of_one_unit(make_book):
     body = [f"    a{n} = {n}" for n in range(20)]
     old = "\n".join(["def f():", *body]) + "\n"
-    tree = make_book({"a.py": old}, {"a.py": old.replace("a1 = 1\n", "a1 = 2\n").replace("a18 = 18", "a18 = 0")})
-    lines = diff_lines([change for change in changes_of(tree, tree.chapters[1]) if change.kind == "changed"])
+    book = make_book({"a.py": old}, {"a.py": old.replace("a1 = 1\n", "a1 = 2\n").replace("a18 = 18", "a18 = 0")})
+    lines = diff_lines([change for change in changes_of(book.chapters[1]) if change.kind == "changed"])
     assert lines.count("@@ a.py::f @@") == 2 and len(lines) == 15 and " " + body[9] not in lines
 
 
 def test_the_first_chapter_has_no_diff(make_book, first, capsys):
-    tree = make_book(first)
-    assert main(["v01"], tree) == 0
+    book = make_book(first)
+    assert main(["v01"], book) == 0
     assert capsys.readouterr().out == "v01 is the first chapter: it has no predecessor to differ from\n"
-    assert main(["v09"], tree) == 2
+    assert main(["v09"], book) == 2
     assert "there is no chapter 'v09'; the chapters are v01" in capsys.readouterr().err

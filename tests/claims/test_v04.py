@@ -1,7 +1,7 @@
 """v04: schedule by the step and by the token; a place freed now is taken in the next step."""
 import pytest
 
-from shared.trace import record
+from shared.bench.recorder import record
 from shared.workloads import Request, fixed, random_ids, staircase
 
 # Five requests for two places: prompt, output.

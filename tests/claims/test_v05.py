@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from shared.checkpoints import checkpoint
-from shared.trace import record
+from shared.bench.recorder import record
 from shared.workloads import Request, fixed, ragged, random_ids
 
 # Five requests for two places: prompt, output.

@@ -11,10 +11,10 @@ from unittest import mock
 import pytest
 import torch
 
-from shared import bench_attention
+from shared.bench import attention as bench_attention
 from shared.chapters import ROOT
 from shared.checkpoints import TWO_LAYERS, checkpoint
-from shared.doctor import interpreter_fault
+from shared.commands.doctor import interpreter_fault
 from shared.workloads import random_ids
 
 # Without --gpu none is to be seen.
@@ -266,7 +266,7 @@ def test_too_late_for_the_interpreter_it_says_so(module, monkeypatch):
 def test_the_kernels_compile_for_gpus_that_are_not_here():
     """Ahead of time, in a process that does not interpret; by the Triton that made it, the committed result again."""
     done = subprocess.run(
-        [sys.executable, "-m", "shared.compile_kernels"], cwd=ROOT, capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", "shared.bench.kernels"], cwd=ROOT, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

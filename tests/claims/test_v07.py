@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from shared.checkpoints import checkpoint
-from shared.serving import serving
+from shared.verify.serving import serving
 
 CHAT = [{"role": "user", "content": "Hello!"}]
 

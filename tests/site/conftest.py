@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from shared.book import site
-from shared.book.tree import this_repository
+from shared.book.site import build
+from shared.chapters import BOOK
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -20,14 +20,14 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope="session")
 def built():
     """The directory of the site, built from what is here."""
-    return site.build(this_repository())
+    return build.build(BOOK)
 
 
 @pytest.fixture(scope="session")
 def address(built):
     """Where the site is served."""
     handler = functools.partial(Quiet, directory=str(built))
-    with site.Server(("127.0.0.1", 0), handler) as server:
+    with build.Server(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}/"
         server.shutdown()

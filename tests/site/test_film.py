@@ -3,7 +3,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from shared import film
+from shared.book.site import film
 
 
 def shown(frame):

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from shared.book import notebooks
-from shared.book.tree import this_repository
+from shared.chapters import BOOK
 
 SOURCE = """# %% [markdown]
 # # A notebook
@@ -31,25 +31,29 @@ def source(tmp_path):
     return path
 
 
+def problems_of(source):
+    return notebooks.problems([source])[source]
+
+
 def test_a_notebook_that_is_what_its_source_says_has_no_problems(source):
-    assert notebooks.problems(source) == []
+    assert problems_of(source) == []
 
 
 def test_other_cells_are_told(source):
     source.write_text(SOURCE.replace("x = 3", "x = 1 + 2"))
-    assert notebooks.problems(source) == ["v00.ipynb has other cells than v00.py; run `make notebooks`"]
+    assert problems_of(source) == ["v00.ipynb has other cells than v00.py; run `make notebooks`"]
 
 
 def test_other_lines_are_told_unless_the_cell_varies(source):
     text = source.with_suffix(".ipynb").read_text()
     source.with_suffix(".ipynb").write_text(text.replace("three: 3", "three: 4"))
-    assert "code cell 0 prints other lines now" in notebooks.problems(source)[0]
+    assert "code cell 0 prints other lines now" in problems_of(source)[0]
     notebook = nbformat.read(source.with_suffix(".ipynb"), 4)
     notebook.cells[1].metadata["tags"] = ["varies"]
     nbformat.write(notebook, source.with_suffix(".ipynb"))
-    assert "has other cells" in notebooks.problems(source)[0], "the source says whether a cell varies"
+    assert "has other cells" in problems_of(source)[0], "the source says whether a cell varies"
     source.write_text(SOURCE.replace("# %%\nx = 3", '# %% tags=["varies"]\nx = 3'))
-    assert notebooks.problems(source) == []
+    assert problems_of(source) == []
 
 
 def test_what_an_engine_chose_is_compared_and_what_libraries_say_is_not(source):
@@ -58,51 +62,51 @@ def test_what_an_engine_chose_is_compared_and_what_libraries_say_is_not(source):
     said = "three: 3\nmeasured: 9.9 ms\n"
     notebook.cells[1].outputs = [nbformat.v4.new_output("stream", name="stdout", text=said)]
     nbformat.write(notebook, source.with_suffix(".ipynb"))
-    assert "code cell 0 prints other lines" in notebooks.problems(source)[0]
+    assert "code cell 0 prints other lines" in problems_of(source)[0]
     notebook.cells[1].outputs.append(nbformat.v4.new_output("stream", name="stderr", text="pocket: 1 MiB\n"))
     nbformat.write(notebook, source.with_suffix(".ipynb"))
-    assert notebooks.problems(source) == []
+    assert problems_of(source) == []
 
 
 def test_words_beside_a_measurement_are_compared(source):
     text = source.with_suffix(".ipynb").read_text()
     source.with_suffix(".ipynb").write_text(text.replace("measured: 9.9 ms", "estimated: 9.9 ms"))
-    assert "code cell 0 prints other lines" in notebooks.problems(source)[0]
+    assert "code cell 0 prints other lines" in problems_of(source)[0]
 
 
 def test_a_value_that_is_only_shown_is_refused(source):
     notebook = nbformat.read(source.with_suffix(".ipynb"), 4)
     notebook.cells[1].outputs.append(nbformat.v4.new_output("execute_result", data={"text/plain": "41"}))
     nbformat.write(notebook, source.with_suffix(".ipynb"))
-    assert "ends with a value; print it" in notebooks.problems(source)[0]
+    assert "ends with a value; print it" in problems_of(source)[0]
 
 
 def test_a_cell_that_raises_or_ends_the_process_is_told(source):
     for line, told in (("assert x == 4", "AssertionError"), ("import os; os._exit(3)", "ended with 3"), ("exit()", "SystemExit")):
         source.write_text(SOURCE + line + "\n")
         nbformat.write(notebooks.read(source), source.with_suffix(".ipynb"))
-        [problem] = notebooks.problems(source)
+        [problem] = problems_of(source)
         assert told in problem
 
 
 def test_a_notebook_that_is_missing_is_told(source):
     source.with_suffix(".ipynb").unlink()
-    assert notebooks.problems(source) == ["v00.py has no notebook; run `make notebooks`"]
+    assert problems_of(source) == ["v00.py has no notebook; run `make notebooks`"]
     source.unlink()
-    assert notebooks.problems(source) == ["there is no v00.py; every chapter has a notebook"]
+    assert problems_of(source) == ["there is no v00.py; every chapter has a notebook"]
 
 
 def test_all_begin_alike_and_name_themselves_and_no_machine():
-    tree, begins = this_repository(), set()
-    address = tomllib.loads((tree.root / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-    for source in notebooks.sources(tree):
+    begins = set()
+    address = tomllib.loads((BOOK.root / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    for source in (chapter.notebook for chapter in BOOK.chapters):
         text = source.read_text()
         first = text.index("# %%\nimport subprocess")
         begins.add(text[first : text.index("sys.path.insert(0, str(root))\n", first)])
         of_colab = address.replace("https://github.com/", "https://colab.research.google.com/github/")
         assert f"({of_colab}/blob/main/notebooks/{source.stem}.ipynb)" in text and f'"{address}"' in text
         made = source.with_suffix(".ipynb").read_text()
-        assert str(tree.root) not in made and "image/png" in made
+        assert str(BOOK.root) not in made and "image/png" in made
     assert len(begins) == 1
 
 
@@ -111,7 +115,7 @@ def test_git_shows_a_notebook_by_cells_wherever_it_is_called(tmp_path):
     root.mkdir()
     run = functools.partial(subprocess.run, cwd=root, check=True, capture_output=True, text=True)
     run(["git", "init", "-q"])
-    shutil.copy(this_repository().root / ".gitattributes", root)
+    shutil.copy(BOOK.root / ".gitattributes", root)
     path = root / "book.ipynb"
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("before = 1", id="a")])
     nbformat.write(book, path)

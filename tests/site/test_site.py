@@ -4,14 +4,13 @@ import re
 
 import pytest
 
-from shared.book import answers
-from shared.book.site import dead_links
-from shared.book.traps import read_traps
-from shared.book.tree import short, this_repository
+from shared.book.traps import answers
+from shared.book.site.build import dead_links
+from shared.book.traps.seeded_bugs import read_traps
+from shared.chapters import BOOK
 
-TREE = this_repository()
-DIFFS = [f"milestones/{chapter.name}/diff/" for chapter in TREE.chapters[1:]]
-CHAPTERS = [f"milestones/{chapter.name}/" for chapter in TREE.chapters]
+DIFFS = [f"milestones/{chapter.name}/diff/" for chapter in BOOK.chapters[1:]]
+CHAPTERS = [f"milestones/{chapter.name}/" for chapter in BOOK.chapters]
 OTHERS = ["", *(f"docs/{name}/" for name in ("trace", "traps", "ARCHITECTURE", "GLOSSARY", "RESULTS", "FROM_VLLM", "TEACHING", "PLAN"))]
 
 
@@ -79,7 +78,7 @@ def test_a_name_in_a_diff_shows_what_it_held_before_and_after(open_page):
 
 def test_the_run_is_replayed(open_page):
     page = open_page("docs/trace/")
-    assert page.locator(".replay canvas").count() == len(TREE.chapters)
+    assert page.locator(".replay canvas").count() == len(BOOK.chapters)
     output, told = page.locator(".replay output"), page.locator(".replay .told")
     assert output.inner_text() == "71", "it begins with the whole picture"
     page.get_by_role("button", name="play").click()
@@ -111,10 +110,10 @@ def test_search_finds_a_block_table(open_page):
 
 def test_every_chapter_tells_what_its_bugs_make_the_model_say(built):
     page = html.unescape((built / "docs" / "traps" / "index.html").read_text())
-    said = answers.read_answers(TREE)
-    for chapter in TREE.chapters:
-        assert f'id="{short(chapter)}"' in page
-        for trap in read_traps(TREE.traps(chapter)):
+    said = answers.read_answers(BOOK)
+    for chapter in BOOK.chapters:
+        assert f'id="{chapter.id}"' in page
+        for trap in read_traps(chapter.traps):
             assert f"<strong>{trap.name}</strong>" in page
-            told = said[f"{short(chapter)}/{trap.name}"].get("answer", "the same")
+            told = said[f"{chapter.id}/{trap.name}"].get("answer", "the same")
             assert " ".join(told.split()) in " ".join(page.split()), trap.name

@@ -1,0 +1,1 @@
+"""Everything that is measured: one timer, and what it is held to."""

@@ -1,0 +1,60 @@
+"""Measure chapters side by side.
+
+    python -m shared.bench growth [v01 ...]       # time per token against the length of the sequence
+    python -m shared.bench batch [v02 v03 ...]    # tokens per second against the number of requests in a pass
+    python -m shared.bench decode v04 v05         # one decode step of 16 sequences of unequal length
+    python -m shared.bench overhead [v01 ...]     # where the time of a step goes that is not the model's
+    python -m shared.bench staircase [v01 ...]    # every chapter on one ragged workload, and what it took
+    python -m shared.bench suite [v01 ...]        # chapters beside Hugging Face and the machine's limit; see suite
+    python -m shared.bench large [v01 ...]        # the same with more work and larger models
+
+All of it on the CPU, also where there is a GPU: that is what `shared.bench.gpu` and `shared.bench.attention` are for.
+`timing` tells how runs are timed.
+"""
+import argparse
+import sys
+
+from shared.bench import batches, growth, overhead, staircase, suite
+from shared.chapters import CHAPTERS, find
+from shared.results import write_row
+
+WORKLOADS = {
+    "growth": (growth.growth, growth.print_growth),
+    "batch": (batches.batch, batches.print_batch),
+    "decode": (batches.decode, batches.print_decode),
+    "overhead": (overhead.overhead, overhead.print_overhead),
+    "staircase": (staircase.staircase, staircase.print_staircase),
+    "suite": (suite.suite, suite.print_suite),
+    "large": (suite.large, suite.print_suite),
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shared.bench", description="Measure chapters side by side.")
+    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("chapters", nargs="*", metavar="vNN", help="default: all")
+    parser.add_argument("--before", action="store_true", help="also the chapter before each of these")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {args.repeats}")
+    if args.write and args.chapters and args.workload in ("staircase", "suite", "large"):
+        parser.error("--write takes all chapters: in the texts each stands beside the one before")
+    try:
+        chapters = [find(text) for text in args.chapters] or list(CHAPTERS)
+        if args.before:
+            chapters = [each for each in CHAPTERS if each in chapters or each in [chapter.previous for chapter in chapters]]
+    except ValueError as error:
+        parser.error(str(error))
+    measure, show = WORKLOADS[args.workload]
+    results = measure(chapters, args.repeats)
+    show(results)
+    if args.write:
+        path = write_row(args.workload, results, " ".join(["python -m shared.bench", *argv]), chapters)
+        print(f"wrote {path.name}; now `make sync`")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,165 @@
+"""Attention of one decode step on a GPU: the kernel, what it replaces, and the limit of the memory.
+
+    python -m shared.bench.attention              # on a GPU: minutes
+    python -m shared.bench.attention --write      # and commit it
+    python -m shared.bench.attention --dry-run    # anywhere: one small shape, to see that it runs and that all agree
+
+Four ways to attend, over the same keys and values: `kernel` follows the block tables; `torch` gathers the
+blocks and calls scaled_dot_product_attention with a mask, as v05 does; `contiguous` is that call on keys that
+lie in order already, without tables or mask: what attention could be if nothing were paged; `bound` is the time
+to read every key and value once at the bandwidth that a copy of 2 GiB reaches on this machine. All sequences of
+a batch are equally long, so that none of them computes a pad.
+"""
+import argparse
+import os
+import sys
+from types import SimpleNamespace
+from typing import NamedTuple
+
+
+class Heads(NamedTuple):
+    """The shape of one layer's attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+SHAPES = {"llama-3.2-1b": Heads(32, 8, 64), "qwen3-0.6b": Heads(16, 8, 128)}
+CONTEXTS = (128, 512, 2048, 8192, 32768)
+BATCHES = (1, 4, 16, 64, 256)
+WAYS = ("kernel", "torch", "contiguous")
+BLOCK_SIZE = 16
+DRY_RUN = {"tiny": Heads(6, 2, 16)}, (40,), (1, 3)
+
+
+def ways(heads: Heads, context: int, batch_size: int, device, dtype) -> dict:
+    """What to time, by name; each returns [S, H, D]."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from milestones.v06_triton_kernel.attention import attend
+    from milestones.v06_triton_kernel.batch import Rectangle
+    from milestones.v06_triton_kernel.cache import KVCache
+    from milestones.v06_triton_kernel.kernels.paged_attention import paged_attention
+
+    blocks_each = -(-context // BLOCK_SIZE)
+    num_blocks = batch_size * blocks_each
+    config = SimpleNamespace(num_layers=1, num_kv_heads=heads.num_kv_heads, head_dim=heads.head_dim)
+    cache = KVCache(config, num_blocks, BLOCK_SIZE, device, dtype)
+    cache.k.normal_()
+    cache.v.normal_()
+    tables = torch.randperm(num_blocks, device=device).view(batch_size, blocks_each)
+    rectangle = Rectangle(torch.arange(batch_size, device=device), tables, context)
+    positions = torch.full((batch_size,), context - 1, device=device)
+    q = torch.randn(batch_size, heads.num_heads, heads.head_dim, device=device, dtype=dtype)
+    starts = torch.arange(batch_size + 1, device=device, dtype=torch.int32)
+    contexts = torch.full((batch_size,), context, device=device, dtype=torch.int32)
+    tables32 = tables.int()
+    k, v = (each.transpose(1, 2).contiguous() for each in cache.read(0, rectangle))  # [S, KV, n, D]
+
+    def contiguous():
+        return scaled_dot_product_attention(q.unsqueeze(2), k, v, enable_gqa=True).squeeze(2)
+
+    return {
+        "kernel": lambda: paged_attention(q, cache.k[0], cache.v[0], tables32, starts, contexts, 1, context),
+        "torch": lambda: attend(q, *cache.read(0, rectangle), positions),
+        "contiguous": contiguous,
+    }
+
+
+def kv_bytes(heads: Heads, context: int, batch_size: int, itemsize: int) -> int:
+    """Bytes of the keys and values of one layer."""
+    return 2 * heads.num_kv_heads * heads.head_dim * itemsize * context * batch_size
+
+
+def measure(name: str, heads: Heads, context: int, batch_size: int, bandwidth: float) -> dict:
+    """One row: microseconds of each way and of the limit; None for a way that does not fit into the memory."""
+    import torch
+    from triton.testing import do_bench
+
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    row = {"shape": name, "context": context, "batch": batch_size}
+    row["bound_us"] = round(1e6 * kv_bytes(heads, context, batch_size, dtype.itemsize) / bandwidth, 2)
+    row |= {f"{way}_us": None for way in WAYS}
+    try:
+        contestants = ways(heads, context, batch_size, device, dtype)
+        check(contestants, atol=2e-2)
+    # ValueError is the cache's own: it was asked to be larger than what is free.
+    except (torch.OutOfMemoryError, ValueError) as error:
+        return row | {"error": str(error).split(";")[0].split(". ")[0]}
+    for way, run in contestants.items():
+        # It empties the L2 cache before each run, and takes the median.
+        row[f"{way}_us"] = round(1e3 * do_bench(run, return_mode="median"), 2)
+    row["kernel_share"] = round(row["bound_us"] / row["kernel_us"], 3)
+    return row
+
+
+def check(contestants: dict, atol: float) -> None:
+    """All ways must say the same before any is timed."""
+    import torch
+
+    found = {way: run().float() for way, run in contestants.items()}
+    for way in WAYS[1:]:
+        torch.testing.assert_close(found[way], found["kernel"], rtol=0, atol=atol, msg=lambda m: f"{way}: {m}")
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second that the GPU reads and writes while it copies 2 GiB."""
+    import torch
+    from triton.testing import do_bench
+
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (1e-3 * do_bench(lambda: target.copy_(source), return_mode="median"))
+
+
+def dry_run() -> None:
+    """One small shape on the CPU, through the interpreter: nothing is timed."""
+    import torch
+
+    shapes, contexts, batches = DRY_RUN
+    for name, heads in shapes.items():
+        for context in contexts:
+            for batch_size in batches:
+                check(ways(heads, context, batch_size, torch.device("cpu"), torch.float32), atol=1e-5)
+                print(f"{name}, context {context}, batch {batch_size}: {', '.join(WAYS)} agree")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shared.bench.attention", description="Measure the paged attention kernel.")
+    parser.add_argument("--dry-run", action="store_true", help="no GPU, nothing timed: see that it runs")
+    parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
+        dry_run()
+        return 0
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("this needs a GPU, and torch sees none; --dry-run checks the command without one")
+    bandwidth = copy_bandwidth()
+    print(f"a copy moves {bandwidth / 1e9:,.0f} GB/s")
+    columns = ("shape", "context", "batch", "kernel_us", "torch_us", "contiguous_us", "bound_us", "kernel_share")
+    print("".join(f"{column:>15}" for column in columns))
+    rows = []
+    for name, heads in SHAPES.items():
+        for context in CONTEXTS:
+            for batch_size in BATCHES:
+                rows.append(measure(name, heads, context, batch_size, bandwidth))
+                print("".join(f"{str(rows[-1].get(column, '')):>15}" for column in columns), rows[-1].get("error", ""), flush=True)
+    if args.write:
+        from shared.results import write
+
+        longest = {
+            name: max((row for row in rows if row["shape"] == name and "kernel_share" in row), key=lambda row: row["bound_us"])
+            for name in SHAPES
+        }
+        results = {"bandwidth_gb_s": round(bandwidth / 1e9, 1), "longest": longest, "rows": rows}
+        write("attention", results, "python -m shared.bench.attention --write", gpu=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""Compile the kernels for GPUs that need not be here, and say what they take.
+
+    python -m shared.bench.kernels            # JSON
+    python -m shared.bench.kernels --write    # commit it
+
+Registers, shared memory and the stack, to which registers are spilled, are read from the machine code, by the cuobjdump that comes with Triton.
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# A T4, an A100, a GeForce RTX 30, an H100.
+TARGETS = {"sm_75": 75, "sm_80": 80, "sm_86": 86, "sm_90": 90}
+# Llama 3.2 1B has 32 query heads, 8 KV heads and 64 elements a head; Qwen3 0.6B 16, 8 and 128.
+LLAMA = {"GROUP": 4, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 16, "HEAD_DIM": 64, "PADDED_DIM": 64}
+QWEN = LLAMA | {"GROUP": 2, "HEAD_DIM": 128, "PADDED_DIM": 128}
+# What a launch fixes: a 1 among the integers counts as fixed too.
+DECODE, PREFILL, ONE_SPLIT = {"TILE_ROWS": 16}, {"TILE_ROWS": 64}, {"num_splits": 1}
+KERNELS = {
+    "llama_decode": ("_attend_kernel", LLAMA | DECODE | ONE_SPLIT),
+    "llama_decode_split": ("_attend_kernel", LLAMA | DECODE),
+    "llama_prefill": ("_attend_kernel", LLAMA | PREFILL | ONE_SPLIT),
+    "qwen_decode": ("_attend_kernel", QWEN | DECODE | ONE_SPLIT),
+    "qwen_prefill": ("_attend_kernel", QWEN | PREFILL | ONE_SPLIT),
+    "qwen_prefill_float32": ("_attend_kernel", QWEN | {"TILE_ROWS": 32} | ONE_SPLIT, "fp32"),
+    "llama_combine": ("_combine_kernel", {"HEAD_DIM": 64, "PADDED_DIM": 64, "PADDED_SPLITS": 16}),
+    "llama_write": ("_write_kernel", {"HEAD_DIM": 64, "SIZE": 512, "PADDED_SIZE": 512}),
+}
+TYPES = {
+    "block_tables_ptr": "*i32",
+    "query_starts_ptr": "*i32",
+    "context_lens_ptr": "*i32",
+    "slot_mapping_ptr": "*i64",
+    "lse_ptr": "*fp32",
+    "parts_ptr": "*fp32",
+    "scale": "fp32",
+}
+
+
+def compiled(target: int, kernel: str, constants: dict, dtype: str = "bf16") -> dict:
+    """What a kernel takes on a GPU of this compute capability, compiled for what a launch passes it.
+
+    Tensors begin at multiples of 16 bytes, and their strides are multiples of 16 elements; with num_splits left
+    open, the attention kernel writes the float32 parts of a split.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    import milestones.v06_triton_kernel.kernels  # noqa: F401
+
+    # The package has a function of the module's name.
+    module = sys.modules["milestones.v06_triton_kernel.kernels.paged_attention"]
+    function = getattr(module, kernel)
+    if kernel == "_attend_kernel":
+        tile_dtype = {"bf16": triton.language.bfloat16, "fp32": triton.language.float32}[dtype]
+        tile_keys = module.choose_tile(constants["PADDED_DIM"], tile_dtype.primitive_bitwidth // 8)
+        constants = constants | {"TILE_KEYS": tile_keys, "TILE_DTYPE": tile_dtype}
+    types = {name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in function.arg_names} | TYPES
+    if kernel == "_attend_kernel" and "num_splits" not in constants:
+        types["out_ptr"] = "*fp32"
+    types |= {name: "constexpr" for name in constants}
+    signature = {name: types[name] for name in function.arg_names}
+    aligned = [name.endswith("_ptr") or name.startswith(("stride_q", "stride_k")) for name in function.arg_names]
+    attrs = {(i,): [["tt.divisibility", 16]] for i, is_aligned in enumerate(aligned) if is_aligned}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
+    binary = triton.compile(source, target=GPUTarget("cuda", target, 32))
+    usage = resources(binary.asm["cubin"])
+    return {
+        "registers": usage["REG"],
+        "stack_bytes": usage["STACK"],
+        "shared_bytes": binary.metadata.shared,
+        "warps": binary.metadata.num_warps,
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump says of machine code."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", said)}
+
+
+def main(argv: list[str]) -> int:
+    # Interpreted functions cannot be compiled.
+    os.environ["TRITON_INTERPRET"] = "0"
+    results = {
+        name: {target: compiled(number, *kernel) for target, number in TARGETS.items()} for name, kernel in KERNELS.items()
+    }
+    print(json.dumps(results, indent=2))
+    if argv == ["--write"]:
+        from shared.results import write
+
+        import triton
+
+        write("kernels", {"triton": triton.__version__} | results, "python -m shared.bench.kernels --write")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""Every chapter on one ragged workload: tokens per second, and what was computed, read and reserved for it."""
+import statistics
+from itertools import accumulate
+
+from shared.bench.recorder import record, run
+from shared.bench.timing import NOISY, Timing, interleave, summary, timed, weight_bytes
+from shared.chapters import Chapter
+
+
+def staircase(chapters: list[Chapter], repeats: int) -> dict:
+    """The chapters on one ragged workload: tokens per second, and what was computed, read and reserved for it.
+
+    pocket, one thread, float32. Tokens a second come from runs without a tracer. Traced runs, taken in turns with them,
+    tell when each request was served, and check that all chapters say the same; of these the one of median length counts.
+    """
+    import torch
+
+    from shared.workloads import staircase
+
+    torch.set_num_threads(1)
+    engines = {chapter.id: staircase_engine(chapter) for chapter in chapters}
+    requests = staircase(engines[chapters[0].id].config.vocab_size)
+    traces, said = {chapter.id: [] for chapter in chapters}, {}
+
+    def traced(chapter: Chapter) -> Timing:
+        trace, said[chapter.id] = record(chapter, engines[chapter.id], requests)
+        traces[chapter.id].append(trace)
+        return Timing(sum(each.wall_s for each in trace.passes), 0.0)
+
+    contestants = {
+        chapter.id: lambda chapter=chapter: timed(lambda: run(engines[chapter.id], chapter.load(), requests))
+        for chapter in chapters
+    }
+    contestants |= {f"{chapter.id}, traced": lambda chapter=chapter: traced(chapter) for chapter in chapters}
+    # What of a step is due to running several at once, and what to other changes of the same chapter.
+    lonely = [chapter for chapter in chapters if "max_num_seqs" in chapter.adds]
+    for chapter in lonely:
+        engine = staircase_engine(chapter, max_num_seqs=1)
+        contestants[f"{chapter.id}, one place"] = lambda chapter=chapter, engine=engine: timed(
+            lambda: run(engine, chapter.load(), requests)
+        )
+    timings = interleave(contestants, repeats, "staircase")
+    results = {}
+    for chapter in chapters:
+        if said[chapter.id] != said[chapters[0].id]:
+            raise AssertionError(f"{chapter.id} says other tokens than {chapters[0].id}")
+        # The first was to warm up.
+        by_length = sorted(traces[chapter.id][1:], key=lambda trace: sum(each.wall_s for each in trace.passes))
+        results[chapter.id] = row = counts(engines[chapter.id], by_length[len(by_length) // 2])
+        row |= summary(timings[chapter.id])
+        row["tokens_per_s"] = round(1e3 * row["tokens"] / row["wall_ms"], 1)
+    for chapter in lonely:
+        row = results[chapter.id]
+        row["one_place"] = summary(timings[f"{chapter.id}, one place"])
+        row["one_place"]["tokens_per_s"] = round(1e3 * row["tokens"] / row["one_place"]["wall_ms"], 1)
+    return results
+
+
+# The bytes of v04's slab: 8 rows of 2,048 positions of pocket.
+STAIRCASE_KV_BYTES = 40 * 2**20
+
+
+def staircase_engine(chapter: Chapter, **limits):
+    """The chapter with its own limits; where memory is handed out, with as many bytes as the slab before it had."""
+    from shared.checkpoints import POCKET
+
+    if "kv_bytes" in chapter.capabilities:
+        limits = {"kv_bytes": STAIRCASE_KV_BYTES, "max_num_seqs": 32} | limits
+    return chapter.load().Engine(POCKET, device="cpu", **limits)
+
+
+def counts(engine, trace) -> dict:
+    """What a traced run took, without its time; and the life of one request, with it."""
+    watched = watched_request(trace.lengths)
+    life = {}
+    for what, seconds in trace.life(watched):
+        life[what] = round(life.get(what, 0) + 1e3 * seconds, 2)
+    ended = [trace.ends()[number] for number, (_, output) in enumerate(trace.lengths) if output <= SHORT_OUTPUT]
+    seconds = list(accumulate(each.wall_s for each in trace.passes))
+    return {
+        "requests": len(trace.lengths),
+        "places": trace.places,
+        "tokens": trace.num_tokens,
+        "passes": len(trace.passes),
+        "tokens_per_pass": round(trace.num_tokens / len(trace.passes), 2),
+        "positions": trace.num_positions,
+        "needed": trace.num_needed,
+        "needed_share": round(trace.num_needed / trace.num_positions, 4),
+        "useful_share": round(trace.useful_share(), 4),
+        "kv_bytes": trace.kv_bytes,
+        "kv_read_bytes": trace.kv_read_bytes,
+        "weight_read_bytes": weight_bytes(engine.model) * len(trace.passes),
+        "late_ttft_ms": round(1e3 * trace.seconds_to_first(watched), 1),
+        "short": {
+            "requests": len(ended),
+            "passes": statistics.median(ended),
+            "ms": round(1e3 * statistics.median(seconds[number - 1] for number in ended), 1),
+        },
+        "watched": {"request": watched, "lengths": trace.lengths[watched], "life_ms": life},
+    }
+
+
+# Requests that get no more tokens than this are the short ones.
+SHORT_OUTPUT = 20
+
+
+def watched_request(lengths: list[tuple[int, int]]) -> int:
+    """The request that is followed through all chapters: a short one that comes late."""
+    return min(range(len(lengths) // 2, len(lengths)), key=lambda number: abs(lengths[number][1] - 12))
+
+
+def print_staircase(results: dict) -> None:
+    columns = ("passes", "tokens/pass", "positions", "needed", "KV MiB", "tokens/s")
+    print(f"{'':8}" + "".join(f"{column:>13}" for column in columns))
+    for name, row in results.items():
+        cells = (
+            f"{row['passes']:,}",
+            f"{row['tokens_per_pass']:.2f}",
+            f"{row['positions']:,}",
+            f"{row['needed_share']:.0%}",
+            f"{row['kv_bytes'] / 2**20:.1f}",
+            f"{row['tokens_per_s']:,.0f}",
+        )
+        print(f"{name:8}" + "".join(f"{cell:>13}" for cell in cells))
+        if row["spread"] > NOISY:
+            print(f"{'':8}noisy: runs differ by {row['spread']:.0%}; run it again on an idle machine")

@@ -1,0 +1,82 @@
+"""The one timer: every figure of speed in this repository comes from here.
+
+Runs are warmed up, then interleaved (A B A B ...), so that a machine that slows down slows all of them
+down. A figure is the median; beside it stands the spread: the middle half of the runs, from its fastest to
+its slowest, divided by the median. CPU seconds are counted too: where cores are shared, they tell more
+than wall time.
+"""
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+# Above this spread a median says little, and the report says so.
+NOISY = 0.25
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One run of one contestant, in seconds."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def timed(run: Callable[[], object]) -> Timing:
+    """Run once."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return Timing(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def interleave(
+    contestants: dict[str, Callable[[], Timing]],
+    repeats: int,
+    label: str = "",
+    warm_up: dict[str, Callable[[], object]] | None = None,
+) -> dict[str, list[Timing]]:
+    """Let each contestant run once unmeasured, or do its warm_up, then all of them in turn, `repeats` times.
+
+    A contestant returns the Timing of the part that counts: what it prepares is not in it.
+    """
+    timings = {name: [] for name in contestants}
+    for run in (warm_up or contestants).values():
+        run()
+    for round_id in progress(range(repeats), label):
+        for name, run in contestants.items():
+            timings[name].append(run())
+    return timings
+
+
+def progress(items: Iterable, label: str) -> Iterator[int]:
+    """A progress bar on stderr, where that is a terminal."""
+    from tqdm import tqdm
+
+    return iter(tqdm(items, desc=label, leave=False, disable=not sys.stderr.isatty()))
+
+
+def summary(timings: list[Timing], units: int = 1) -> dict[str, float]:
+    """Medians and spread of repeated runs, the times divided by the number of units of work in a run.
+
+    >>> summary([Timing(2.0, 1.0), Timing(1.0, 1.0), Timing(4.0, 1.5)], units=2)
+    {'wall_ms': 1000.0, 'cpu_ms': 500.0, 'spread': 0.75, 'repeats': 3}
+    """
+    wall = [timing.wall_s for timing in timings]
+    median = statistics.median(wall)
+    fast, _, slow = statistics.quantiles(wall, n=4, method="inclusive") if len(wall) > 1 else (median,) * 3
+    return {
+        "wall_ms": round(1e3 * median / units, 4),
+        "cpu_ms": round(1e3 * statistics.median(timing.cpu_s for timing in timings) / units, 4),
+        "spread": round((slow - fast) / median, 3),
+        "repeats": len(timings),
+    }
+
+
+def weight_bytes(model) -> int:
+    """What one pass reads of the weights: all of them, but of an embedding that is not the head a few rows only."""
+    weights = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
+    embedding = model.model.embed_tokens.weight
+    if model.lm_head.weight.data_ptr() != embedding.data_ptr():
+        del weights[embedding.data_ptr()]
+    return sum(weights.values())

@@ -1,0 +1,1 @@
+"""What the texts say, held to the code, the results and each other."""

@@ -1,0 +1,142 @@
+"""What a claim generates: a function from the claim's text to lines of Markdown, one for each kind.
+
+    code    units as they stand, of this chapter
+    diff    units against the chapter before; each changed unit has one such home
+    see     the same diff, shown again
+    words   the diff of units of which only comments or docstrings differ; the reason follows
+    traps   the chapter's seeded bugs, all or those of some units
+    table   a table by name, from TABLES
+
+In a text that belongs to no chapter an address begins with its chapter: `v03/cache.py::KVCache`.
+"""
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+from shared.book.claims import cost_tables, result_tables
+from shared.book.diff import changes_of, diff_lines
+from shared.chapters import Book, Chapter
+from shared.book.units import Unit, expand, read_units, split
+
+
+def code(book: Book, chapter: Chapter | None, what: str) -> list[str]:
+    """Units as they stand: a caption and a fence for each file."""
+    chapter, what = chapter_of(book, chapter, what)
+    units = read_units(chapter.path)
+    lines = []
+    for file, addresses in by_file(expand(what, units)).items():
+        named = [pattern for pattern in split(what) if pattern.split("::")[0] == file]
+        lines += [caption(file, named), *fence("python", source([units[address] for address in addresses]))]
+    return lines
+
+
+def diff(book: Book, chapter: Chapter | None, what: str) -> list[str]:
+    """The units' change since the chapter before."""
+    chapter, what = chapter_of(book, chapter, what)
+    previous = chapter.previous
+    if previous is None:
+        raise ValueError(f"{chapter.id} is the first chapter and has no diff; show the units with code:")
+    changes = {change.address: change for change in changes_of(chapter)}
+    chosen = [changes[address] for address in expand(what, changes)]
+    differing = [change for change in chosen if change.kind != "identical"]
+    for pattern in split(what):
+        if not any(change.address in expand(pattern, changes) for change in differing):
+            raise ValueError(f"{pattern} is what it was in {previous.id}; unclaim it, or show it with code:")
+    return fence("diff", diff_lines(differing))
+
+
+def traps(book: Book, chapter: Chapter | None, what: str) -> list[str]:
+    """A list of the seeded bugs: what is wrong, where, and what a learner sees."""
+    if chapter is None:
+        raise ValueError("traps belong to a chapter; claim them in its README.md")
+    path = chapter.traps
+    if not path.is_file():
+        raise ValueError(f"there is no {path.relative_to(book.root)}; write the chapter's traps first")
+    rows = tomllib.loads(path.read_text()).get("trap", [])
+    rows = [(trap, "::".join(filter(None, (trap["file"], trap.get("unit"))))) for trap in rows]
+    if what:
+        expand(what, read_units(chapter.path))
+        wanted = set(expand(what, [address for _, address in rows]))
+        rows = [(trap, address) for trap, address in rows if address in wanted]
+    if not rows:
+        raise ValueError(f"{path.relative_to(book.root)} has no traps; write them first")
+    return [f"- **{trap['name']}** (`{address}`): {' '.join(trap['sees'].split())}" for trap, address in rows]
+
+
+def table(book: Book, chapter: Chapter | None, what: str) -> list[str]:
+    """A table by its name."""
+    if what not in TABLES:
+        raise ValueError(f"there is no table {what!r}; the tables are {', '.join(TABLES)}")
+    return TABLES[what](book, chapter)
+
+
+def chapters_table(book: Book, chapter: Chapter | None) -> list[str]:
+    """The chapters, each with its idea."""
+    rows = [f"| [{each.name}](milestones/{each.name}/README.md) | {each.idea} |" for each in book.chapters]
+    return ["| chapter | idea |", "|---|---|", *rows]
+
+
+Generator = Callable[[Book, Path | None, str], list[str]]
+
+GENERATORS: dict[str, Generator] = {
+    "code": code,
+    "diff": diff,
+    "see": diff,
+    "words": diff,
+    "traps": traps,
+    "table": table,
+}
+
+TABLES: dict[str, Callable[[Book, Path | None], list[str]]] = {
+    "chapters": chapters_table,
+    "cost": cost_tables.cost,
+    "strip": cost_tables.strip,
+    "staircase": cost_tables.staircase,
+    **result_tables.TABLES,
+}
+
+
+def chapter_of(book: Book, chapter: Chapter | None, what: str) -> tuple[Path, str]:
+    """The chapter that a list of addresses is about, and the list without its name."""
+    named = {pattern.split("/")[0] for pattern in split(what) if re.match(r"v\d+\w*/", pattern)}
+    if not named and chapter is not None:
+        return chapter, what
+    if len(named) != 1:
+        raise ValueError(f"{what!r} should name one chapter, as in v03/cache.py::KVCache")
+    [name] = named
+    return book.find(name), ", ".join(pattern.removeprefix(f"{name}/") for pattern in split(what))
+
+
+def by_file(addresses: list[str]) -> dict[str, list[str]]:
+    files = {}
+    for address in addresses:
+        files.setdefault(address.split("::")[0], []).append(address)
+    return files
+
+
+def caption(file: str, patterns: list[str]) -> str:
+    """What a block of code is called.
+
+    >>> caption("layers.py", ["layers.py::RMSNorm.*", "layers.py::rotate"])
+    '`layers.py`: `RMSNorm`, `rotate`'
+    """
+    names = [pattern.partition("::")[2].removesuffix("*").removesuffix(".") for pattern in patterns]
+    return f"`{file}`" + (": " + ", ".join(f"`{name}`" for name in names) if all(names) else "")
+
+
+def source(units: list[Unit]) -> list[str]:
+    """The units' lines in the order of their file, without indentation that all have."""
+    pieces = sorted((piece for unit in units for piece in unit.pieces), key=lambda piece: piece.first_line)
+    lines = []
+    for piece in pieces:
+        lines += [""] * (piece.blank_lines if lines else 0) + piece.text.splitlines()
+    margin = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
+    return [line[margin:] for line in lines]
+
+
+def fence(language: str, lines: list[str]) -> list[str]:
+    """Lines between fences that are longer than any they contain."""
+    longest = max((len(run) for line in lines for run in re.findall(r"`+", line)), default=0)
+    ticks = "`" * max(3, longest + 1)
+    return [ticks + language, *lines, ticks]

@@ -1,0 +1,184 @@
+"""The tables that are made of committed measurements, and of the chapters' own lines.
+
+    suite, large    every kind of work: how many times as fast as Hugging Face's `generate`, and the share of the limit
+    suite-times     the same in CPU milliseconds
+    slower          where a chapter takes longer than the one before it
+    arrivals        the wait for a first token when requests come by chance, and memory at its peak
+    overhead        the engine's own share of a decode step
+    changes         lines added and removed from chapter to chapter, by file
+    damage          random changes to the code, and whether a test notices
+"""
+from collections import Counter
+
+from shared import results
+from shared.book.diff import lines_changed
+from shared.chapters import Book, Chapter
+
+PEERS = ("HF generate", "HF continuous")
+# Less is not worth a line, whoever is right.
+NOTED = 0.02
+MODELS = {
+    "pocket": "pocket",
+    "smollm2-135m-shape": "SmolLM2-135M's shape",
+    "qwen3-0.6b-shape": "Qwen3-0.6B's shape",
+    "llama-3.2-1b-shape": "Llama-3.2-1B's shape",
+}
+
+
+def read(book: Book, file: str) -> dict[str, dict]:
+    """The rows of a result of `shared.bench`, by kind of machine."""
+    return results.read(book.results / f"{file}.json", f"python -m shared.bench {file} --write")
+
+
+def works(row: dict) -> list[tuple[str, dict]]:
+    """Each kind of work, in words, with what each contestant took."""
+    return [(f"{words}, {what}", found) for model, words in MODELS.items() for what, found in row.get(model, {}).items()]
+
+
+def head_of(book: Book, kind: str, row: dict, names: list[str]) -> str:
+    """A line above the figures of a machine: which it was, and below which names they are old."""
+    old = results.old_chapters(row, book)
+    return f"| *{results.origin(kind, row)}* | " + " | ".join("old" if name in old else "" for name in names) + " |"
+
+
+def compared(book: Book, file: str, cell) -> list[str]:
+    """Of each machine a row for each kind of work, and a column for each contestant that did any of it."""
+    rows = read(book, file)
+    names = [*(chapter.id for chapter in book.chapters), *PEERS]
+    names = [name for name in names if any(name in found for row in rows.values() for _, found in works(row))]
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    for kind, row in rows.items():
+        lines.append(head_of(book, kind, row, names))
+        for what, found in works(row):
+            lines.append(f"| {what} | " + " | ".join(cell(found[name]) if name in found else "" for name in names) + " |")
+    return lines
+
+
+def times(row: dict) -> str:
+    return f"{row['times_hf']:.2f} ({row['share_of_limit']:.0%})"
+
+
+def suite(book: Book, chapter: Chapter | None) -> list[str]:
+    return compared(book, "suite", times)
+
+
+def suite_times(book: Book, chapter: Chapter | None) -> list[str]:
+    return compared(book, "suite", lambda row: f"{row['cpu_ms']:,.0f}")
+
+
+def large(book: Book, chapter: Chapter | None) -> list[str]:
+    return compared(book, "large", times)
+
+
+def slower(book: Book, chapter: Chapter | None) -> list[str]:
+    """Every kind of work on which a chapter took longer than the one before it, and whether the runs' spread explains it."""
+    lines = ["| | on | takes | runs differ by | |", "|---|---|---:|---:|---|"]
+    for each in book.chapters[1:]:
+        names = each.previous.id, each.id
+        for where, what, found in all_works(book):
+            if not all(name in found for name in names):
+                continue
+            before, after = (found[name] for name in names)
+            more = after["cpu_ms"] / before["cpu_ms"] - 1
+            if more < NOTED:
+                continue
+            spread = max(before["spread"], after["spread"])
+            beyond = "" if more > spread else "may be noise"
+            old = "; old" if results.old_chapters(where, book).intersection(names) else ""
+            lines.append(f"| {names[1]} after {names[0]} | {what}{old} | {more:.0%} more | {spread:.0%} | {beyond} |")
+    return lines
+
+
+def all_works(book: Book):
+    """Of every file and machine: its row, each kind of work in words, and what each contestant took."""
+    several = len({kind for file in ("suite", "large", "decode") for kind in read(book, file)}) > 1
+    for file in ("suite", "large"):
+        for kind, row in read(book, file).items():
+            for what, found in works(row):
+                yield row, what + on(kind, several), found
+    for kind, row in read(book, "decode").items():
+        for model, words in MODELS.items():
+            found = {name: figures[model] for name, figures in results.figures(row).items() if model in figures}
+            yield row, f"{words}, a decode step of 16 sequences" + on(kind, several), found
+
+
+def on(kind: str, several: bool) -> str:
+    return f", {results.KINDS.get(kind, kind)}" if several else ""
+
+
+def arrivals(book: Book, chapter: Chapter | None) -> list[str]:
+    lines = [
+        "| | first token after, half of them | 19 of 20 | all done after | MiB at the peak |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for kind, row in read(book, "suite").items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | | | | |")
+        peaks = row.get("peak_mib", {})
+        for name in (*(each.id for each in book.chapters), *PEERS):
+            if name not in row["arrivals"] and name not in peaks:
+                continue
+            took = row["arrivals"].get(name)
+            cells = [f"{took['ttft_ms_p50']:,.0f} ms", f"{took['ttft_ms_p95']:,.0f} ms", f"{took['seconds']:.1f} s"] if took else [""] * 3
+            cells.append(f"{peaks[name]:,.0f}" if name in peaks else "")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def overhead(book: Book, chapter: Chapter | None) -> list[str]:
+    """Of the chapter alone, in its text; elsewhere of all that were measured."""
+    parts = ("schedule", "build", "choose", "report")
+    heads = ("who", "batch", "tokens chosen", "appended, decoded")
+    lines = ["| | step | model and head | " + " | ".join(heads) + " | the engine's own |", "|---|" + "---:|" * (len(parts) + 3)]
+    for kind, row in read(book, "overhead").items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * (len(parts) + 3))
+        for each in [chapter] if chapter else book.chapters:
+            for case, spent in row.get(each.id, {}).items():
+                way, size = case.split()
+                cells = [f"{spent[part]:,.0f}" for part in parts]
+                model = f"{spent['model'] + spent['head']:,.0f}"
+                name = f"{size} {way}" if chapter else f"{each.id}, {size} {way}"
+                lines.append(f"| {name} | {spent['step']:,.0f} | {model} | {' | '.join(cells)} | {spent['own_share']:.0%} |")
+    return lines
+
+
+FILES = ("attention.py", "batch.py", "cache.py", "scheduler.py", "engine.py", "sequence.py", "layers.py", "model.py")
+
+
+def changes(book: Book, chapter: Chapter | None) -> list[str]:
+    """A row for all files, and one for each of those that the book is about; a column for each chapter after the first."""
+    later = book.chapters[1:]
+    lines = [f"| | {' | '.join((each.id for each in later))} |", "|---|" + "---:|" * len(later)]
+    lines.append("| all files | " + " | ".join(counted(*lines_changed(each.previous, each)) for each in later) + " |")
+    for file in FILES:
+        cells = [counted(*lines_changed(each.previous, each, only=file)) for each in later]
+        lines.append(f"| `{file}` | " + " | ".join(cells) + " |")
+    return lines
+
+
+def counted(added: int, removed: int) -> str:
+    return f"+{added} \u2212{removed}" if added or removed else "0"
+
+
+def damage(book: Book, chapter: Chapter | None) -> list[str]:
+    """A row for each chapter that was damaged by chance, and how its tests took it."""
+    recorded = results.read(book.results / "mutants.json", "python -m shared.book.traps.mutants v01 --record")[""]
+    ends = ("killed", "hangs", "crashes", "survived")
+    lines = ["| | of | tried | a test fails | hangs | crashes | nobody notices |", "|---|---|" + "---:|" * (len(ends) + 1)]
+    for name, found in recorded.items():
+        counts = Counter(each["result"] for each in found["tried"])
+        only_new = "--new" in found["command"].split() and book.find(name).previous
+        where = "what it changed" if only_new else "all of it"
+        lines.append(f"| {name} | {where} | {len(found['tried'])} | " + " | ".join(str(counts[end]) for end in ends) + " |")
+    return lines
+
+
+TABLES = {
+    "suite": suite,
+    "suite-times": suite_times,
+    "large": large,
+    "slower": slower,
+    "arrivals": arrivals,
+    "overhead": overhead,
+    "changes": changes,
+    "damage": damage,
+}

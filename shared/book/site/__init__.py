@@ -1,0 +1,1 @@
+"""The site, its pictures and films."""

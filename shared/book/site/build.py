@@ -1,0 +1,264 @@
+"""The site: the repository's texts, and pages that are made of its code.
+
+    python -m shared.book.site            # build/site; needs no network, then or later
+    python -m shared.book.site --serve    # and serve it, on port 8001
+
+The pages keep the places that the texts have in the repository, so that a link holds in both. A link to a chapter's
+Python file leads to a page that shows it. Made here are, of each chapter, the explained diff (`diff_pages`) and its
+files; and for all of them a run that can be replayed, and the table of seeded bugs.
+"""
+import argparse
+import functools
+import html.parser
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import urllib.parse
+from html import escape
+from pathlib import Path
+
+from shared.book.site import diff_pages
+from shared.book.site.line_values import Values, record
+from shared.book.claims.markdown import fenced
+from shared.book.traps.seeded_bugs import read_traps
+from shared.chapters import BOOK, Book, python_files
+from shared.workloads import TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS
+
+LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
+TOP = ("README.md", "CONTRIBUTING.md")
+# What the site shows for a directory.
+DIRECTORIES = {"milestones": "README.md", "tests/traps": "docs/traps.md", "docs/results": "docs/RESULTS.md"}
+
+
+class BrokenLink(ValueError):
+    """A text links to what is not there."""
+
+
+def assemble(book: Book, pages: Path, values: dict[str, Values]) -> None:
+    """Write the site's sources: a directory of Markdown, pictures and scripts."""
+    shutil.rmtree(pages, ignore_errors=True)
+    texts = [book.root / name for name in TOP if (book.root / name).is_file()]
+    texts += sorted((book.root / "docs").glob("*.md"))
+    texts += [chapter.text for chapter in book.chapters]
+    for text in texts:
+        put(pages / text.relative_to(book.root), for_site(book, text, pages))
+    for directory in ("pictures", "site"):
+        if (book.root / "docs" / directory).is_dir():
+            shutil.copytree(book.root / "docs" / directory, pages / "docs" / directory)
+    says = read_json(book.results / "trap-answers.json").get("answers", {})
+    for chapter in book.chapters:
+        at = pages / "milestones" / chapter.name
+        if chapter.previous:
+            page = diff_pages.page(book, chapter, values, says)
+            put(at / "diff.md", linked(book, chapter.text, page, pages))
+        for path in python_files(chapter.path):
+            name = diff_pages.file_page(path.relative_to(chapter.path).as_posix())
+            put(at / "files" / f"{name}.md", diff_pages.file(chapter, path, values))
+    put(pages / "docs" / "trace.md", trace_page(book))
+    put(pages / "docs" / "traps.md", traps_page(book, says))
+
+
+def put(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def for_site(book: Book, text: Path, pages: Path) -> str:
+    """A text as the site needs it: links that lead to pages, and Markdown inside of what folds."""
+    return linked(book, text, text.read_text().replace("<details>", '<details markdown="1">'), pages)
+
+
+def linked(book: Book, text: Path, source: str, pages: Path) -> str:
+    """The source, which stands where the text does, with its links made the site's."""
+    lines = source.splitlines(keepends=True)
+    for n, code in enumerate(fenced(lines)):
+        if not code:
+            lines[n] = LINK.sub(lambda found: new_link(book, text, found, pages), lines[n])
+    return "".join(lines)
+
+
+def new_link(book: Book, text: Path, found: re.Match, pages: Path) -> str:
+    """One link of a text: to a page, to a picture, or to a page that is made here of what it leads to."""
+    start, address, anchor, end = found.groups()
+    target = (text.parent / address).resolve()
+    if not target.exists():
+        raise BrokenLink(f"{text.relative_to(book.root)} links to {address}, which is not there")
+    if target.suffix == ".ipynb":
+        return f"{start}{repository(book)}/blob/main/{target.relative_to(book.root)}{end}"
+    page = page_of(book, target, pages)
+    if page is None:
+        raise BrokenLink(f"{text.relative_to(book.root)} links to {address}, and the site has no page for it; link to a file")
+    if page == target.relative_to(book.root):
+        return found[0]
+    return f"{start}{os.path.relpath(page, text.parent.relative_to(book.root))}{anchor or ''}{end}"
+
+
+def repository(book: Book) -> str:
+    """Where the repository lies: what renders a notebook is there."""
+    return tomllib.loads((book.root / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+
+
+def page_of(book: Book, target: Path, pages: Path) -> Path | None:
+    """Where the site shows a file or a directory of the repository; a file that nobody else shows is put there."""
+    inside = target.relative_to(book.root)
+    if inside.as_posix() in DIRECTORIES:
+        return Path(DIRECTORIES[inside.as_posix()])
+    if target.is_dir():
+        return inside / "README.md" if target in [chapter.path for chapter in book.chapters] else None
+    if target.suffix in (".md", ".svg"):
+        return inside
+    chapter = next((each for each in book.chapters if target.is_relative_to(each.path)), None)
+    if chapter:
+        return Path("milestones", chapter.name, "files", diff_pages.file_page(target.relative_to(chapter.path).as_posix()) + ".md")
+    if target.suffix == ".py":
+        page = Path("code") / inside.with_suffix(".md")
+        put(pages / page, diff_pages.file_html(inside.as_posix(), diff_pages.numbered(target.read_text(), 1, "", None, {})))
+        return page
+    (pages / inside).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(target, pages / inside)
+    return inside
+
+
+# ---- a run, replayed
+
+def trace_page(book: Book) -> str:
+    """The small workload through every chapter, to be played pass by pass."""
+    recorded = read_json(book.results / "timeline.json")
+    traces = {chapter.id: recorded[chapter.id] for chapter in book.chapters if chapter.id in recorded}
+    data = json.dumps(traces, separators=(",", ":")).replace("</", "<\\/")
+    return f"""# A run, replayed
+
+Ten requests, a row each, go through every chapter; a column is a forward pass. Press *play*, or drag.
+<span class="key"><i class="prompt"></i> a pass over a prompt</span> <span class="key"><i class="token"></i> a pass for one
+token</span> <span class="key"><i class="waste"></i> computed for nothing</span> <span class="key"><i class="wait"></i> waits</span>
+
+Follow the short requests from v03 to v04: what changes is who may enter, and when. From v05 on the memory is
+{TIMELINE_BLOCKS} blocks of {TIMELINE_BLOCK_SIZE} tokens, {TIMELINE_BLOCKS * TIMELINE_BLOCK_SIZE} positions, where v04 has
+thousands: requests wait for blocks, and it takes more passes, in a memory that would not hold one row of v04's. (`make trace`
+records the same run in a terminal.)
+
+<div id="replay" class="replay"><p>This page draws with JavaScript, which is switched off.</p></div>
+
+<script type="application/json" id="replay-data">{data}</script>
+"""
+
+
+# ---- the seeded bugs
+
+def traps_page(book: Book, says: dict[str, dict]) -> str:
+    """Every seeded bug: what it changes, who sees it, and what the model says with it."""
+    matrix = read_json(book.results / "traps-matrix.json").get("chapters", {})
+    rows = [
+        "---\nhide:\n  - toc\n---",
+        "# Seeded bugs",
+        "Each of these was planted in a copy of its chapter, and the test beside it failed: `make traps` does it again. "
+        "Many of them leave the answers as they are. Those are the ones to look at.",
+    ]
+    for chapter in book.chapters:
+        rows.append(f"## {chapter.id}")
+        table = ["| bug | where, and which test sees it | the model then says |", "|---|---|---|"]
+        for trap in read_traps(chapter.traps):
+            file = diff_pages.file_page(trap.file)
+            where = f"[`{trap.address}`](../milestones/{chapter.name}/files/{file}.md)"
+            failed = matrix.get(chapter.id, {}).get(trap.name, {}).get("failed", [])
+            tests = "`" + trap.test[0].split("::")[-1] + "`" + (f" and {len(failed) - 1} more" if len(failed) > 1 else "")
+            said = says.get(f"{chapter.id}/{trap.name}", {})
+            answer = "" if not said else "the same" if said.get("same") else cell(said["answer"])
+            table.append(f"| **{cell(trap.name)}**: {cell(trap.sees)} | {where}<br>{tests} | {answer} |")
+        rows += ['<div class="stack" markdown="1">', "\n".join(table), "</div>"]
+    return "\n\n".join(rows) + "\n"
+
+
+def cell(text: str) -> str:
+    """A text inside of a table."""
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "\\`")
+
+
+# ---- building
+
+def build(book: Book) -> Path:
+    """Make build/site; SystemExit when a link leads nowhere or a page is in no menu."""
+    assemble(book, book.root / "build" / "pages", {chapter.id: record(chapter) for chapter in book.chapters})
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"], cwd=book.root, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"mkdocs failed:\n{done.stdout}{done.stderr}")
+    return book.root / "build" / "site"
+
+
+class Page(html.parser.HTMLParser):
+    """Where a page leads, and what in it can be led to."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.leads, self.anchors = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        for name, value in attributes:
+            if name in ("id", "name") and value:
+                self.anchors.add(value)
+            if (tag, name) in (("a", "href"), ("img", "src"), ("script", "src"), ("link", "href")) and value:
+                self.leads.append(value)
+
+
+def dead_links(site: Path) -> list[str]:
+    """Links of a built site that lead to no page, or to no place in it."""
+    pages = {path: Page(path.read_text()) for path in sorted(site.rglob("*.html"))}
+    dead = []
+    for path, page in pages.items():
+        name = path.relative_to(site)
+        for lead in page.leads:
+            address, _, anchor = lead.partition("#")
+            if re.match(r"[a-z]+:", address):
+                continue
+            target = site / address.lstrip("/") if address.startswith("/") else path.parent / address
+            target = (target / "index.html" if target.is_dir() else target).resolve() if address else path
+            if not target.is_file():
+                dead.append(f"{name}: {lead} is not there")
+            elif anchor and target in pages and urllib.parse.unquote(anchor) not in pages[target].anchors:
+                dead.append(f"{name}: {lead} has no such place in it")
+    return dead
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Says nothing of a browser that left before its page was whole."""
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+def serve(site: Path, port: int = 8001) -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
+    print(f"http://127.0.0.1:{port}/  (Ctrl-C ends it)", flush=True)
+    with Server(("127.0.0.1", port), handler) as server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shared.book.site", description="Build the site.")
+    parser.add_argument("--serve", action="store_true", help="serve it on port 8001 when it is built")
+    args = parser.parse_args(argv)
+    site = build(BOOK)
+    dead = dead_links(site)
+    print("\n".join(dead), file=sys.stderr, end="\n" * bool(dead))
+    print(f"{sum(1 for _ in site.rglob('*.html'))} pages in {site.relative_to(BOOK.root)}, {len(dead)} dead links")
+    if dead:
+        return 1
+    if args.serve:
+        serve(site)
+    return 0

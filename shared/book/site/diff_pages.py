@@ -1,0 +1,299 @@
+"""A chapter's diff, explained: left the words of its text, right the change they are about, with what its names held.
+
+The page is Markdown, for the site only. It is made of the chapter's README: each claim `diff`, `see` or `words` becomes
+a row; its words are those that stand above it. In the code, unchanged lines are folded, and a name that had a value
+while the prompts of `line_values` ran shows it: what it was in the chapter before, and what it is here.
+"""
+import re
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from html import escape
+from pathlib import Path
+
+from pygments.lexers import PythonLexer
+from pygments.token import Comment, Keyword, Literal, Name, String
+
+from shared.book.claims.generators import chapter_of
+from shared.book.diff import changes_of
+from shared.book.site.line_values import Values
+from shared.book.claims.markdown import fenced, find_claims
+from shared.book.traps.seeded_bugs import read_traps
+from shared.chapters import Book, Chapter
+from shared.book.units import Change, Unit, expand
+
+SHOWN = ("diff", "see", "words", "unshown")
+HEADING = re.compile(r"#{2,4} ")
+CONTEXT = 3
+KINDS = ((Comment, "c"), (String.Doc, "s"), (String, "s"), (Keyword, "k"), (Literal.Number, "m"), (Name.Builtin, "b"))
+
+
+Token = tuple[object, str]  # pygments' kind, text
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of code: its number in its file (0: none), and its names' values in the chapters that it is in."""
+
+    tokens: list[Token]
+    number: int
+    values: dict[str, list[tuple[str, dict[int, str]]]]  # name to (chapter, what it was by step)
+
+    @property
+    def text(self) -> str:
+        return "".join(token for _, token in self.tokens)
+
+
+def page(book: Book, chapter: Chapter, values_by_chapter: dict[str, Values], says: dict[str, dict]) -> str:
+    """The page of a chapter against the one before."""
+    previous = chapter.previous
+    names = f"{previous.id} to {chapter.id}"
+    rows = [
+        "---\nhide:\n  - toc\n---",
+        f"# From {names}: the diff, explained",
+        f"The words are those of [the chapter's text](README.md), beside them the change. Point at a marked name, or tap it, to see what "
+        f"it held when the chapter answered two prompts: in the first step, which feeds a prompt, and in the second. "
+        f"The same in the terminal: `make diff-{chapter.id}`.",
+        '<p class="fold-all"><button type="button" data-open="true">unfold all</button> '
+        '<button type="button" data-open="false">fold all</button></p>',
+    ]
+    changes = {change.address: change for change in changes_of(chapter)}
+    shown = set()
+    for section in sections(chapter.text.read_text()):
+        rows += section.heading
+        for claim in section.claims:
+            _, what = chapter_of(book, chapter, claim.what)
+            chosen = [changes[address] for address in expand(what, changes) if changes[address].kind != "identical"]
+            if claim.kind == "unshown":
+                right = [unshown_html(chapter, chosen)]
+            else:
+                right = [change_html(book, chapter, change, values_by_chapter) for change in chosen]
+            right += traps_html(book, chapter, {change.address for change in chosen} - shown, says)
+            shown |= {change.address for change in chosen}
+            rows.append('<div class="hunk" markdown="1">')
+            words = [claim.before or again(claim.kind), claim.after]
+            rows.append('<div class="why" markdown="1">\n\n' + "\n\n".join(filter(None, words)) + "\n\n</div>")
+            rows.append('<div class="change">\n' + "\n".join(right) + "\n</div>")
+            rows.append("</div>")
+    others = {trap.address for trap in read_traps(chapter.traps)} - shown
+    if others:
+        rows += ["### What did not change, and can break all the same", "\n".join(traps_html(book, chapter, others, says, "open"))]
+    return "\n\n".join(rows) + "\n"
+
+
+def again(kind: str) -> str:
+    return {"see": "(Shown again.)", "unshown": "(New as well.)"}.get(kind, "(With the change above.)")
+
+
+def unshown_html(chapter: Chapter, changes: list[Change]) -> str:
+    """What is new and better read in its file: a list of links."""
+    rows = []
+    for change in changes:
+        file, _, name = change.address.partition("::")
+        link = f"../../{chapter.name}/files/{file_page(file)}/#L{change.new.first_line}"
+        rows.append(f'<li><a href="{link}">{escape(file)}</a> {escape(name or "its own body")}</li>')
+    return f'<details class="unit"><summary>{len(changes)} new units, to be read in their files</summary><ul>{"".join(rows)}</ul></details>'
+
+
+@dataclass
+class Shown:
+    """A claim with its words: those above it, and those that follow it up to the next heading."""
+
+    before: str
+    kind: str
+    what: str
+    after: str = ""
+
+
+@dataclass
+class Section:
+    """A part of a text that has claims."""
+
+    heading: list[str]
+    claims: list[Shown]
+
+
+def sections(text: str) -> list[Section]:
+    """The parts of a text under one heading that show a diff, in order."""
+    lines = text.splitlines()
+    code = fenced(lines)
+    found, start = [], 0
+    claims = [claim for claim in find_claims(text) if claim.kind in SHOWN]
+    for claim in claims:
+        heads = [n for n in range(start, claim.start) if not code[n] and HEADING.match(lines[n])]
+        if heads and found:
+            found[-1].claims[-1].after = joined(lines[start : heads[0]])
+        if heads or not found:
+            found.append(Section([lines[heads[-1]]] if heads else [], []))
+            start = heads[-1] + 1 if heads else start
+        found[-1].claims.append(Shown(joined(lines[start : claim.start]), claim.kind, claim.what))
+        start = claim.end
+    ends = [n for n in range(start, len(lines)) if not code[n] and HEADING.match(lines[n])]
+    if found:
+        found[-1].claims[-1].after = joined(lines[start : ends[0] if ends else len(lines)])
+    return found
+
+
+def joined(lines: list[str]) -> str:
+    """Words, without the list of traps that a text has between them: on the page each stands beside its code."""
+    text = "\n".join(lines)
+    kept, at = [], 0
+    for claim in find_claims(text):
+        if claim.kind == "traps":
+            kept += lines[at : claim.start]
+            at = claim.end
+    return "\n".join([*kept, *lines[at:]]).strip()
+
+
+# ---- code
+
+def change_html(book: Book, chapter: Chapter, change: Change, values_by_chapter: dict[str, Values]) -> str:
+    """One unit's change, foldable, with a link to its file."""
+    previous = chapter.previous
+    old = lines_of(change.old, change.address, previous, values_by_chapter) if change.old else []
+    new = lines_of(change.new, change.address, chapter, values_by_chapter) if change.new else []
+    rows, added, removed = [], 0, 0
+    matcher = SequenceMatcher(lambda line: not line.strip(), [a.text for a in old], [b.text for b in new], autojunk=False)
+    for tag, a, a_end, b, b_end in matcher.get_opcodes():
+        if tag == "equal":
+            rows += folded([both(x, y) for x, y in zip(old[a:a_end], new[b:b_end])], first=not rows, last=b_end == len(new))
+            continue
+        removed += a_end - a
+        added += b_end - b
+        rows += [line_html(line, "del") for line in old[a:a_end]]
+        rows += [line_html(line, "add") for line in new[b:b_end]]
+    file, _, name = change.address.partition("::")
+    where = chapter if change.new else previous
+    first = (change.new or change.old).first_line
+    link = f'<a href="../../{where.name}/files/{file_page(file)}/#L{first}">{escape(file)}</a>'
+    count = f'<span class="count"><span class="plus">+{added}</span> <span class="minus">\u2212{removed}</span></span>'
+    title = f"{link} {escape(name or 'its own body')} {count}"
+    return f'<details class="unit" open><summary>{title}</summary><div class="code">{"".join(rows)}</div></details>'
+
+
+def file_page(file: str) -> str:
+    """The name of a file's page: a path without its ending.
+
+    >>> file_page("kernels/__init__.py")
+    'kernels-__init__'
+    """
+    return file.removesuffix(".py").replace("/", "-")
+
+
+def lines_of(unit: Unit, address: str, chapter: Chapter, values_by_chapter: dict[str, Values]) -> list[Line]:
+    """A unit's lines, with what their names held in a run of its chapter."""
+    file = address.split("::")[0]
+    lines = []
+    for n, piece in enumerate(unit.pieces):
+        lines += [Line([], 0, {})] * bool(n)
+        lines += numbered(piece.text, piece.first_line, file, chapter, values_by_chapter)
+    return lines
+
+
+def numbered(text: str, first: int, file: str, chapter: Chapter | None, values_by_chapter: dict[str, Values]) -> list[Line]:
+    """The lines of a part of a file."""
+    held_by_line = values_by_chapter.get(chapter.id, {}) if chapter else {}
+    lines = []
+    for number, tokens in enumerate(tokens_by_line(text.rstrip("\n")), first):
+        held = held_by_line.get((file, number), {})
+        lines.append(Line(tokens, number, {name: [(chapter.id, told)] for name, told in held.items()}))
+    return lines
+
+
+def tokens_by_line(text: str) -> list[list[Token]]:
+    """Python, taken apart; what spans lines, as a docstring does, is a token in each."""
+    lines = [[]]
+    for kind, token in PythonLexer(stripnl=False, ensurenl=False).get_tokens(text):
+        for n, part in enumerate(token.split("\n")):
+            if n:
+                lines.append([])
+            if part:
+                lines[-1].append((kind, part))
+    return lines
+
+
+def both(old: Line, new: Line) -> Line:
+    """A line that stands in both chapters, with the values of both."""
+    names = dict.fromkeys([*old.values, *new.values])
+    return replace(new, values={name: [*old.values.get(name, []), *new.values.get(name, [])] for name in names})
+
+
+def folded(lines: list[Line], first: bool, last: bool) -> list[str]:
+    """Unchanged lines: those next to a change are shown, the others can be unfolded."""
+    rows = [line_html(line, "same") for line in lines]
+    head, tail = (0 if first else CONTEXT), (0 if last else CONTEXT)
+    hidden = rows[head : len(rows) - tail]
+    if len(hidden) < 3:
+        return rows
+    what = f"{len(hidden)} unchanged lines"
+    fold = f'<details class="fold"><summary>{what}</summary>{"".join(hidden)}</details>'
+    return [*rows[:head], fold, *rows[len(rows) - tail :]]
+
+
+def line_html(line: Line, kind: str, anchor: str = "") -> str:
+    sign = {"add": "+", "del": "\u2212"}.get(kind, " ")
+    return f'<div class="l {kind}"{anchor}><i>{sign}</i>{code_html(line) or " "}</div>'
+
+
+def code_html(line: Line) -> str:
+    """A line of Python, coloured; a name with values carries them."""
+    html, chained, before = [], "", ""
+    for kind, token in line.tokens:
+        if kind in Name:
+            # After a call or an index nobody knows whose attribute it is.
+            chained = token if before != "." else f"{chained}.{token}" if chained else ""
+            held = line.values.get(chained)
+            html.append(value_html(chained, token, held) if held else span(kind, token))
+        else:
+            html.append(span(kind, token))
+            chained = chained if token == "." else ""
+        before = token
+    return "".join(html)
+
+
+def span(kind, token: str) -> str:
+    found = next((name for type_, name in KINDS if kind in type_), None)
+    return f'<span class="{found}">{escape(token)}</span>' if found and token.strip() else escape(token)
+
+
+def value_html(name: str, token: str, held: list[tuple[str, dict[int, str]]]) -> str:
+    """A name that can be pointed at, or tapped."""
+    told = [name]
+    for chapter, steps in held:
+        told += [f"{chapter}, {f'step {step}' if step else 'before'}  {value}" for step, value in steps.items()]
+    text = "&#10;".join(escape(each) for each in told)
+    return f'<span class="live" tabindex="0" data-held="{text}">{escape(token)}</span>'
+
+
+# ---- traps, files
+
+def traps_html(book: Book, chapter: Chapter, addresses: set[str], says: dict[str, dict], state: str = "") -> list[str]:
+    """The seeded bugs of these units: what breaks, and what the model then says."""
+    rows = []
+    for trap in read_traps(chapter.traps):
+        if trap.address in addresses:
+            said = says.get(f"{chapter.id}/{trap.name}")
+            rows.append(f"<li><b>{escape(trap.name)}</b>: {escape(' '.join(trap.sees.split()))}{said_html(said)}</li>")
+    if not rows:
+        return []
+    return [f'<details class="traps" {state}><summary>What breaks if this is wrong ({len(rows)})</summary><ul>{"".join(rows)}</ul></details>']
+
+
+def said_html(said: dict | None) -> str:
+    """What the model answers with the bug planted, beside the question."""
+    if said is None:
+        return ""
+    if said.get("same"):
+        return ' <span class="said">What the model answers is the same as ever.</span>'
+    return f' <span class="said">{escape(said["question"])} \u2192 {escape(said["answer"])}</span>'
+
+
+def file(chapter: Chapter, path: Path, values_by_chapter: dict[str, Values]) -> str:
+    """A page with a whole file of a chapter."""
+    name = path.relative_to(chapter.path).as_posix()
+    return file_html(f"{chapter.id}: {name}", numbered(path.read_text(), 1, name, chapter, values_by_chapter))
+
+
+def file_html(title: str, lines: list[Line]) -> str:
+    """A page with lines, each with an anchor."""
+    rows = [line_html(line, "same", f' id="L{line.number}" data-n="{line.number}"') for line in lines]
+    return f'# {title}\n\n<div class="code numbered">{"".join(rows)}</div>\n'

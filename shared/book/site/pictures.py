@@ -1,0 +1,427 @@
+"""Pictures of committed results: SVG for the texts, and a page for a trace. `make sync` writes them.
+
+Standard library only. A picture follows the reader's light or dark theme, and says in its title what it shows.
+"""
+import math
+import re
+from collections.abc import Callable
+from html import escape
+
+from shared import results
+from shared.chapters import Book
+from shared.workloads import TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS
+
+STYLE = """\
+  text { font: 13px system-ui, sans-serif; fill: #24292f }
+  .head { font-weight: 600 }
+  .small { font-size: 11px; fill: #57606a }
+  .prompt { fill: #0550ae }
+  .token { fill: #54aeff }
+  .waste { fill: #d0d7de }
+  .waits { stroke: #8c959f; stroke-width: 1.2; stroke-dasharray: 2 3 }
+  .grid { stroke: #d8dee4 }
+  .owner0 { fill: #54aeff } .owner1 { fill: #4ac26b } .owner2 { fill: #d4a72c } .owner3 { fill: #ff8182 }
+  .owner4 { fill: #c297ff } .owner5 { fill: #ffa657 } .owner6 { fill: #39c5cf } .owner7 { fill: #f778ba }
+  .owner8 { fill: #a8b35b } .owner9 { fill: #9db2d0 }
+  .curve0, .dot0 { stroke: #0969da } .curve1, .dot1 { stroke: #bf3989 } .curve2, .dot2 { stroke: #1a7f37 } .curve3, .dot3 { stroke: #9a6700 }
+  .dot0 { fill: #0969da } .dot1 { fill: #bf3989 } .dot2 { fill: #1a7f37 } .dot3 { fill: #9a6700 }
+  @media (prefers-color-scheme: dark) {
+    .curve0, .dot0 { stroke: #58a6ff } .curve1, .dot1 { stroke: #f778ba } .curve2, .dot2 { stroke: #3fb950 } .curve3, .dot3 { stroke: #d29922 }
+    .dot0 { fill: #58a6ff } .dot1 { fill: #f778ba } .dot2 { fill: #3fb950 } .dot3 { fill: #d29922 }
+    text { fill: #e6edf3 }
+    .small { fill: #9198a1 }
+    .prompt { fill: #79c0ff }
+    .token { fill: #1f6feb }
+    .waste { fill: #3d444d }
+    .waits { stroke: #656c76 }
+    .grid { stroke: #30363d }
+    .owner0 { fill: #1f6feb } .owner1 { fill: #238636 } .owner2 { fill: #9e6a03 } .owner3 { fill: #da3633 }
+    .owner4 { fill: #8957e5 } .owner5 { fill: #bc4c00 } .owner6 { fill: #1b7c83 } .owner7 { fill: #bf4b8a }
+    .owner8 { fill: #6e7f2a } .owner9 { fill: #57708f }
+  }"""
+
+
+def svg(width: int, height: int, title: str, body: list[str]) -> str:
+    """A drawing with the common style; title is what a screen reader reads."""
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+        ' role="img" aria-labelledby="t">',
+        f'<title id="t">{escape(title)}</title>',
+        f"<style>\n{STYLE}\n</style>",
+        *body,
+        "</svg>\n",
+    ])
+
+
+def text(x: float, y: float, what: object, kind: str = "", anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(str(what))}</text>'
+
+
+def rect(x: float, y: float, width: float, height: float, kind: str, title: str = "") -> str:
+    tip = f"<title>{escape(title)}</title>" if title else ""
+    return f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="2">{tip}</rect>'
+
+
+# ---- timelines
+
+LEFT, TOP, CELL, LANE = 96, 56, 14, 18
+# What follows a timeline's last column, at the least.
+RIGHT = 24
+
+
+def name_of(request: int) -> str:
+    """A letter for each of the first 26 requests, then A1, B1, ...
+
+    >>> name_of(0), name_of(25), name_of(26)
+    ('A', 'Z', 'A1')
+    """
+    letter = chr(ord("A") + request % 26)
+    return f"{letter}{request // 26}" if request >= 26 else letter
+
+
+def timeline(trace: dict, num_columns: int | None = None) -> str:
+    """A run, one lane a request and one column a pass; of each block, the part that was needed is coloured.
+
+    num_columns: leave room for so many passes, so that pictures of several runs have one scale.
+    """
+    num_columns = num_columns or len(trace["passes"])
+    width = LEFT + max(num_columns * CELL, 440) + RIGHT
+    height = TOP + len(trace["lengths"]) * LANE + 30
+    passes = len(trace["passes"])
+    body = [text(16, 24, f"{trace['chapter']}: {passes} forward passes", "head"), *legend(LEFT, 42)]
+    for column in range(0, passes + 1, 5):
+        x = LEFT + column * CELL
+        body.append(f'<path class="grid" d="M{x} {TOP - 4}V{height - 22}"/>')
+        body.append(text(x, height - 8, column, "small", "middle"))
+    for request, (prompt, output) in enumerate(trace["lengths"]):
+        y = TOP + request * LANE
+        body.append(text(16, y + 12, f"{name_of(request)}  {prompt} + {output}"))
+        body += lane(trace["passes"], request, y)
+    return svg(width, height, f"{trace['chapter']}: which request took part in which forward pass", body)
+
+
+def legend(x: float, y: float) -> list[str]:
+    """What the colours mean, in one line."""
+    body = []
+    for kind, what, room in (("prompt", "its prompt", 84), ("token", "one token", 80), ("waste", "for nothing", 90)):
+        body += [rect(x, y - 10, CELL - 2, LANE - 6, kind), text(x + 18, y, what, "small")]
+        x += room
+    return [*body, f'<path class="waits" d="M{x} {y - 4}h16"/>', text(x + 22, y, "waits", "small")]
+
+
+def lane(passes: list[dict], request: int, y: float) -> list[str]:
+    """One request's way through the passes."""
+    body = []
+    for column, each in enumerate(passes):
+        x = LEFT + column * CELL
+        part = next((part for part in each["parts"] if part["request"] == request), None)
+        if part:
+            useful, total = part["useful"], part["num_tokens"]
+            tip = f"pass {column + 1}, request {name_of(request)}: {useful} of {total} positions needed, row {part['rows']}"
+            if useful < total:
+                body.append(rect(x + 1, y + 2, CELL - 2, LANE - 4, "waste", tip))
+            if useful:
+                height = (LANE - 4) * useful / total
+                kind = "prompt" if useful > 1 else "token"
+                body.append(rect(x + 1, y + LANE - 2 - height, CELL - 2, height, kind, tip))
+        elif request in each["waiting"]:
+            body.append(f'<path class="waits" d="M{x} {y + LANE / 2:g}h{CELL}"/>')
+    return body
+
+
+NUM_OWNERS = 10  # colours; the letter says which of those that share one
+
+
+def blocks(trace: dict) -> str:
+    """Who owned which block in which pass: a lane a block, a column a pass; as full as a block is, so high is its colour."""
+    num_blocks, size = TIMELINE_BLOCKS, TIMELINE_BLOCK_SIZE
+    cell, lane_height, left, top = 30, 22, 76, 60
+    width, height = left + len(trace["passes"]) * cell + RIGHT, top + num_blocks * lane_height + 30
+    title = f"{trace['chapter']}: who owns which of {num_blocks} blocks of {size} tokens"
+    body = [text(16, 24, title, "head")]
+    body.append(text(16, 44, "a column is a forward pass; the coloured part of a block holds tokens, the grey part is empty", "small"))
+    for block_id in range(num_blocks):
+        body.append(text(16, top + block_id * lane_height + 15, f"block {block_id}", "small"))
+    reached = [0] * len(trace["lengths"])
+    for column, each in enumerate(trace["passes"]):
+        x = left + column * cell
+        body.append(text(x + cell / 2, height - 10, column + 1, "small", "middle"))
+        for part in each["parts"]:
+            request = part["request"]
+            reached[request] += part["useful"]
+            for index, block_id in enumerate(part["rows"]):
+                y = top + block_id * lane_height
+                held = min(size, reached[request] - index * size)
+                level = (lane_height - 3) * held / size
+                tip = f"pass {column + 1}: block {block_id} is number {index} of request {name_of(request)}, {held} of {size}"
+                body.append(rect(x + 1, y, cell - 2, lane_height - 3, "waste", tip))
+                body.append(rect(x + 1, y + lane_height - 3 - level, cell - 2, level, f"owner{request % NUM_OWNERS}", tip))
+                body.append(text(x + cell / 2, y + 14, name_of(request), "small", "middle"))
+    return svg(width, height, title, body)
+
+
+def page(traces: dict[str, dict]) -> str:
+    """Timelines of several runs as a page that needs nothing else; a pointer on a block says what it was."""
+    scale = max(len(trace["passes"]) for trace in traces.values())
+    sections = "\n".join(
+        f"<h2>{escape(trace['chapter'])}</h2>\n{timeline(trace, scale)}\n{table(trace)}" for trace in traces.values()
+    )
+    return PAGE.replace("SECTIONS", sections)
+
+
+def table(trace: dict) -> str:
+    """What each pass worked on, in words."""
+    rows = []
+    for number, each in enumerate(trace["passes"], 1):
+        ran = ", ".join(f"{name_of(part['request'])} {part['num_tokens']}" for part in each["parts"])
+        useful = sum(part["useful"] for part in each["parts"])
+        total = sum(part["num_tokens"] for part in each["parts"])
+        waiting = " ".join(map(name_of, each["waiting"])) or "nobody"
+        rows.append(f"<tr><td>{number}<td>{ran}<td>{useful} of {total}<td>{waiting}")
+    head = "<tr><th>pass<th>who, and how many positions<th>needed<th>waiting at its start"
+    return f"<details><summary>pass by pass</summary><table>{head}{''.join(rows)}</table></details>"
+
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Who ran in which forward pass</title>
+<style>
+  :root { color-scheme: light dark }
+  body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
+  svg { max-width: 100%; height: auto }
+  table { border-collapse: collapse; font-size: 13px }
+  td, th { padding: 2px 12px 2px 0; text-align: left }
+</style>
+<h1>Who ran in which forward pass</h1>
+<p>A lane is a request, with the tokens of its prompt and those it got; a column is a forward pass.</p>
+SECTIONS
+</html>
+"""
+
+
+# ---- the staircase
+
+STAIRS = (
+    ("tokens a second", "tokens_per_s", "{:,.0f}", 1),
+    ("ms to the first token of request 26", "late_ttft_ms", "{:,.0f}", 1),
+    ("positions computed", "positions", "{:,}", 1),
+    ("MiB kept for keys and values", "kv_bytes", "{:,.0f}", 2**20),
+)
+
+
+def staircase(found: dict[str, dict]) -> str:
+    """The chapters on one workload: a panel for each quantity, a bar for each chapter."""
+    panels = [
+        (what, [(name, row[key], form.format(row[key] / unit if unit > 1 else row[key])) for name, row in found.items()])
+        for what, key, form, unit in STAIRS
+    ]
+    names = f"{next(iter(found))} to {list(found)[-1]}"
+    return bars(panels, f"{names} on one workload: " + ", ".join(what for what, *_ in STAIRS), 32, 220)
+
+
+Bars = tuple[str, list[tuple[str, float, str]]]
+
+
+def bars(panels: list[Bars], title: str, name_room: int, bar_room: int) -> str:
+    """Panels, two beside each other: what it shows, and a bar for each name, with its value and how that is written."""
+    bar, panel_height = 22, 30
+    height_of_panel = panel_height + max(len(rows) for _, rows in panels) * bar + 16
+    body = []
+    for number, (what, rows) in enumerate(panels):
+        left, top = 16 + number % 2 * 350, 10 + number // 2 * height_of_panel
+        body.append(text(left, top + 18, what, "head"))
+        largest = max(value for _, value, _ in rows) or 1
+        for line, (name, value, label) in enumerate(rows):
+            y = top + panel_height + line * bar
+            body.append(text(left, y + 13, name, "small"))
+            length = bar_room * value / largest
+            body.append(rect(left + name_room, y, max(length, 1), bar - 5, "token"))
+            body.append(text(left + name_room + 6 + length, y + 13, label))
+    return svg(700, 10 + -(-len(panels) // 2) * height_of_panel, title, body)
+
+
+def beside(found: dict[str, dict]) -> str:
+    """The chapters beside Hugging Face: tokens a CPU second, and the share of what the machine allows."""
+    panels = []
+    for model in ("pocket", "smollm2-135m-shape"):
+        for what, rows in found[model].items():
+            each = []
+            for name, row in rows.items():
+                speed = row["tokens_per_cpu_s"]
+                # Of a single token, its time says more than how many there would be in a second.
+                label = f"{row['cpu_ms']:,.0f} ms" if what.startswith("first") else f"{speed:,.0f}"
+                each.append((name, 1 / row["cpu_ms"], f"{label} ({row['share_of_limit']:.0%})"))
+            panels.append((f"{'pocket' if model == 'pocket' else 'SmolLM2 shape'}, {what.split(':')[0]}", each))
+    return bars(panels, "Tokens a CPU second of chapters and Hugging Face, and the share of the machine's limit", 84, 130)
+
+
+# ---- growth
+
+def curves(series: dict[str, dict[int, float]], title: str, across: str, up: str) -> str:
+    """Values over sizes, both on scales of doublings, each series with the exponent of a power that fits it."""
+    width, height, left, top, bottom = 700, 350, 60, 54, 46
+    sizes = sorted({size for values in series.values() for size in values})
+    every = [value for values in series.values() for value in values.values()]
+    low, high = math.floor(math.log2(min(every))), math.ceil(math.log2(max(every)))
+
+    def place(size: float, value: float) -> tuple[float, float]:
+        x = left + (width - left - 200) * math.log2(size / sizes[0]) / math.log2(sizes[-1] / sizes[0])
+        return x, height - bottom - (height - top - bottom) * (math.log2(value) - low) / max(1, high - low)
+
+    body = [text(16, 22, title, "head"), text(left, height - 8, across, "small"), text(16, top - 12, up, "small")]
+    for size in sizes:
+        x, _ = place(size, 2**low)
+        body += [f'<path class="grid" d="M{x:g} {top}V{height - bottom}"/>', text(x, height - bottom + 16, f"{size:,}", "small", "middle")]
+    for power in range(low, high + 1):
+        _, y = place(sizes[0], 2**power)
+        body += [f'<path class="grid" d="M{left} {y:g}H{width - 200}"/>', text(left - 6, y + 4, f"{2**power:g}", "small", "end")]
+    for number, (name, values) in enumerate(series.items()):
+        points = [place(size, value) for size, value in sorted(values.items())]
+        way = "L".join(f"{x:g} {y:g}" for x, y in points)
+        body.append(f'<path class="curve{number % 4}" fill="none" stroke-width="2" d="M{way}"/>')
+        body += [f'<circle class="dot{number % 4}" cx="{x:g}" cy="{y:g}" r="3"/>' for x, y in points]
+        body.append(text(points[-1][0] + 10, points[-1][1] + 4, f"{name}: exponent {exponent(values):.2f}"))
+    return svg(width, height, title, body)
+
+
+def exponent(values: dict[int, float]) -> float:
+    """The e for which value = c * size ** e fits best, on logarithms.
+
+    >>> round(exponent({1: 3.0, 2: 12.0, 4: 48.0}), 6)
+    2.0
+    """
+    points = [(math.log(size), math.log(value)) for size, value in values.items()]
+    mean_x, mean_y = (sum(each) / len(points) for each in zip(*points))
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def growth(found: dict[str, dict]) -> str:
+    """Time for a token against the length of its sequence."""
+    series = {name: {int(n): row["wall_ms"] for n, row in rows.items() if n.isdigit()} for name, rows in found.items()}
+    return curves(series, "A token costs more, the longer its sequence is: pocket", "tokens in the sequence", "ms for a token")
+
+
+def together(found: dict[str, dict]) -> str:
+    """Time of a pass against the number of requests in it."""
+    series = {
+        label: {int(n): row["wall_ms"] for n, row in found["v03"][model].items() if n.isdigit()}
+        for model, label in (("pocket", "pocket"), ("smollm2-135m-shape", "SmolLM2"))
+    }
+    return curves(series, "A pass costs more, the more requests share it, but not as many times more: v03", "requests in a pass", "ms for a pass")
+
+
+def alone(found: dict[str, dict]) -> str:
+    """What a token and each position of its sequence take when all of them are computed again."""
+    took = {int(length): row["wall_ms"] for length, row in found["v01"].items() if length.isdigit()}
+    panels = [
+        ("ms for a token, by length", [(f"{n:,}", ms, f"{ms:,.0f}") for n, ms in took.items()]),
+        ("microseconds for each position of it", [(f"{n:,}", ms / n, f"{1000 * ms / n:,.0f}") for n, ms in took.items()]),
+    ]
+    return bars(panels, "v01: what a token takes, and each of the positions computed for it, by the length of the sequence", 44, 220)
+
+
+# ---- what attention moves
+
+# Whose count of bytes given to attention, how often those move, and what else there is to say.
+# The staircase runs v06 on v05's path; its kernel reads what each sequence would alone, which v02 has counted.
+IN_PLACE, COPIED = ("read",), ("read", "write the copy", "read the copy")
+MOVES = {
+    "v02": ("v02", IN_PLACE, ""),
+    "v03": ("v03", IN_PLACE, ""),
+    "v04": ("v04", COPIED, ""),
+    "v05": ("v05", COPIED, ""),
+    "v06": ("v02", IN_PLACE, ", by its kernel: computed, not measured"),
+}
+
+
+def moved(found: dict[str, dict]) -> str:
+    """Bytes of keys and values between memory and attention on the staircase's workload, the copy's in grey."""
+    title = "GB of keys and values that attention moves, at the least"
+    there = {name: (found[source]["kv_read_bytes"], *rest) for name, (source, *rest) in MOVES.items() if name in found}
+    largest = max((given * len(moves) for given, moves, _ in there.values()), default=1)
+    left, lane_height, room = 60, 34, 560
+    body = [text(16, 24, title, "head")]
+    for number, (name, (given, moves, note)) in enumerate(there.items()):
+        x, y, length = left, 40 + number * lane_height, room * given / largest
+        body.append(text(16, y + 18, name))
+        for move in moves:
+            body.append(rect(x, y, length - 2, lane_height - 8, "token" if move == "read" else "waste", f"{name}, {move}"))
+            body.append(text(x + 8, y + 18, move))
+            x += length
+        body.append(text(x + 6, y + 18, f"{given * len(moves) / 1e9:.2f}{note}"))
+    return svg(700, 48 + len(there) * lane_height, title, body)
+
+
+# ---- what a client feels
+
+FELT = (("time to the first token", "ttft_ms", "{:,.0f} ms"), ("time per token after it", "tpot_ms", "{:.1f} ms"))
+POLICIES = {"step by step": "continuous", "in groups": "in_groups"}
+
+
+def felt(found: dict[str, dict]) -> str:
+    """Medians of what clients feel: a row of panels for each number of connections."""
+    panels = []
+    for connections in found["continuous"]:
+        for what, key, form in FELT:
+            medians = {name: found[policy][connections][key]["p50"] for name, policy in POLICIES.items()}
+            rows = [(name, ms, form.format(ms)) for name, ms in medians.items()]
+            panels.append((f"{what}, {connections} connection{'s' if connections != '1' else ''}", rows))
+    return bars(panels, "v07: median times that a client feels, with continuous batching and in groups", 84, 160)
+
+
+# ---- what is drawn from which result
+
+Picture = tuple[str, Callable[[dict], str]]
+
+
+def of_chapter(name: str) -> Callable[[dict], str]:
+    """The chapter's timeline, on the scale of the slowest that takes several requests at once."""
+
+    def draw(found: dict) -> str:
+        together = [len(trace["passes"]) for trace in found.values() if trace["places"] > 1]
+        return timeline(found[name], max(together))
+
+    return draw
+
+
+PICTURES: dict[str, Picture] = {
+    "staircase.svg": ("staircase.json", staircase),
+    "beside.svg": ("suite.json", beside),
+    "growth.svg": ("growth.json", growth),
+    "together.svg": ("batch.json", together),
+    "v03_timeline.svg": ("timeline.json", of_chapter("v03")),
+    "v04_timeline.svg": ("timeline.json", of_chapter("v04")),
+    "v05_blocks.svg": ("timeline.json", lambda found: blocks(found["v05"])),
+    "v01_growth.svg": ("growth.json", alone),
+    "v06_moved.svg": ("staircase.json", moved),
+    "v07_felt.svg": ("load.json", felt),
+}
+
+# Of these nothing depends on the machine.
+COUNTED = (moved,)
+
+
+def draw_all(book: Book) -> dict[str, str]:
+    """Every picture whose result is there, by file name; below what depends on the machine, which it was."""
+    drawn = {}
+    for name, (file, draw) in PICTURES.items():
+        path = book.results / file
+        if not path.is_file():
+            continue
+        rows = results.rows_of(path)
+        kind, row = max(rows.items(), key=lambda pair: pair[1]["date"])
+        drawn[name] = draw(results.figures(row))
+        if kind and draw not in COUNTED:
+            drawn[name] = with_note(drawn[name], results.origin(kind, row) + results.age(row, book))
+    return drawn
+
+
+def with_note(picture: str, words: str) -> str:
+    """A picture with a line of small words below it."""
+    size = re.search(r'viewBox="0 0 (\d+) (\d+)" width="\d+" height="\d+"', picture)
+    width, height = int(size[1]), int(size[2])
+    taller = f'viewBox="0 0 {width} {height + 20}" width="{width}" height="{height + 20}"'
+    return picture.replace(size[0], taller, 1).replace("</svg>", f"{text(16, height + 8, words, 'small')}\n</svg>")

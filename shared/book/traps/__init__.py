@@ -1,0 +1,1 @@
+"""Bugs that are planted: by hand, by chance, to be found."""

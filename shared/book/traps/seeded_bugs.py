@@ -1,0 +1,69 @@
+"""Seeded bugs: how they are written down in tests/traps, and how one is planted in a copy of its chapter."""
+import ast
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.book.units import read_units
+
+KEYS = {"name", "file", "unit", "find", "replace", "test", "sees", "crashes"}
+OPTIONAL = {"unit", "crashes"}
+
+
+@dataclass(frozen=True)
+class Trap:
+    """A seeded bug, the tests that claim to catch it, and what a learner sees when they do not."""
+
+    name: str
+    file: str
+    find: str
+    replace: str
+    test: tuple[str, ...]
+    sees: str
+    unit: str = ""
+    crashes: bool = False  # what the tests see of it is that the process dies of a signal
+
+    @property
+    def address(self) -> str:
+        return f"{self.file}::{self.unit}" if self.unit else self.file
+
+
+def read_traps(path: Path) -> list[Trap]:
+    """The traps of a chapter; a key that is missing or unknown is refused."""
+    if not path.is_file():
+        return []
+    traps = []
+    for row in tomllib.loads(path.read_text()).get("trap", []):
+        name = row.get("name", f"trap {len(traps) + 1}")
+        if set(row) | OPTIONAL != KEYS:
+            wrong = ", ".join(sorted((set(row) | OPTIONAL) ^ KEYS))
+            keys = ", ".join(sorted(KEYS))
+            raise ValueError(f"{path.name}: {name!r} lacks or does not know: {wrong}; the keys are {keys}")
+        tests = [row["test"]] if isinstance(row["test"], str) else row["test"]
+        traps.append(Trap(**(row | {"test": tuple(tests)})))
+        if [trap.name for trap in traps].count(name) > 1:
+            raise ValueError(f"{path.name}: two traps are called {name!r}; give each a name of its own")
+    return traps
+
+
+def plant(trap: Trap, chapter: Path) -> None:
+    """Put the bug into a copy of its chapter."""
+    units = read_units(chapter)
+    if trap.address not in units:
+        raise ValueError(f"there is no unit {trap.address}; it was renamed or removed")
+    pieces = units[trap.address].pieces
+    count = sum(piece.text.count(trap.find) for piece in pieces)
+    if count != 1:
+        raise ValueError(f"`find` stands {count} times in {trap.address}; it must stand there exactly once")
+    piece = next(piece for piece in pieces if trap.find in piece.text)
+    path = chapter / trap.file
+    lines = path.read_text().splitlines(keepends=True)
+    before, after = lines[:piece.first_line - 1], lines[piece.first_line + piece.text.count("\n"):]
+    planted = "".join(before) + piece.text.replace(trap.find, trap.replace) + "\n" + "".join(after)
+    if trap.find == trap.replace:
+        raise ValueError("`replace` is what `find` is; nothing was planted")
+    try:
+        ast.parse(planted)
+    except SyntaxError as error:
+        raise ValueError(f"with `replace` in place {trap.file} does not parse: {error}") from None
+    path.write_text(planted)

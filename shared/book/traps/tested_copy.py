@@ -1,0 +1,93 @@
+"""pytest on a changed copy of a chapter, in a fork."""
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from shared.book.changed_copy import changed_copy
+from shared.book.forks import Ended, Work
+from shared.chapters import Chapter
+
+Change = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What pytest said in a child: its exit code, and the tests that passed, failed, or could not start."""
+
+    exit_code: int | None  # None: no answer in time
+    finished: bool  # whether it was pytest that ended, and not the process under it
+    passed: list[str]
+    failed: dict[str, str]  # how, by test
+    broken: dict[str, str]
+    imported: list[str]  # modules from outside of the repository
+    output: str
+
+    @property
+    def tail(self) -> str:
+        lines = [line for line in self.output.splitlines() if line.strip()]
+        return "\n".join(f"    {line}" for line in lines[-12:])
+
+
+def work(chapter: Chapter, change: Change | None, arguments: list[str], timeout_s: float) -> Work:
+    """The chapter's tests of these arguments on a copy that `change` has changed; None: on the chapter as it is.
+
+    `change` raises ValueError where it cannot be made; `run_of` raises it again.
+    """
+    return Work(partial(run_tests, chapter, change, arguments), timeout_s)
+
+
+def run_tests(chapter: Chapter, change: Change | None, arguments: list[str], scratch: Path) -> None:
+    """In the fork: run pytest, and leave what it said in scratch."""
+    os.chdir(chapter.root)
+    sys.path.insert(0, str(chapter.root))
+    import pytest
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(changed_copy(chapter, change, scratch))
+        except ValueError as error:
+            (scratch / "refused").write_text(str(error))
+            return
+        before = set(sys.modules)
+        recorder = Recorder()
+        base = ["-q", "-p", "no:cacheprovider", f"--rootdir={chapter.root}", "--chapter", chapter.id]
+        exit_code = int(pytest.main([*base, *arguments], plugins=[recorder]))
+        new = [name for name in sys.modules if name not in before and is_installed(sys.modules[name])]
+        (scratch / "reports.json").write_text(json.dumps(vars(recorder) | {"imported": new}))
+    sys.exit(exit_code)
+
+
+def run_of(ended: Ended) -> Run:
+    """What a child said."""
+    if (ended.scratch / "refused").exists():
+        raise ValueError((ended.scratch / "refused").read_text())
+    said = ended.scratch / "reports.json"
+    reports = json.loads(said.read_text()) if said.exists() else vars(Recorder()) | {"imported": []}
+    return Run(exit_code=ended.exit_code, finished=said.exists(), output=ended.output, **reports)
+
+
+def is_installed(module) -> bool:
+    """Whether a module comes from a package that every child may as well inherit."""
+    return "-packages" in (getattr(module, "__file__", None) or "")
+
+
+class Recorder:
+    """A pytest plugin that notes how each test ended."""
+
+    def __init__(self):
+        self.passed = []
+        self.failed = {}
+        self.broken = {}
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            how = crash.message.splitlines()[0] if crash and crash.message else str(report.longrepr)[-200:]
+            (self.failed if report.when == "call" else self.broken)[report.nodeid] = how
+        elif report.when == "call" and report.passed:
+            self.passed.append(report.nodeid)

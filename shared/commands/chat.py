@@ -1,0 +1,73 @@
+"""A conversation with an OpenAI server in the terminal.
+
+    make chat                    # with the server of `make serve`
+    python -m shared.commands.chat --url http://127.0.0.1:8000
+
+Ctrl-C ends an answer, /new forgets the conversation, /quit leaves.
+"""
+import argparse
+import sys
+
+import openai
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shared.commands.chat", description="Talk to an OpenAI server.")
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--api-key", default="none")
+    parser.add_argument("--model", help="(default: the first that the server lists)")
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--max-tokens", type=int, help="(default: what the context has room for)")
+    args = parser.parse_args(argv)
+    client = openai.OpenAI(base_url=f"{args.url}/v1", api_key=args.api_key, max_retries=0)
+    try:
+        model = args.model or client.models.list().data[0].id
+    except openai.APIConnectionError:
+        print(f"no server answers at {args.url}; start one with `make serve` in another terminal", file=sys.stderr)
+        return 2
+    print(f"talking to {model}; /new forgets the conversation, Ctrl-C ends an answer, /quit leaves")
+    talk(client, model, args.temperature, args.max_tokens)
+    return 0
+
+
+def talk(client: openai.OpenAI, model: str, temperature: float, max_tokens: int | None) -> None:
+    messages = []
+    while True:
+        try:
+            said = input("\nyou: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if said == "/quit":
+            return
+        if said == "/new":
+            messages = []
+        elif said:
+            messages.append({"role": "user", "content": said})
+            try:
+                answer = listen(client, model, messages, temperature, max_tokens)
+                messages.append({"role": "assistant", "content": answer})
+            except openai.APIError as error:
+                print(f"\nerror: {error.message}; the last message is taken back")
+                messages.pop()
+
+
+def listen(client: openai.OpenAI, model: str, messages: list[dict], temperature: float, max_tokens: int | None) -> str:
+    """Print an answer as it comes; what there was of it, if Ctrl-C ended it."""
+    answer = ""
+    print(f"{model}: ", end="", flush=True)
+    asked = dict(model=model, messages=messages, temperature=temperature, max_tokens=max_tokens)
+    with client.chat.completions.create(**asked, stream=True) as stream:
+        try:
+            for chunk in stream:
+                piece = chunk.choices[0].delta.content or ""
+                answer += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+    print()
+    return answer
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,108 @@
+"""A real run, pass by pass: who was in it, with how much, and for what.
+
+    make trace ARGS="v03 v04"                          # the small workload, as timelines in the terminal
+    make trace ARGS="v04 --times"                      # and how long each pass took
+    make trace ARGS="v03 v04 --html build/trace.html"  # as a page that needs nothing else
+    make trace ARGS=--write                            # commit it: what the chapters' pictures are drawn from
+"""
+import argparse
+import contextlib
+import io
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from shared.bench.recorder import Trace, record, summary
+from shared.book.site.pictures import name_of, page
+from shared.results import write
+from shared.workloads import TIMELINE, TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS, TIMELINE_PLACES, fixed
+
+WAITS, PROMPT, TOKEN, WASTE = "\u00b7", "\u2593", "\u2588", "\u2591"
+
+
+def cells(trace: Trace, request: int) -> str:
+    """One character for each pass: waits, its prompt, one token, for nothing, or not there."""
+    line = ""
+    for each in trace.passes:
+        part = next((part for part in each.parts if part.request == request), None)
+        if part is None:
+            line += WAITS if request in each.waiting else " "
+        elif not part.useful:
+            line += WASTE
+        else:
+            line += PROMPT if part.useful > 1 else TOKEN
+    return line.rstrip()
+
+
+def timeline(trace: Trace) -> list[str]:
+    """A line for each request, a column for each pass."""
+    heads = [f"{name_of(i):3}{prompt:>4} +{output:>4}" for i, (prompt, output) in enumerate(trace.lengths)]
+    return [f"{head}  {cells(trace, i)}" for i, head in enumerate(heads)]
+
+
+def times(trace: Trace) -> list[str]:
+    """A line for each pass: what was fed to it, and how long it took."""
+    fed = [sum(positions.values()) for positions in trace.ledger()]
+    rows = enumerate(zip(fed, trace.passes, strict=True), 1)
+    return [f"pass {i:3}: {num:4} positions {1e3 * each.wall_s:8.1f} ms" for i, (num, each) in rows]
+
+
+def main(argv: list[str]) -> int:
+    from shared.chapters import CHAPTERS, ROOT, find
+    from shared.checkpoints import POCKET
+
+    parser = argparse.ArgumentParser(prog="python -m shared.commands.trace", description="Draw a real run, pass by pass.")
+    parser.add_argument("chapters", nargs="*", metavar="vNN", help="default: all")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page")
+    parser.add_argument("--times", action="store_true", help="and how long each pass took")
+    parser.add_argument("--write", action="store_true", help="write the result, of all chapters, under docs/results/")
+    args = parser.parse_args(argv)
+    if args.write and args.chapters:
+        parser.error("--write takes all chapters: the pictures are drawn from one file")
+    if args.times and args.html:
+        parser.error("--times prints, and --html does not: choose one")
+    try:
+        chapters = [find(text) for text in args.chapters] or list(CHAPTERS)
+        if args.html:
+            args.html.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    traces = {chapter.id: small_trace(chapter, POCKET) for chapter in chapters}
+    if args.html:
+        args.html.write_text(page({name: asdict(trace) for name, trace in traces.items()}))
+        print(f"wrote {args.html}")
+    else:
+        print(f"{PROMPT} its prompt   {TOKEN} one token   {WASTE} computed for nothing   {WAITS} waits")
+        for trace in traces.values():
+            print(f"\n{trace.chapter}: {summary(trace)}", *timeline(trace), *(times(trace) if args.times else []), sep="\n")
+    if args.write:
+        path = write("timeline", {name: without_times(trace) for name, trace in traces.items()}, command(argv))
+        print(f"\nwrote {path.relative_to(ROOT)}; now `make sync`")
+    return 0
+
+
+def small_trace(chapter, model_dir: Path) -> Trace:
+    """The workload that is small enough to be drawn."""
+    limits = {"max_num_seqs": TIMELINE_PLACES} if "max_num_seqs" in chapter.capabilities else {}
+    if "num_blocks" in chapter.capabilities:
+        limits |= {"num_blocks": TIMELINE_BLOCKS, "block_size": TIMELINE_BLOCK_SIZE}
+    with contextlib.redirect_stderr(io.StringIO()):
+        engine = chapter.load().Engine(model_dir, device="cpu", **limits)
+    trace, _ = record(chapter, engine, fixed(TIMELINE, engine.config.vocab_size))
+    return trace
+
+
+def without_times(trace: Trace) -> dict:
+    """The part of a trace that is the same at every run."""
+    found = asdict(trace)
+    for each in found["passes"]:
+        del each["wall_s"]
+    return found
+
+
+def command(argv: list[str]) -> str:
+    return " ".join(["python -m shared.commands.trace", *argv])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""What a chapter is held against: the oracle, soaks, a pretended GPU."""

@@ -1,0 +1,144 @@
+"""A server under clients that come in crowds, leave when they like, and keep coming.
+
+    python -m shared.verify.soak_server       # the last chapter that serves: minutes
+"""
+import asyncio
+import gc
+import random
+import sys
+import time
+
+import httpx
+
+from shared.chapters import last_with
+from shared.checkpoints import checkpoint
+from shared.verify.serving import serving, wait_until
+
+NAMES = ("Rosa", "Otto", "Mia", "Kim", "Ada", "Nino", "Lea", "Tom")
+ANIMALS = ("hare", "fox", "owl", "cat", "frog", "bear", "swan", "mole")
+CHAT = [{"role": "user", "content": "What is a KV cache?"}]
+
+
+def is_idle(server) -> bool:
+    """Whether the server says that nothing runs or waits, and that every block is free."""
+    state = httpx.get(f"{server.url}/health", timeout=5).json()
+    return not state["running"] and not state["waiting"] and state["free_blocks"] == state["total_blocks"]
+
+
+def audit(server, engine) -> None:
+    """AssertionError if anything of any request is left, in the server or in the engine; waits for what is being cleared."""
+    wait_until(lambda: is_idle(server) and not server.service.num_active)
+    held = server.service.engine
+    assert not engine.has_unfinished_requests() and not held.live and not held.owners and not held.num_calling
+
+
+def crowd(chapter, engine, count: int, max_tokens: int = 30) -> int:
+    """So many streams at once say what each of their prompts says alone; the number of tokens.
+
+    Raises AssertionError for the first that does not.
+    """
+    prompts = [f"{NAMES[i % 8]} was a {ANIMALS[i // 8 % 8]}" for i in range(count)]
+    Params = chapter.load().SamplingParams
+    each = [Params(max_tokens=max_tokens, seed=i, temperature=0.8) for i in range(count)]
+    wanted = [engine.generate([prompt], params)[0] for prompt, params in zip(prompts, each)]
+
+    async def text_of(client, i):
+        asked = {"model": "pocket", "prompt": prompts[i], "max_tokens": max_tokens, "seed": i, "temperature": 0.8}
+        stream = await client.completions.create(**asked, stream=True)
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def all_of_them(url):
+        import openai
+
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(text_of(client, i) for i in range(count)))
+
+    with serving(chapter, engine) as server:
+        for prompt, got, want in zip(prompts, asyncio.run(all_of_them(server.url)), wanted, strict=True):
+            assert got == want.text, f"{prompt!r} in a crowd: {got!r}, alone: {want.text!r}"
+        audit(server, engine)
+    return sum(len(want.token_ids) for want in wanted)
+
+
+def leave(chapter, engine, count: int, seed: int) -> dict[str, int]:
+    """So many clients ask for all kinds of things, and many hang up at a random moment; how many did.
+
+    Raises AssertionError if anything is left of them.
+    """
+    rng, how, doors = random.Random(seed), {"left": 0, "stayed": 0}, asyncio.Semaphore(12)
+
+    async def one(client, url):
+        path, body = rng.choice([
+            ("/v1/completions", {"prompt": "Once upon a time", "ignore_eos": True, "n": rng.randint(1, 3)}),
+            ("/v1/chat/completions", {"messages": CHAT, "ignore_eos": True}),
+            ("/v1/responses", {"input": "Hi", "background": rng.random() < 0.2}),
+        ])
+        body |= {"model": "pocket", "stream": rng.random() < 0.6 and not body.get("background")}
+        body |= {"max_output_tokens" if path.endswith("responses") else "max_tokens": rng.randint(1, 60)}
+        async with doors:
+            try:
+                await asyncio.wait_for(client.post(f"{url}{path}", json=body), rng.uniform(0.005, 0.5))
+                how["stayed"] += 1
+            except (asyncio.TimeoutError, httpx.HTTPError):
+                how["left"] += 1
+
+    async def all_of_them(url):
+        async with httpx.AsyncClient(timeout=60) as client:
+            await asyncio.gather(*(one(client, url) for _ in range(count)))
+
+    with serving(chapter, engine) as server:
+        asyncio.run(all_of_them(server.url))
+        audit(server, engine)
+        body = {"model": "pocket", "prompt": "Once", "max_tokens": 2, "ignore_eos": True}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=20).json()
+        assert answer["usage"]["completion_tokens"] == 2
+    return how
+
+
+def resident_mib() -> float:
+    """Memory of this process, in MiB; Linux only."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+
+def keep_coming(chapter, engine, count: int) -> list[float]:
+    """So many requests, a few at a time; the memory of the process after each tenth of them, in MiB."""
+    memory = []
+
+    async def some(client, url, number):
+        bodies = [{"model": "pocket", "prompt": f"{i} hares", "max_tokens": 4, "logprobs": 2, "stream": i % 2 == 0} for i in range(number)]
+        for start in range(0, number, 8):
+            answers = await asyncio.gather(
+                *(client.post(f"{url}/v1/completions", json=body) for body in bodies[start:start + 8])
+            )
+            assert all(answer.status_code == 200 for answer in answers)
+
+    async def all_of_them(url):
+        async with httpx.AsyncClient(timeout=60) as client:
+            for _ in range(10):
+                await some(client, url, count // 10)
+                gc.collect()
+                memory.append(round(resident_mib(), 1))
+
+    with serving(chapter, engine) as server:
+        asyncio.run(all_of_them(server.url))
+        audit(server, engine)
+    return memory
+
+
+def main() -> int:
+    chapter = last_with("serve")
+    engine = chapter.load().Engine(checkpoint("pocket"), device="cpu", max_num_seqs=64, max_model_len=512)
+    start = time.perf_counter()
+    print(f"{chapter.id}: 64 streams at once say what each says alone: {crowd(chapter, engine, 64)} tokens")
+    print(f"{chapter.id}: 500 clients, many of whom hang up, leave nothing behind: {leave(chapter, engine, 500, seed=1)}")
+    memory = keep_coming(chapter, engine, 2000)
+    print(f"{chapter.id}: memory of the process in MiB over 2,000 requests: {memory}")
+    # The first tenth fills pools and caches.
+    grown = memory[-1] - memory[1]
+    print(f"{chapter.id}: {grown:+.1f} MiB since the second tenth; {time.perf_counter() - start:.0f} s together")
+    return 0 if grown < 8 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
