@@ -17,19 +17,23 @@ PROMPT ?= Explain KV cache in one sentence.
 export PROMPT_AS_TYPED = $(value PROMPT)
 export ASK_AS_TYPED = $(value ASK)
 export TOKENIZERS_PARALLELISM := false
+# Compiled modules are kept beside their sources: otherwise each of many processes compiles them again.
+unexport PYTHONDONTWRITEBYTECODE
+# Tests run as many at a time as there are cores, in the order in which they were found.
+PYTEST := $(PY) -m pytest -n logical --dist worksteal
 # All other tests use no GPU, so that they say the same on every machine.
 ON_GPU = if nvidia-smi -L > /dev/null 2>&1; then echo "on the GPU:"; $(PY) -m pytest --gpu $(1); fi
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-book demo test doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
+.PHONY: help setup setup-book demo test test-tools test-all doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
 	$(CHAPTERS:%=diff-%) $(CHAPTERS:%=nbdiff-%) $(CHAPTERS:%=traps-%) $(CHAPTERS:%=break-%) hunt reveal traps-answers \
 	notebooks nbdime docs docs-serve film mutants \
-	$(CHAPTERS:%=bench-%) bench bench-all bench-gpu traps traps-matrix propagate trace soak serve chat load
+	$(CHAPTERS:%=bench-%) bench bench-all bench-gpu bench-attention traps traps-matrix propagate trace soak serve chat load
 
 help:
 	@echo "begin"
 	@echo "  make demo           a fresh machine: set up, run every chapter on the embedded model, show that all say the same"
-	@echo "  make test           a fresh machine: set up, run every test"
+	@echo "  make test           a fresh machine: set up, run the tests: of every chapter some, see tests/matrix.py"
 	@echo "  make setup          .venv with everything for the tests; does nothing when it is up to date"
 	@echo "  make setup-book     and with what notebooks and the site need beside it"
 	@echo "  make doctor         versions, device, memory, what is missing: what a bug report needs"
@@ -37,7 +41,7 @@ help:
 	@echo "read a chapter"
 	@echo "  make run-vNN        one prompt through a chapter: PROMPT=\"...\" MODEL=directory-or-hub-id ARGS=\"--stats\""
 	@echo "  make diff-vNN       what it changes, unit by unit; make nbdiff-vNN: what its notebook changes"
-	@echo "  make test-vNN       its tests"
+	@echo "  make test-vNN       all of its tests"
 	@echo "  make trace          who ran in which forward pass: ARGS=\"v03 v04\", ARGS=\"v03 --html build/trace.html\""
 	@echo "  make break-vNN      a bug to find: one of its traps, planted in a copy; then make hunt, make reveal"
 	@echo "  make traps-vNN      plant each of its seeded bugs, and see the test that catches it"
@@ -52,11 +56,12 @@ help:
 	@echo "  make bench-vNN      a chapter, the one before, and Hugging Face"
 	@echo "  make bench-all      and then larger work and models: by hand, an hour on an idle machine"
 	@echo "  make bench-gpu      on a GPU: every chapter beside Hugging Face and the memory's limit; ARGS=--dry-run anywhere"
-	@echo "  make bench-v06      on a GPU: the attention kernel against torch and against the limit of the memory; ARGS=--dry-run anywhere"
+	@echo "  make bench-attention  on a GPU: the attention kernel against torch and against the limit of the memory; ARGS=--dry-run anywhere"
 	@echo "  make soak           thousands of requests with aborts, and an audit of the memory at every step"
 	@echo
 	@echo "write"
 	@echo "  make prove          every proof, with the time of each stage: what CI runs"
+	@echo "  make test-all       all tests of all chapters; make test-tools: only those of the tools"
 	@echo "  make check          fail if anything generated is stale, or a claim of a text is false; make sync writes it"
 	@echo "  make propagate      carry a change through all later chapters: FROM=vNN, or ARGS=--continue, ARGS=--abort"
 	@echo "  make new-vNN        begin a chapter as a copy of the last one: NAME=..."
@@ -86,8 +91,16 @@ demo: $(READY)
 	@$(PY) -m shared.commands.demo
 
 test: $(READY)
-	@$(PY) -m pytest
+	@$(PYTEST)
 	@$(call ON_GPU)
+
+test-tools: $(READY)
+	@$(PYTEST) --tools
+
+test-all: $(READY)
+	@for chapter in $(CHAPTERS); do $(PYTEST) --full $$chapter || exit 1; done
+	@$(PYTEST) --tools
+	@$(call ON_GPU,--all)
 
 doctor: $(READY)
 	@$(PY) -m shared.commands.doctor
@@ -166,10 +179,10 @@ bench-all: $(READY)
 bench-gpu: $(READY)
 	@$(PY) -m shared.bench.gpu $(ARGS)
 
-$(filter-out bench-v06,$(CHAPTERS:%=bench-%)): bench-%: $(READY)
+$(CHAPTERS:%=bench-%): bench-%: $(READY)
 	@$(PY) -m shared.bench suite $* --before --repeats 3 $(ARGS)
 
-bench-v06: $(READY)
+bench-attention: $(READY)
 	@$(PY) -m shared.bench.attention $(ARGS)
 
 propagate: $(READY)
@@ -179,7 +192,7 @@ new-%: $(READY)
 	@$(PY) -m shared.book.new $* "$(NAME)"
 
 $(CHAPTERS:%=test-%): test-%: $(READY)
-	@$(PY) -m pytest --chapter $*
+	@$(PYTEST) --full $*
 	@$(call ON_GPU,--chapter $*)
 
 # A base model is prompted as it is, a chat model through its template; the program says which.

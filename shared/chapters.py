@@ -25,6 +25,7 @@ class Row(NamedTuple):
     name: str
     idea: str = ""
     adds: frozenset[str] = frozenset()
+    races: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,7 @@ class Chapter:
     name: str
     idea: str
     adds: frozenset[str]
+    races: bool  # whether it answers many questions in another way than the chapter before: then the demo shows it
     root: Path  # of the repository
     previous: "Chapter | None"
 
@@ -135,26 +137,31 @@ CONTENTS = (
         name="v01_naive",
         idea="A decoder is a function from tokens to the next token's logits; call it in a loop.",
         adds=frozenset({"generate", "sample", "logprobs", "stream", "abort", "chat", "command_line", "max_model_len"}),
+        races=True,
     ),
     Row(
         name="v02_kv_cache",
         idea="Keys and values of past tokens never change. Prefill once, then feed one token at a time.",
-        adds=frozenset({"previous"}),
+        adds=frozenset({"previous", "kv_cache"}),
+        races=True,
     ),
     Row(
         name="v03_static_batch",
         idea="One pass reads every weight, whether it serves one request or sixteen. Fill a rectangle.",
         adds=frozenset({"max_num_seqs"}),
+        races=True,
     ),
     Row(
         name="v04_continuous_batch",
         idea="Schedule by the step and by the token, not by the rectangle: a place freed now is taken in the next step.",
         adds=frozenset(),
+        races=True,
     ),
     Row(
         name="v05_paged_cache",
         idea="A slab reserves the longest length for everyone. Give memory out in blocks, and keep a table per sequence.",
         adds=frozenset({"num_blocks", "block_size", "kv_bytes"}),
+        races=True,
     ),
     Row(
         name="v06_triton_kernel",

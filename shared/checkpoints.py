@@ -14,16 +14,15 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING
 
 from shared.chapters import ROOT
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 POCKET = ROOT / "shared" / "models" / "pocket"
 CACHE = ROOT / ".cache" / "checkpoints"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -191,31 +190,37 @@ def random_checkpoint(spec: Spec) -> Path:
 
 def write_checkpoint(spec: Spec, path: Path) -> None:
     """Write a random model, its config and a tokenizer into path."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(spec.family, **spec.config()))
     randomize(model, spec)
-    model.to(DTYPES[spec.stored]).save_pretrained(path, max_shard_size="100KB" if spec.sharded else "1GB")
+    model.to(getattr(torch, spec.stored)).save_pretrained(path, max_shard_size="100KB" if spec.sharded else "1GB")
     if spec.hub_form:
         to_hub_form(path / "config.json")
     make_tokenizer(spec.tokenizer).save_pretrained(path)
 
 
-@torch.no_grad()
-def randomize(model: torch.nn.Module, spec: Spec) -> None:
+def randomize(model, spec: Spec) -> None:
     """Weights that make every part count: norms away from 1, biases away from 0, attention and logits with contrast."""
+    import torch
+
     # A generator of its own: nobody else's random state is touched.
     generator = torch.Generator().manual_seed(spec.seed)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
         if "norm" in name:
-            weight.copy_(1 + 0.3 * noise)
+            noise = 1 + 0.3 * noise
         elif name.endswith("bias"):
-            weight.copy_(0.5 * noise)
+            noise = 0.5 * noise
         elif "embed_tokens" in name:
-            weight.copy_(noise if not spec.tied else 0.5 * noise)
+            noise = noise if not spec.tied else 0.5 * noise
         else:
             contrast = 4.0 if "lm_head" in name else 1.5
-            weight.copy_(contrast * noise / weight.shape[1] ** 0.5)
+            noise = contrast * noise / weight.shape[1] ** 0.5
+        weight.data.copy_(noise)
 
 
 def to_hub_form(path: Path) -> None:
@@ -240,9 +245,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+def make_tokenizer(kind: str) -> "PreTrainedTokenizerFast":
     """A small tokenizer that adds a BOS: byte_level as Llama 3 and Qwen have, metaspace as Llama 2 and Mistral have."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
 
     special = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
     if kind == "byte_level":

@@ -1,10 +1,10 @@
-"""The harness: which test runs for which chapter, the engines they share, and the distances they measured.
+"""The harness: which chapters a test holds for, the engines they share, and the distances they measured.
 
-A test that takes `chapter` runs for every chapter that has the capabilities it `needs`; a claim, in
+A test that takes `chapter` holds for every chapter that has the capabilities it `needs`; a claim, in
 claims/test_vNN.py, for its chapter and all later ones, unless `until` says that a later chapter ended it.
+For which of them it is run, without an option, is said in matrix.py.
 """
 import importlib
-import json
 import math
 import os
 import random
@@ -20,26 +20,36 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # On every machine the same: no GPU is used, kernels run through Triton's interpreter. With --gpu it is the other way
 # around. CUDA and Triton read these before the first option is parsed.
-if "--gpu" not in sys.argv:
+if "PYTEST_XDIST_WORKER" in os.environ:
+    pass  # as in the process that started this one
+elif "--gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = "1"
 else:
     os.environ.pop("TRITON_INTERPRET", None)
 
+# Nothing here may import torch: the process that only hands tests out would wait for it.
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
-from shared.chapters import CHAPTERS, ROOT, find  # noqa: E402
-from shared.checkpoints import RANDOM, checkpoint  # noqa: E402
-from shared.verify.reference import reference  # noqa: E402
+from shared import results  # noqa: E402
+from shared.book import full_record  # noqa: E402
+from shared.chapters import BOOK, CHAPTERS, ROOT, find  # noqa: E402
+from shared.checkpoints import checkpoint  # noqa: E402
+from tests import matrix  # noqa: E402
+from tests.support.progress import OneLine  # noqa: E402
+from tests.support.seen import Seen  # noqa: E402
 
-DISTANCES = ROOT / "docs" / "results" / "distances.json"
+SEEN = Seen()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--chapter", action="append", metavar="vNN", help="only the tests of this chapter (repeatable)")
+    parser.addoption("--chapter", action="append", metavar="vNN", help="only the tests of this chapter, all of them (repeatable)")
+    parser.addoption("--full", metavar="vNN", help=f"as --chapter, and if all pass write that down in {full_record.FILE}")
+    parser.addoption("--also", action="append", metavar="vNN", help="all tests of this chapter too (repeatable)")
+    parser.addoption("--tools", action="store_true", help="only what is no chapter's")
+    parser.addoption("--all", action="store_true", help="everything of every chapter")
     parser.addoption("--gpu", action="store_true", help="only what is to be seen on a GPU: kernels compiled, chapters on it")
-    parser.addoption("--record", action="store_true", help=f"write the measured distances to {DISTANCES.name}")
+    parser.addoption("--record", action="store_true", help="write the measured distances to docs/results/distances.json")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -51,12 +61,22 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_configure(config):
     config.addinivalue_line("markers", "needs(*capabilities): run for the chapters that have them all")
     config.addinivalue_line("markers", "until(chapter): a claim that this chapter ends")
+    config.addinivalue_line("markers", "whole: left to `make test-vNN`, which runs all of a chapter's tests")
     config.addinivalue_line("markers", "gpu: run with --gpu as well, and then on the GPU")
+    full = config.getoption("--full")
+    only = [*(config.getoption("--chapter") or ()), *([full] if full else [])]
+    if full and not hasattr(config, "workerinput"):
+        if config.getoption("keyword") or config.getoption("markexpr") or config.args_source.name == "ARGS":
+            raise pytest.UsageError("--full records that all tests of a chapter pass; without -k, -m and paths it does")
     try:
-        config.selected = [find(text) for text in config.getoption("--chapter") or ()] or list(CHAPTERS)
+        config.only = [find(text) for text in only]
+        config.also = [find(text) for text in config.getoption("--also") or ()]
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
-    config.distances = {}
+    config.distances, config.seen, config.left_out = {}, set(), 0
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and reporter.isatty and reporter.verbosity <= 0 and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(OneLine(reporter))
 
 
 def chapters_of(definition) -> list:
@@ -82,24 +102,45 @@ def pytest_generate_tests(metafunc):
         chapters = chapters_of(metafunc.definition)
         metafunc.parametrize("chapter", chapters, ids=[chapter.id for chapter in chapters], scope="session")
     if "checkpoint_name" in metafunc.fixturenames:
-        metafunc.parametrize("checkpoint_name", ["pocket", *RANDOM], scope="session")
+        metafunc.parametrize("checkpoint_name", matrix.CHECKPOINTS, scope="session")
 
 
 def pytest_collection_modifyitems(config, items):
-    """With --chapter, keep that chapter's tests alone; what holds for no chapter in particular is left out. So with --gpu."""
-
-    def wanted(item):
-        if config.getoption("--gpu") and not item.get_closest_marker("gpu"):
-            return False
-        if not config.getoption("--chapter"):
-            return True
-        return hasattr(item, "callspec") and item.callspec.params.get("chapter") in config.selected
-
-    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
-    items[:] = [item for item in items if wanted(item)]
-    if config.getoption("--gpu") and not torch.cuda.is_available():
+    """Keep what the options ask for; without any, what the matrix says."""
+    wanted, others = [], []
+    for item in items:
+        (wanted if is_wanted(config, item) else others).append(item)
+    config.left_out = len(others)
+    config.hook.pytest_deselected(items=others)
+    items[:] = wanted
+    if config.getoption("--gpu") and not sees_gpu():
         for item in items:
             item.add_marker(pytest.mark.skip(reason="PyTorch sees no CUDA device here"))
+
+
+def sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def is_wanted(config, item) -> bool:
+    if config.getoption("--gpu") and not item.get_closest_marker("gpu"):
+        return False
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    chapter = values.get("chapter")
+    if chapter is None:
+        return not config.only
+    if config.only or config.getoption("--tools"):
+        return chapter in config.only
+    if chapter in config.also or config.getoption("--all"):
+        return True
+    if item.get_closest_marker("whole"):
+        return False
+    try:
+        return matrix.is_run(item.path, chapters_of(item), chapter, CHAPTERS[-1], values.get("checkpoint_name"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 @lru_cache(maxsize=None)
@@ -135,6 +176,8 @@ def engine(make_engine, checkpoint_name):
 
 @pytest.fixture
 def hf(checkpoint_name):
+    from shared.verify.reference import reference
+
     return reference(checkpoint(checkpoint_name))
 
 
@@ -177,6 +220,8 @@ def measure(request):
     relative: divided by the largest magnitude of the reference.
     """
 
+    import torch
+
     def measure(kind, where, got, want, name, relative=False):
         got, want = torch.as_tensor(got).float(), torch.as_tensor(want).float()
         assert got.shape == want.shape, f"{where}: shape {list(got.shape)}, reference {list(want.shape)}"
@@ -192,28 +237,69 @@ def measure(request):
     return measure
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if config.getoption("--gpu") and not torch.cuda.is_available():
-        terminalreporter.write_line("nothing was run: PyTorch sees no CUDA device here; `make doctor` says what it sees")
-    if not config.distances:
-        return
-    terminalreporter.section("distance from Hugging Face: the worst of each kind")
-    width = max(len(kind) for kind in config.distances)
-    for kind, worst in sorted(config.distances.items()):
-        terminalreporter.write_line(
-            f"{kind:{width}}  {worst['distance']:.1e}  at {worst['where']} on {worst['checkpoint']}"
-        )
-    if config.getoption("--record"):
-        DISTANCES.parent.mkdir(parents=True, exist_ok=True)
-        DISTANCES.write_text(json.dumps(record(config), indent=2) + "\n")
+# ---- what several processes have to say together
 
 
-def record(config) -> dict:
-    """The distances with what is needed to measure them again."""
-    from shared.machine import machine, today
+def pytest_sessionfinish(session, exitstatus):
+    config = session.config
+    config.seen |= set(full_record.counted(SEEN.files(), ROOT))
+    if hasattr(config, "workeroutput"):
+        config.workeroutput |= {"distances": config.distances, "seen": sorted(config.seen), "left_out": config.left_out}
 
-    return {
-        "command": "pytest " + " ".join(config.invocation_params.args),
-        "machine": machine(),
-        "date": today(),
-    } | {kind: worst for kind, worst in sorted(config.distances.items())}
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    said = getattr(node, "workeroutput", {})
+    config = node.config
+    config.seen |= set(said.get("seen", ()))
+    config.left_out = max(config.left_out, said.get("left_out", 0))
+    for kind, worst in said.get("distances", {}).items():
+        known = config.distances.get(kind)
+        if known is None or math.isnan(worst["distance"]) or worst["distance"] > known["distance"]:
+            config.distances[kind] = worst
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    say = terminalreporter.write_line
+    if config.getoption("--gpu") and not sees_gpu():
+        say("nothing was run: PyTorch sees no CUDA device here; `make doctor` says what it sees")
+    if config.distances:
+        terminalreporter.section("distance from Hugging Face: the worst of each kind")
+        width = max(len(kind) for kind in config.distances)
+        for kind, worst in sorted(config.distances.items()):
+            say(f"{kind:{width}}  {worst['distance']:.1e}  at {worst['where']} on {worst['checkpoint']}")
+        if config.getoption("--record"):
+            command = "pytest " + " ".join(config.invocation_params.args)
+            results.write("distances", dict(sorted(config.distances.items())), command)
+    if config.getoption("--full"):
+        say(kept(config, exitstatus))
+    elif config.left_out and not config.getoption("--gpu"):
+        say(left_out(config))
+
+
+def left_out(config) -> str:
+    """What was not run, and where it is."""
+    if config.only:
+        return f"{config.left_out:,} tests of other chapters and of the tools were not run: `make test` runs of all"
+    if config.getoption("--tools"):
+        return f"{config.left_out:,} tests of chapters were not run: `make test-vNN` runs those of one"
+    also = f", beyond all of {', '.join(chapter.id for chapter in config.also)}" if config.also else ""
+    return (
+        f"not run: {config.left_out:,} tests, which say the same of other chapters and checkpoints{also}. "
+        "`make test-vNN` runs all of a chapter's, `make test-all` everything; tests/matrix.py says what is left out"
+    )
+
+
+def kept(config, exitstatus) -> str:
+    """Write down that a chapter has had all of its tests, if it has; what came of it."""
+    [chapter] = config.only
+    if exitstatus != 0:
+        return f"{full_record.FILE}: not written, since not all tests of {chapter.id} pass"
+    try:
+        changes = full_record.changes(ROOT)
+    except ValueError as error:
+        return f"{full_record.FILE}: not written, since {error}"
+    if changes:
+        return f"{full_record.FILE}: not written, since there are changes that are not committed"
+    full_record.record(BOOK, chapter, sorted(config.seen))
+    return f"{full_record.FILE}: all tests of {chapter.id} pass, on {len(config.seen)} files; commit it"

@@ -2,6 +2,8 @@
 import dataclasses
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from shared.bench import gpu as bench_gpu
 from shared.bench import overhead as bench_overhead
 from shared.bench import suite as bench_suite
 from shared.bench.timing import weight_bytes
-from shared.chapters import CHAPTERS, ROOT, find
+from shared.chapters import CHAPTERS, ROOT, find, first_with
 from shared.checkpoints import checkpoint
 from shared.workloads import Request
 
@@ -22,7 +24,7 @@ def test_chapters_and_hugging_face_do_the_same_work():
     chapters = [CHAPTERS[0], CHAPTERS[-1]]
     limits = {"bytes_per_s": 1e9, "operations_per_s": 1e9}
     rows = bench_suite.contest("llama", WORK, chapters, 2, limits)
-    assert list(rows) == ["v01", CHAPTERS[-1].id, *bench_suite.PEERS]
+    assert list(rows) == [CHAPTERS[0].id, CHAPTERS[-1].id, *bench_suite.PEERS]
     for row in rows.values():
         assert row["other_answers"] == 0 and row["repeats"] == 2
         assert row["tokens_per_cpu_s"] == pytest.approx(1e3 * 11 / row["cpu_ms"], rel=1e-2)
@@ -44,7 +46,7 @@ def test_the_limit_counts_what_must_be_multiplied_and_read():
 def test_requests_that_arrive_by_chance_all_see_a_first_token(monkeypatch, capsys):
     monkeypatch.setattr(bench_suite, "ARRIVALS", 5)
     monkeypatch.setattr(bench_suite, "RATE", 1000.0)
-    rows = bench_suite.arrivals([find("v02"), CHAPTERS[-1]])
+    rows = bench_suite.arrivals([first_with("kv_cache"), CHAPTERS[-1]])
     for row in rows.values():
         assert 0 < row["ttft_ms_p50"] <= row["ttft_ms_p95"] <= 1e3 * row["seconds"]
 
@@ -77,7 +79,7 @@ def test_the_chapter_before_can_be_asked_for(monkeypatch):
     assert [[chapter.id for chapter in chapters] for chapters in asked] == [["v04", "v05"], ["v01"]]
 
 
-@pytest.mark.parametrize("name", ["v01", CHAPTERS[-1].id])
+@pytest.mark.parametrize("name", [CHAPTERS[0].id, CHAPTERS[-1].id])
 def test_the_parts_of_a_step_are_told_apart_and_nothing_stays_wrapped(name, monkeypatch, capsys):
     monkeypatch.setattr(bench_overhead, "SIZES", (1, 3))
     monkeypatch.setattr(bench_overhead, "STEPS", 2)
@@ -86,7 +88,7 @@ def test_the_parts_of_a_step_are_told_apart_and_nothing_stays_wrapped(name, monk
     before = dict(vars(module))
     results = bench_overhead.overhead([find(name)], repeats=1)
     assert dict(vars(module)) == before
-    sizes = (1, 3) if name != "v01" else (1,)
+    sizes = (1, 3) if "max_num_seqs" in find(name).capabilities else (1,)
     assert list(results[name]) == [f"{way} {size}" for size in sizes for way in bench_overhead.WAYS]
     for row in results[name].values():
         assert all(row[part] > 0 for part in bench_overhead.PARTS)
@@ -124,8 +126,26 @@ def test_the_gpu_benchmark_times_nothing_when_chapters_differ(monkeypatch):
         return said if len(calls) < 2 else [[token_id + 1 for token_id in each] for each in said]
 
     monkeypatch.setattr(bench_gpu, "serve", lying)
-    with pytest.raises(AssertionError, match="v02 on cpu says"):
-        bench_gpu.bench_gpu(bench_gpu.DRY_RUN)
+    with pytest.raises(AssertionError, match=f"{CHAPTERS[1].id} on cpu says"):
+        bench_gpu.bench_gpu(bench_gpu.DRY_RUN, 60, keep=lambda *_: None)
+
+
+def test_the_gpu_benchmark_keeps_what_there_is_and_stops_when_the_time_is_up(monkeypatch, capsys):
+    kept, clock = [], iter([0.0, 0.0, 1.0, 99.0])
+    monkeypatch.setattr(bench_gpu, "check", lambda setting: None)
+    monkeypatch.setattr(bench_gpu, "throughput", lambda chapter, *_: {"error": f"{chapter.id} was measured"})
+    monkeypatch.setattr(bench_gpu, "peer", lambda *_: {"error": "none here"})
+    monkeypatch.setattr(bench_gpu, "decode_steps", lambda *_: [])
+    monkeypatch.setattr(bench_gpu, "time", SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter))
+    bench_gpu.bench_gpu(bench_gpu.DRY_RUN, 50, keep=lambda found, measured: kept.append([each.id for each in measured]))
+    last, before = CHAPTERS[-1].id, CHAPTERS[-2].id
+    assert kept == [[last], [last], [last, before]]
+    assert f"not measured, since the time is up: {CHAPTERS[-3].id}, " in capsys.readouterr().out
+
+
+def test_a_chapter_gets_as_many_requests_as_it_can_use(monkeypatch):
+    shares = [bench_gpu.share(chapter, bench_gpu.GPU) for chapter in CHAPTERS]
+    assert shares[0] == 1 and shares[-1] == 256 and shares == sorted(shares)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing is refused")
@@ -156,23 +176,39 @@ def test_sequences_that_have_no_room_are_not_timed(monkeypatch):
     assert rows[0] == {"sequences": 8, "context": 20, "error": "only 4 have room"} and "step_ms" in rows[1]
 
 
-def test_a_contestant_that_does_not_fit_leaves_the_others_their_turn(monkeypatch, capsys):
-    real = bench_gpu.engine_of
+def test_a_contestant_that_does_not_fit_is_told_and_another_has_its_share(monkeypatch, capsys):
+    real, too_large = bench_gpu.engine_of, first_with("max_num_seqs")
 
     def engine_of(chapter, *more):
-        if chapter.id == "v03":
+        if chapter is too_large:
             raise ValueError("a slab of 14 GiB\ndoes not fit")
         return real(chapter, *more)
 
     monkeypatch.setattr(bench_gpu, "engine_of", engine_of)
     requests = [Request([9] * 3, 4), Request([8] * 5, 2), Request([7], 5)]
-    rows = bench_gpu.throughput(checkpoint("llama"), requests, bench_gpu.DRY_RUN)
-    assert rows["v03"] == {"error": "a slab of 14 GiB does not fit"}
-    assert [rows[name]["tokens"] for name in ("v01", "v02", "v04", "HF continuous")] == [4, 6, 11, 11]
-    for name in ("v01", "v02", "v04"):
-        assert rows[name]["tokens_per_s"] == pytest.approx(rows[name]["tokens"] / min(rows[name]["seconds"]), rel=0.05)
-    bench_gpu.report_throughput("llama", rows)
-    assert "v03             a slab of 14 GiB does not fit" in capsys.readouterr().out
+    path, rows = checkpoint("llama"), {}
+    for chapter in (CHAPTERS[0], too_large, CHAPTERS[-1]):
+        rows[chapter.id] = bench_gpu.throughput(chapter, path, requests, bench_gpu.DRY_RUN)
+    rows["HF continuous"] = bench_gpu.peer(path, requests, bench_gpu.DRY_RUN)
+    first, failed, last, peer = rows.values()
+    assert failed == {"error": "a slab of 14 GiB does not fit"}
+    assert [row["tokens"] for row in (first, last, peer)] == [4, 11, 11]
+    for row in (first, last):
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / min(row["seconds"]), rel=0.05)
+    for name, row in rows.items():
+        bench_gpu.report_row(name, row)
+    assert f"{too_large.id}             a slab of 14 GiB does not fit" in capsys.readouterr().out
+
+
+def test_a_peer_that_takes_too_long_is_told():
+    from shared.bench.peers import ContinuousBatching
+
+    batching = ContinuousBatching(checkpoint("llama"), 2048)
+    try:
+        with pytest.raises(RuntimeError, match="was not done after 0.01 s: 0 of 2 requests"):
+            batching.generate([Request([9] * 3, 200)] * 2, seconds=0.01)
+    finally:
+        batching.stop()
 
 
 def test_time_in_two_calls_of_a_part_adds_up(monkeypatch):

@@ -6,8 +6,8 @@ import openai
 import pytest
 
 from shared.bench import load
-from shared.commands import chat
 from shared.checkpoints import checkpoint
+from shared.commands import chat
 from shared.verify.serving import serving
 
 pytestmark = pytest.mark.needs("serve")

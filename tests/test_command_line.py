@@ -2,14 +2,13 @@
 import importlib
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from shared.chapters import ROOT
 from shared.checkpoints import checkpoint
+from tests.support.started import Started
 
 pytestmark = pytest.mark.needs("command_line", "chat")
 
@@ -126,11 +125,11 @@ def test_a_chapter_runs_on_its_own_somewhere_else(chapter, tmp_path):
     model = place / "model"
     shutil.copytree(checkpoint("llama"), model)
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "STEPSERVE_MODEL")}
-    command = [sys.executable, "-m", chapter.name, "generate", "The cache", "--model", "model", "--max-tokens", "7"]
-    done = subprocess.run(command, cwd=place, env=clean, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = Started(chapter.name, "generate", "The cache", "--model", "model", "--max-tokens", "7", cwd=place, env=clean)
+    out, err = done.communicate(timeout=60)
+    assert done.returncode == 0, err
     want = chapter.load().Engine(checkpoint("llama")).generate(["The cache"], chapter.load().SamplingParams(max_tokens=7))
-    assert done.stdout == want[0].text + "\n"
+    assert out == want[0].text + "\n"
 
 
 def test_a_flag_that_is_left_out_means_what_the_parameter_does(chapter, Params):

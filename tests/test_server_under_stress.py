@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -18,8 +16,11 @@ import torch
 
 from shared.chapters import ROOT
 from shared.checkpoints import POCKET, checkpoint
-from shared.verify.serving import FakeEngine, serving, wait_until
+from shared.verify.serving import serving, wait_until
 from shared.verify.soak_server import is_idle, leave
+from tests.support.fake_engine import FakeEngine
+from tests.support.http import HTTP
+from tests.support.started import Started
 
 pytestmark = pytest.mark.needs("serve")
 
@@ -38,7 +39,7 @@ def tokenizer(engine):
 
 
 def health(server):
-    return httpx.get(f"{server.url}/health", timeout=2).json()
+    return HTTP.get(f"{server.url}/health", timeout=2).json()
 
 
 def client_of(server, **options):
@@ -225,7 +226,7 @@ def test_when_the_engine_has_stopped_everybody_hears_of_it(chapter, tokenizer, m
             client.completions.create(model="pocket", prompt=[20, 21])
         with pytest.raises(openai.InternalServerError, match="the engine has stopped"):
             client.completions.create(model="pocket", prompt=[20, 21])
-        response = httpx.get(f"{server.url}/health")
+        response = HTTP.get(f"{server.url}/health")
         assert response.status_code == 500 and response.json()["status"] == "dead"
 
 
@@ -341,7 +342,7 @@ def test_who_waits_for_the_tokenizer_hears_of_the_end_too(chapter, tokenizer):
         found = []
 
         def ask():
-            found.append(httpx.post(f"{server.url}/v1/completions", json={"model": "pocket", "prompt": "Once"}, timeout=10))
+            found.append(HTTP.post(f"{server.url}/v1/completions", json={"model": "pocket", "prompt": "Once"}, timeout=10))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(own), "__call__", slow)
@@ -377,8 +378,7 @@ def test_who_gives_up_while_the_tokenizer_works_is_not_told_of_an_end(chapter, t
 def start(chapter, *flags):
     """The server as a user starts it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    serve = [*chapter.command, "serve", "--model", str(POCKET), *flags]
-    return subprocess.Popen(serve, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    return Started(f"milestones.{chapter.name}", "serve", "--model", str(POCKET), *flags, cwd=ROOT, env=environment)
 
 
 @pytest.fixture
@@ -393,22 +393,20 @@ def process(chapter, request):
     process.curl = lines[-1]
     process.url = lines[-1].split()[1].removesuffix("/v1/completions")
     yield process
-    process.kill()
-    process.wait()
-    process.stderr.close()
+    process.close()
 
 
 def test_sigterm_lets_streams_end_and_the_process_exits_0(process):
     body = json.loads(process.curl.split("-d '")[1].rstrip().rstrip("'"))
     # What it says is drawn, and could end early.
-    answer = httpx.post(f"{process.url}/v1/completions", json=body | {"ignore_eos": True})
+    answer = HTTP.post(f"{process.url}/v1/completions", json=body | {"ignore_eos": True})
     assert answer.json()["usage"]["completion_tokens"] == 32
-    with httpx.stream("POST", f"{process.url}/v1/completions", json=LONG | {"stream": True}, timeout=30) as response:
+    with HTTP.stream("POST", f"{process.url}/v1/completions", json=LONG | {"stream": True, "max_tokens": 200}, timeout=30) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
         process.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(f"{process.url}/health").json()["status"] == "draining")
-        assert httpx.post(f"{process.url}/v1/completions", json=body).status_code == 503
+        wait_until(lambda: HTTP.get(f"{process.url}/health").json()["status"] == "draining")
+        assert HTTP.post(f"{process.url}/v1/completions", json=body).status_code == 503
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
     assert process.wait(10) == 0
@@ -460,7 +458,7 @@ def test_wrong_flags_are_refused_by_name(chapter, capsys, flags, message):
 def test_a_request_that_was_never_sent_to_the_end_holds_nobody_up(process):
     with socket.create_connection(("127.0.0.1", int(process.url.split(":")[-1]))) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
-        wait_until(lambda: httpx.get(f"{process.url}/health").json()["status"] == "ok")
+        wait_until(lambda: HTTP.get(f"{process.url}/health").json()["status"] == "ok")
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
 
@@ -477,10 +475,10 @@ def test_a_step_that_outlasts_the_time_to_drain_does_not_keep_the_process(proces
 
 
 def test_a_second_sigterm_ends_it_at_once(process):
-    with httpx.stream("POST", f"{process.url}/v1/completions", json=LONG | {"stream": True, "n": 16}, timeout=30) as response:
+    with HTTP.stream("POST", f"{process.url}/v1/completions", json=LONG | {"stream": True, "n": 16}, timeout=30) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
         process.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(f"{process.url}/health").json()["status"] == "draining")
+        wait_until(lambda: HTTP.get(f"{process.url}/health").json()["status"] == "draining")
         process.send_signal(signal.SIGTERM)
         assert process.wait(2) == 1

@@ -1,4 +1,5 @@
 """What stands around the chapters: the harness's own guards, the commands behind make, checkpoints by name."""
+import importlib
 import json
 import os
 import shutil
@@ -9,16 +10,19 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from shared import checkpoints, workloads
 from shared.bench import __main__ as bench
 from shared.bench import batches, growth, staircase, timing
-from shared.commands import demo, doctor, install, run
+from shared.book import diff
 from shared.book.doctests import check_package
-from shared.chapters import CHAPTERS, ROOT, Book, find
+from shared.chapters import CHAPTERS, CONTENTS, ROOT, Book, Row, find, first_with
 from shared.checkpoints import RANDOM, checkpoint
+from shared.commands import demo, doctor, install, run
 from shared.results import rows_of, write_row
 from shared.verify.reference import reference
+from tests import matrix
 
 
 def definition(path, **marks):
@@ -34,9 +38,14 @@ def definition(path, **marks):
 
 
 @pytest.fixture
-def chapters_of(request):
-    """The harness's; another folder may have a conftest.py too, so it is not found by that name."""
+def harness(request):
+    """tests/conftest.py; another folder may have one too, so it is not found by that name."""
     [harness] = [plugin for plugin in request.config.pluginmanager.get_plugins() if hasattr(plugin, "chapters_of")]
+    return harness
+
+
+@pytest.fixture
+def chapters_of(harness):
     return harness.chapters_of
 
 
@@ -58,17 +67,74 @@ def test_a_claim_holds_from_its_chapter_until_the_one_that_ends_it(chapters_of):
         chapters_of(definition(path, until=("v2",)))
 
 
-def test_with_gpu_what_is_for_one_is_run_and_nothing_else():
-    """Here it is skipped, or runs on what is there; this is about which tests they are."""
-    pytest_gpu = [sys.executable, "-m", "pytest", "--gpu", "--chapter", "v06", "--collect-only"]
-    listed = subprocess.run(pytest_gpu, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert listed.returncode == 0, listed.stdout
-    names = {line.split("::")[1].split("[")[0] for line in listed.stdout.splitlines() if "::" in line}
-    assert {"test_the_kernel_gives_what_plain_torch_gives", "test_in_float32_it_says_what_hugging_face_says"} <= names
-    assert not {"test_another_attention_is_refused", "test_greedy_tokens_are_hugging_faces"} & names
-    for target, wanted in (("test-v06", "-m pytest --gpu --chapter v06;"), ("test", "-m pytest --gpu ;")):
+def chosen(harness, file, test, *options, **values):
+    """Whether the harness runs a case of a test with these options."""
+    given = {"--gpu": False, "--tools": False, "--all": False} | dict.fromkeys(options, True)
+    config = SimpleNamespace(getoption=given.get, only=values.pop("only", []), also=values.pop("also", []))
+    function = getattr(importlib.import_module(file), test)
+    marks = [*getattr(function, "pytestmark", []), *as_list(getattr(importlib.import_module(file), "pytestmark", []))]
+    item = SimpleNamespace(
+        nodeid=test,
+        path=ROOT / f"{file.replace('.', '/')}.py",
+        get_closest_marker=lambda name: next((mark for mark in marks if mark.name == name), None),
+        iter_markers=lambda name: [mark for mark in marks if mark.name == name],
+    )
+    if values:
+        item.callspec = SimpleNamespace(params=values)
+    return harness.is_wanted(config, item)
+
+
+def as_list(marks):
+    return marks if isinstance(marks, list) else [marks]
+
+
+def test_with_gpu_what_is_for_one_is_run_and_nothing_else(harness):
+    last = CHAPTERS[-1]
+    for file, test, wanted in (
+        ("tests.claims.test_v06", "test_the_kernel_gives_what_plain_torch_gives", True),
+        ("tests.claims.test_v06", "test_another_attention_is_refused", False),
+        ("tests.test_on_a_gpu", "test_in_float32_it_says_what_hugging_face_says", True),
+        ("tests.test_tokens", "test_greedy_tokens_are_hugging_faces", False),
+    ):
+        assert chosen(harness, file, test, "--gpu", chapter=last) == wanted, test
+    for target, wanted in ((f"test-{last.id}", f"-m pytest --gpu --chapter {last.id};"), ("test", "-m pytest --gpu ;")):
         planned = subprocess.run(["make", "-n", "PYTHON=python", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert "if nvidia-smi -L > /dev/null 2>&1; then" in planned.stdout and wanted in planned.stdout
+
+
+def test_the_matrix_is_what_is_run_without_an_option_and_options_ask_for_more(harness):
+    first, last = CHAPTERS[0], CHAPTERS[-1]
+    parity = ("tests.test_tokens", "test_greedy_tokens_are_hugging_faces")
+    server = ("tests.test_server", "test_models_are_listed_and_an_unknown_one_is_404")
+    for file, test in (parity, server):
+        importlib.import_module(file)
+    for checkpoint_name in matrix.CHECKPOINTS:
+        case = dict(chapter=first, checkpoint_name=checkpoint_name)
+        assert chosen(harness, *parity, **case) == (checkpoint_name in matrix.checkpoints_run(first, last))
+        assert chosen(harness, *parity, **case, only=[first]) and chosen(harness, *parity, **case, also=[first])
+        assert chosen(harness, *parity, "--all", **case)
+        assert not chosen(harness, *parity, **case, only=[last]) and not chosen(harness, *parity, "--tools", **case)
+        assert chosen(harness, *parity, chapter=last, checkpoint_name=checkpoint_name)
+    assert chosen(harness, "tests.test_tools", "test_every_requirement_is_pinned", "--tools")
+    assert not chosen(harness, "tests.test_tools", "test_every_requirement_is_pinned", only=[last])
+
+
+def test_three_neighbours_see_all_checkpoints_and_a_claim_its_chapter_the_next_and_the_last():
+    chapters = Book.of(ROOT, [Row(f"v{n:02}_a") for n in range(1, 9)]).chapters
+    for start in range(5):
+        seen = {name for chapter in chapters[start : start + 3] for name in matrix.checkpoints_run(chapter, chapters[-1])}
+        assert seen == set(matrix.CHECKPOINTS)
+    assert matrix.checkpoints_run(chapters[-1], chapters[-1]) == list(matrix.CHECKPOINTS)
+    claims = Path("tests/claims/test_v03.py")
+    assert matrix.chapters_run(claims, list(chapters[2:])) == [chapters[2], chapters[3], chapters[-1]]
+    assert matrix.chapters_run(Path("tests/test_server.py"), list(chapters[3:])) == [chapters[3], chapters[-1]]
+    with pytest.raises(ValueError, match="test_new.py has tests that take `chapter`; say in matrix.py"):
+        matrix.chapters_run(Path("tests/test_new.py"), list(chapters))
+
+
+def test_every_test_file_that_the_matrix_names_is_there():
+    there = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert matrix.PARITIES | matrix.WHOLE_RUNS <= there and not matrix.PARITIES & matrix.WHOLE_RUNS
 
 
 def test_a_distance_that_is_no_number_is_the_worst(request, measure):
@@ -213,7 +279,9 @@ def test_demo_races_shows_an_answer_and_that_all_agree(capsys, monkeypatch):
     hf = reference(checkpoint("pocket"))
     num_tokens = len(hf.greedy(demo.chat_ids(hf.tokenizer, demo.RACE[0]), 160).token_ids)
     for chapter in CHAPTERS:
-        assert out.count(f"{chapter.name:{demo.NAME_WIDTH}}\u25cf  {num_tokens:4} tokens") == 1
+        in_race = chapter.races or chapter is CHAPTERS[-1]
+        assert out.count(f"{chapter.name:{demo.NAME_WIDTH}}\u25cf  {num_tokens:4} tokens") == in_race
+        assert in_race or f"({chapter.id}: not in the race" in out
 
 
 def test_demo_fails_when_a_chapter_differs(capsys, monkeypatch):
@@ -311,15 +379,14 @@ def test_every_requirement_is_pinned():
 
 
 def test_make_has_a_target_for_every_chapter():
-    for target in ("test", "run", "diff", "traps"):
-        for chapter in CHAPTERS:
-            done = subprocess.run(["make", "-n", f"{target}-{chapter.id}"], cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0 and chapter.id in done.stdout, done.stderr
+    for target in ("test", "run", "diff", "nbdiff", "traps", "break", "bench"):
+        done = subprocess.run(["make", "-n", *(f"{target}-{each.id}" for each in CHAPTERS)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and all(chapter.id in done.stdout for chapter in CHAPTERS), done.stderr
     assert "make demo" in subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
 
 
 COPY = """
-import multiprocessing, subprocess, sys
+import importlib.util, multiprocessing, subprocess, sys
 from pathlib import Path
 from shared.book.changed_copy import changed_copy
 from shared.chapters import find
@@ -329,6 +396,7 @@ def where(queue):
     queue.put(milestones.v01_naive.__file__)
 
 def change(copy):
+    (copy / "__init__.py").write_text("")
     (copy / "__main__.py").write_text("import sys\\nprint('the copy', sys.argv[1:])")
 
 if __name__ == "__main__":
@@ -340,8 +408,7 @@ if __name__ == "__main__":
         process.start()
         print(queue.get(timeout=60) == str(copy / "__init__.py"))
         process.join()
-    import milestones.v01_naive
-    print(milestones.v01_naive.__file__)
+    print(importlib.util.find_spec("milestones.v01_naive").origin)
 """
 
 
@@ -389,12 +456,13 @@ def test_a_bug_mended_in_the_first_chapter_reaches_the_last_and_leaves_the_diffs
     call("git", "init", "-q")
     call("git", "add", ".")
     call("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "with a bug")
-    diffs = [call(sys.executable, "-m", "shared.book.diff", chapter.id) for chapter in CHAPTERS]
+    copies = Book.of(tmp_path, CONTENTS).chapters
+    diffs = [diff.show(chapter) for chapter in copies]
     layers[0].write_text(layers[0].read_text().replace(bug, mended))
     call(sys.executable, "-m", "shared.book.propagate", CHAPTERS[0].id, "--no-tests")
     for path, chapter in zip(layers, CHAPTERS, strict=True):
         assert path.read_text() == (chapter.path / "layers.py").read_text()
-    assert diffs == [call(sys.executable, "-m", "shared.book.diff", chapter.id) for chapter in CHAPTERS]
+    assert diffs == [diff.show(chapter) for chapter in copies]
 
 
 # ---- the timer
@@ -408,10 +476,14 @@ def test_contestants_take_turns_after_one_unmeasured_run_each():
     assert {name: len(runs) for name, runs in timings.items()} == {"A": 3, "B": 3}
 
 
+# What is tested is the timer: with every chapter it would take longer with each.
+FEW = (*CHAPTERS[:3], CHAPTERS[-1])
+
+
 def test_growth_measures_every_chapter_at_every_length(monkeypatch, capsys):
     monkeypatch.setattr(growth, "GROWTH_LENGTHS", (3, 5))
-    results = growth.growth(list(CHAPTERS), repeats=1)
-    for chapter in CHAPTERS:
+    results = growth.growth(list(FEW), repeats=1)
+    for chapter in FEW:
         assert {"3", "5", "worst_spread", "ratio"} == set(results[chapter.id])
         assert results[chapter.id]["5"]["wall_ms"] > 0
     growth.print_growth(results)
@@ -428,20 +500,21 @@ def small(monkeypatch):
 def test_the_staircase_counts_and_times_every_chapter(small, monkeypatch, capsys, tmp_path):
     elsewhere = Book(tmp_path, CHAPTERS)
     monkeypatch.setattr(bench, "write_row", lambda *args: write_row(*args, book=elsewhere))
+    monkeypatch.setattr(bench, "CHAPTERS", FEW)
     assert bench.main(["staircase", "--repeats", "2", "--write"]) == 0
     [results] = rows_of(elsewhere.results / "staircase.json").values()
     # The embedded model's head is tied, so that all of its file is read in every pass.
     stored = sum(tensor.numel() for tensor in load_file(checkpoint("pocket") / "model.safetensors").values())
     assert results["command"] == "python -m shared.bench staircase --repeats 2 --write"
-    for chapter in CHAPTERS:
+    for chapter in FEW:
         row = results[chapter.id]
         assert (row["requests"], row["tokens"], row["needed"]) == (4, 23, 33)
         assert row["tokens_per_s"] == pytest.approx(1e3 * 23 / row["wall_ms"], rel=0.01)
         assert row["weight_read_bytes"] == row["passes"] * 4 * stored
         assert row["watched"]["lengths"] == [4, 12]
         assert row["short"]["requests"] == 4
-    assert results["v01"]["positions"] == sum(sum(range(p, p + n)) for p, n in [(3, 6), (5, 2), (4, 12), (2, 3)])
-    assert results["v02"]["positions"] == 33
+    assert results[CHAPTERS[0].id]["positions"] == sum(sum(range(p, p + n)) for p, n in [(3, 6), (5, 2), (4, 12), (2, 3)])
+    assert results[first_with("kv_cache").id]["positions"] == 33
     assert "tokens/pass" in capsys.readouterr().out
 
 
@@ -450,7 +523,7 @@ def test_a_staircase_whose_chapters_disagree_is_no_result(small, monkeypatch):
 
     def lie(chapter, engine, requests):
         found, tokens = record(chapter, engine, requests)
-        return found, tokens if chapter.id == "v01" else [[1], *tokens[1:]]
+        return found, tokens if chapter is CHAPTERS[0] else [[1], *tokens[1:]]
 
     monkeypatch.setattr(staircase, "record", lie)
     with pytest.raises(AssertionError, match="v02 says other tokens than v01"):
@@ -460,22 +533,23 @@ def test_a_staircase_whose_chapters_disagree_is_no_result(small, monkeypatch):
 def test_batch_measures_where_several_run_together(monkeypatch, capsys):
     monkeypatch.setattr(batches, "BATCH_SIZES", (1, 3))
     monkeypatch.setattr(batches, "BATCH_MODELS", ("llama", "qwen2"))
-    results = batches.batch(list(CHAPTERS), repeats=1)
-    assert list(results) == [chapter.id for chapter in CHAPTERS]
-    assert "3" not in results["v02"]["llama"]
-    assert results["v03"]["llama"]["3"]["tokens_per_s"] > 0
+    results = batches.batch(list(FEW), repeats=1)
+    assert list(results) == [chapter.id for chapter in FEW]
+    alone, together = first_with("kv_cache").id, first_with("max_num_seqs").id
+    assert "3" not in results[alone]["llama"]
+    assert results[together]["llama"]["3"]["tokens_per_s"] > 0
     # Tied, the embedding is the head and read whole; apart, only the head is.
     for name, tied in (("llama", False), ("qwen2", True)):
-        parameters = checkpoints.AutoModelForCausalLM.from_pretrained(checkpoint(name)).num_parameters()
+        parameters = AutoModelForCausalLM.from_pretrained(checkpoint(name)).num_parameters()
         embedding = checkpoints.RANDOM[name].vocab_size * checkpoints.RANDOM[name].hidden_size
-        assert results["v03"][name]["weight_bytes"] == 4 * (parameters - (0 if tied else embedding))
+        assert results[together][name]["weight_bytes"] == 4 * (parameters - (0 if tied else embedding))
     batches.print_batch(results)
     assert "tokens/s with requests in a pass" in capsys.readouterr().out
 
 
 def test_decode_measures_a_step_of_sixteen(monkeypatch, capsys):
     monkeypatch.setattr(batches, "BATCH_MODELS", ("llama", "qwen2"))
-    chapters = [chapter for chapter in CHAPTERS if "max_num_seqs" in chapter.capabilities]
+    chapters = [chapter for chapter in FEW if "max_num_seqs" in chapter.capabilities]
     monkeypatch.setattr(batches, "DECODE_CONTEXTS", (3, 9))
     # These have 320 positions.
     monkeypatch.setattr(batches, "DECODE_MAX_LEN", 320)

@@ -1,26 +1,29 @@
-"""Every chapter on a GPU, on published workloads, beside Hugging Face and the limit of the memory: one call.
+"""Every chapter on a GPU, on a published workload, beside Hugging Face and the limit of the memory: one call.
 
-    make bench-gpu                      # on a GPU: checks, then measures; minutes
-    make bench-gpu ARGS=--write         # and commits it
-    make bench-gpu ARGS=--dry-run       # anywhere: the same on the CPU with a tiny model, to see that it runs
+    make bench-gpu                                  # on a GPU: checks, then measures; four minutes at the most
+    make bench-gpu ARGS=--write                     # and commits it, as far as it comes
+    make bench-gpu ARGS="--shape llama-3.2-1b-shape --minutes 10"
+    make bench-gpu ARGS=--dry-run                   # anywhere: the same on the CPU with a tiny model, to see that it runs
 
 The workload is the one that nano-vllm publishes: 256 requests whose prompts and outputs are 100 to 1,024 tokens long,
-all there at the start, in bfloat16. The early chapters get the first few of the requests, since they would take hours;
-how many stands in the row. A decode step is set beside the time to read all weights, and all keys and values of the
-sequences in it, at the bandwidth of a large copy.
+all there at the start, in bfloat16. The last chapter runs all of them. The others get the first few, by what they can do:
+they are there to be compared with each other, and how many they got stands in the row. The last chapter comes first, then
+its decode steps, then the others from the newest to the oldest, while there is time. A decode step is set beside the time
+to read all weights, and all keys and values of the sequences in it, at the bandwidth of a large copy.
 """
 import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from shared.bench.timing import progress, weight_bytes
-from shared.results import write_row
 from shared.bench.suite import num_tokens, serve
+from shared.bench.timing import weight_bytes
 from shared.chapters import CHAPTERS, Chapter
+from shared.results import write_row
 from shared.workloads import Request, fixed, ragged
 
 
@@ -30,11 +33,11 @@ class Setting:
 
     device: str
     dtype: str
-    shapes: tuple[str, ...]
+    shape: str
     requests: int
     prompt_len: tuple[int, int]
     output_len: tuple[int, int]
-    shares: dict[str, int]  # how many of the requests an early chapter gets
+    shares: tuple[tuple[str, int], ...]  # how many of the requests a chapter gets: by the first of these that it can do
     places: int  # requests that run together, from v05 on; v03 and v04 reserve a row of memory for each of theirs
     slab_places: int
     decode: tuple[tuple[int, int], ...]  # sequences, and tokens of each, whose decode step is timed
@@ -45,25 +48,25 @@ class Setting:
 GPU = Setting(
     device="cuda",
     dtype="bfloat16",
-    shapes=("qwen3-0.6b-shape", "llama-3.2-1b-shape"),
+    shape="qwen3-0.6b-shape",
     requests=256,
     prompt_len=(100, 1024),
     output_len=(100, 1024),
-    shares={"v01": 1, "v02": 2, "v03": 64, "v04": 128},
+    shares=(("kv_bytes", 64), ("max_num_seqs", 16), ("generate", 1)),
     places=256,
-    slab_places=64,
+    slab_places=16,
     decode=((1, 512), (16, 512), (64, 1024), (256, 1024)),
     decode_steps=16,
-    repeats=2,
+    repeats=1,
 )
 DRY_RUN = Setting(
     device="cpu",
     dtype="float32",
-    shapes=("llama",),
+    shape="llama",
     requests=5,
     prompt_len=(3, 9),
     output_len=(2, 6),
-    shares={"v01": 1, "v02": 2},
+    shares=(("kv_bytes", 4), ("max_num_seqs", 3), ("generate", 1)),
     places=4,
     slab_places=2,
     decode=((1, 5), (3, 8)),
@@ -114,35 +117,47 @@ def check(setting: Setting) -> None:
             raise AssertionError(f"{chapter.id} on {setting.device} says {said}, {CHAPTERS[0].id} says {expected}")
 
 
-def throughput(path: Path, requests: list[Request], setting: Setting) -> dict:
-    """Tokens a second of each chapter and of Hugging Face's continuous batching; why, of one that cannot run here."""
-    from shared.bench.peers import ContinuousBatching
+def share(chapter: Chapter, setting: Setting) -> int:
+    """How many of the requests a chapter gets."""
+    if chapter is CHAPTERS[-1]:
+        return setting.requests
+    return next(number for capability, number in setting.shares if capability in chapter.capabilities)
 
+
+def throughput(chapter: Chapter, path: Path, requests: list[Request], setting: Setting) -> dict:
+    """A chapter's row; or why it cannot run here."""
     longest = max(len(each.prompt_ids) + each.max_tokens for each in requests)
-    rows = {}
-    for chapter in progress(CHAPTERS, path.name):
-        mine = requests[: setting.shares.get(chapter.id, len(requests))]
-        try:
-            engine = engine_of(chapter, path, setting, longest)
-            rows[chapter.id] = measure(partial(serve, engine, chapter.load()), mine, setting)
-        except REFUSED as error:
-            rows[chapter.id] = {"error": " ".join(str(error).split())[:200]}
+    try:
+        engine = engine_of(chapter, path, setting, longest)
+        return measure(partial(serve, engine, chapter.load()), requests[: share(chapter, setting)], setting)
+    except REFUSED as error:
+        return {"error": " ".join(str(error).split())[:200]}
+    finally:
         engine = None
         emptied(setting.device)
+
+
+def peer(path: Path, requests: list[Request], setting: Setting) -> dict:
+    """The row of Hugging Face's continuous batching, with as many requests as a chapter that is not the last."""
+    from shared.bench.peers import ContinuousBatching
+
+    requests = requests[: setting.shares[0][1]]
     try:
         # As many positions as all requests together have: who waits for memory here would wait for nothing else.
         positions = sum(len(each.prompt_ids) + each.max_tokens for each in requests) + 256 * setting.places
-        peer = ContinuousBatching(path, positions, setting.device, setting.dtype, setting.places)
+        batching = ContinuousBatching(path, positions, setting.device, setting.dtype, setting.places)
         try:
-            rows["HF continuous"] = measure(peer.generate, requests, setting)
+            return measure(partial(batching.generate, seconds=PEER_S), requests, setting)
         finally:
-            peer.stop()
+            batching.stop()
     except REFUSED as error:
-        rows["HF continuous"] = {"error": " ".join(str(error).split())[:200]}
-    peer = None
-    emptied(setting.device)
-    return rows
+        return {"error": " ".join(str(error).split())[:200]}
+    finally:
+        batching = None
+        emptied(setting.device)
 
+
+PEER_S = 40.0  # that Hugging Face may take
 
 # A machine that is too small for one contestant still measures the others.
 REFUSED = (ValueError, MemoryError, RuntimeError)  # torch's out of memory is a RuntimeError
@@ -212,33 +227,53 @@ def copy_rate(device: str) -> float:
     return 2 * source.nbytes / best
 
 
-def bench_gpu(setting: Setting) -> dict:
-    """Check, then measure all."""
+def bench_gpu(setting: Setting, seconds: float, keep: Callable[[dict, list[Chapter]], None]) -> dict:
+    """Check, then measure while there is time.
+
+    Args:
+        keep: is given what there is after each measurement, and the chapters in it.
+    """
     from shared.checkpoints import checkpoint
 
+    deadline = time.monotonic() + seconds
     check(setting)
     bytes_per_s = copy_rate(setting.device)
     print(f"a copy moves {bytes_per_s / 1e9:,.0f} GB/s")
-    results = {"copy_gb_per_s": round(bytes_per_s / 1e9, 1)}
-    for shape in setting.shapes:
-        path = checkpoint(shape)
-        vocab_size = json.loads((path / "config.json").read_text())["vocab_size"]
-        requests = ragged(setting.requests, vocab_size, prompt_len=setting.prompt_len, output_len=setting.output_len, seed=0)
-        results[shape] = {"throughput": throughput(path, requests, setting)}
-        report_throughput(shape, results[shape]["throughput"])
-        results[shape]["decode"] = decode_steps(path, setting, bytes_per_s)
-        report_decode(results[shape]["decode"])
-    return results
+    path = checkpoint(setting.shape)
+    vocab_size = json.loads((path / "config.json").read_text())["vocab_size"]
+    requests = ragged(setting.requests, vocab_size, prompt_len=setting.prompt_len, output_len=setting.output_len, seed=0)
+    rows, measured = {}, []
+    found = {"copy_gb_per_s": round(bytes_per_s / 1e9, 1), setting.shape: {"throughput": rows}}
+    newest_first = CHAPTERS[::-1]
+    report_head(setting.shape)
+    for chapter in newest_first:
+        if time.monotonic() > deadline:
+            left = [each.id for each in newest_first if each not in measured]
+            print(f"not measured, since the time is up: {', '.join(left)}; give it more with --minutes")
+            break
+        rows[chapter.id] = throughput(chapter, path, requests, setting)
+        measured.append(chapter)
+        report_row(chapter.id, rows[chapter.id])
+        keep(found, measured)
+        if chapter is CHAPTERS[-1]:
+            rows["HF continuous"] = peer(path, requests, setting)
+            report_row("HF continuous", rows["HF continuous"])
+            found[setting.shape]["decode"] = decode_steps(path, setting, bytes_per_s)
+            keep(found, measured)
+    report_decode(found[setting.shape]["decode"])
+    return found
 
 
-def report_throughput(shape: str, rows: dict) -> None:
+def report_head(shape: str) -> None:
     print(f"\n{shape}\n{'':16}{'requests':>10}{'tokens':>10}{'seconds':>10}{'tokens/s':>12}")
-    for name, row in rows.items():
-        if "error" in row:
-            print(f"{name:16}{row['error']}")
-            continue
-        cells = f"{row['requests']:10,}{row['tokens']:10,}{min(row['seconds']):10.2f}{row['tokens_per_s']:12,.0f}"
-        print(f"{name:16}{cells}", flush=True)
+
+
+def report_row(name: str, row: dict) -> None:
+    if "error" in row:
+        print(f"{name:16}{row['error']}", flush=True)
+        return
+    cells = f"{row['requests']:10,}{row['tokens']:10,}{min(row['seconds']):10.2f}{row['tokens_per_s']:12,.0f}"
+    print(f"{name:16}{cells}", flush=True)
 
 
 def report_decode(rows: list[dict]) -> None:
@@ -251,18 +286,26 @@ def report_decode(rows: list[dict]) -> None:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.bench.gpu", description="Measure every chapter on a GPU.")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with a tiny model: see that it runs; nothing is worth reading")
-    parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
+    parser.add_argument("--shape", default=GPU.shape, help=f"a checkpoint's name (default: {GPU.shape})")
+    parser.add_argument("--minutes", type=float, default=4.0, help="after which nothing more is begun (default: 4)")
+    parser.add_argument("--write", action="store_true", help="write the result under docs/results/, after each measurement")
     args = parser.parse_args(argv)
     if args.dry_run and args.write:
         parser.error("--write commits what a GPU took; leave out --dry-run")
+    if not args.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {args.minutes}")
     import torch
 
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("this needs a GPU, and torch sees none; --dry-run checks the command without one")
-    setting = DRY_RUN if args.dry_run else GPU
-    results = bench_gpu(setting)
-    if args.write:
-        print(f"\nwrote {write('gpu', results, 'python -m shared.bench.gpu --write', gpu=True)}")
+    command = " ".join(["python -m shared.bench.gpu", *argv])
+
+    def keep(found: dict, measured: list[Chapter]) -> None:
+        if args.write:
+            print(f"wrote {write_row('gpu', found, command, measured, gpu=True)}")
+
+    # The last measurement that is begun has to end as well.
+    bench_gpu(DRY_RUN if args.dry_run else replace(GPU, shape=args.shape), 60 * args.minutes * 0.75, keep)
     return 0
 
 

@@ -1,10 +1,13 @@
-"""Compile the kernels for GPUs that need not be here, and say what they take.
+"""Compile a chapter's kernels for GPUs that need not be here, and say what they take.
 
-    python -m shared.bench.kernels            # JSON
-    python -m shared.bench.kernels --write    # commit it
+    python -m shared.bench.kernels                             # JSON: the first chapter that has kernels, all GPUs
+    python -m shared.bench.kernels v07 --targets sm_80 sm_90   # others
+    python -m shared.bench.kernels --write                     # commit it
 
 Registers, shared memory and the stack, to which registers are spilled, are read from the machine code, by the cuobjdump that comes with Triton.
 """
+import argparse
+import importlib
 import json
 import os
 import re
@@ -12,6 +15,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from shared.chapters import Chapter, find, first_with
+from shared.results import write
 
 # A T4, an A100, a GeForce RTX 30, an H100.
 TARGETS = {"sm_75": 75, "sm_80": 80, "sm_86": 86, "sm_90": 90}
@@ -41,7 +47,7 @@ TYPES = {
 }
 
 
-def compiled(target: int, kernel: str, constants: dict, dtype: str = "bf16") -> dict:
+def compiled(chapter: Chapter, target: int, kernel: str, constants: dict, dtype: str = "bf16") -> dict:
     """What a kernel takes on a GPU of this compute capability, compiled for what a launch passes it.
 
     Tensors begin at multiples of 16 bytes, and their strides are multiples of 16 elements; with num_splits left
@@ -51,10 +57,7 @@ def compiled(target: int, kernel: str, constants: dict, dtype: str = "bf16") -> 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    import milestones.v06_triton_kernel.kernels  # noqa: F401
-
-    # The package has a function of the module's name.
-    module = sys.modules["milestones.v06_triton_kernel.kernels.paged_attention"]
+    module = importlib.import_module(f"milestones.{chapter.name}.kernels.paged_attention")
     function = getattr(module, kernel)
     if kernel == "_attend_kernel":
         tile_dtype = {"bf16": triton.language.bfloat16, "fp32": triton.language.float32}[dtype]
@@ -91,18 +94,24 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shared.bench.kernels", description="Compile the kernels, and say what they take.")
+    parser.add_argument("chapter", nargs="?", metavar="vNN", type=find, default=first_with("attention"))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
+    args = parser.parse_args(argv)
+    if args.write and argv != ["--write"]:
+        parser.error("--write takes nothing else: the texts show one chapter and all targets")
     # Interpreted functions cannot be compiled.
     os.environ["TRITON_INTERPRET"] = "0"
-    results = {
-        name: {target: compiled(number, *kernel) for target, number in TARGETS.items()} for name, kernel in KERNELS.items()
+    found = {
+        name: {target: compiled(args.chapter, TARGETS[target], *kernel) for target in args.targets}
+        for name, kernel in KERNELS.items()
     }
-    print(json.dumps(results, indent=2))
-    if argv == ["--write"]:
-        from shared.results import write
-
+    print(json.dumps(found, indent=2))
+    if args.write:
         import triton
 
-        write("kernels", {"triton": triton.__version__} | results, "python -m shared.bench.kernels --write")
+        write("kernels", {"triton": triton.__version__} | found, "python -m shared.bench.kernels --write")
     return 0
 
 

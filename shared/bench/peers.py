@@ -4,6 +4,7 @@ Both run greedily and never stop early; on the CPU in float32, unless they are t
 """
 import inspect
 import logging
+import time
 from pathlib import Path
 
 import torch
@@ -78,13 +79,17 @@ class ContinuousBatching(HuggingFace):
         )
         self.manager.start()
 
-    def generate(self, requests: list[Request]) -> list[list[int]]:
+    def generate(self, requests: list[Request], seconds: float = 600.0) -> list[list[int]]:
+        """The tokens of each; RuntimeError if they are not all there in time."""
+        deadline = time.monotonic() + seconds
         ids = [self.manager.add_request(each.prompt_ids, max_new_tokens=each.max_tokens) for each in requests]
         said = {}
         while len(said) < len(ids):
-            result = self.manager.get_result(timeout=600)
-            if result is None or result.error:
-                raise RuntimeError(f"continuous batching failed: {result and result.error}")
+            result = self.manager.get_result(timeout=max(deadline - time.monotonic(), 0.01))
+            if result is None:
+                raise RuntimeError(f"continuous batching was not done after {seconds:g} s: {len(said)} of {len(ids)} requests")
+            if result.error:
+                raise RuntimeError(f"continuous batching failed: {result.error}")
             if result.is_finished():
                 said[result.request_id] = result.generated_tokens
         return [said[each] for each in ids]

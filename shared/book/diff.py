@@ -8,10 +8,9 @@ not counted.
 import signal
 import sys
 from difflib import SequenceMatcher, unified_diff
-from pathlib import Path
 
-from shared.chapters import BOOK, Book, Chapter, python_files
 from shared.book.units import Change, compare, read_units
+from shared.chapters import BOOK, Book, Chapter, python_files
 
 COLOURS = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m", "=": "\033[1m"}
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from shared.book.changed_copy import make_copy
-from shared.chapters import BOOK, Book, Chapter
+from shared.chapters import BOOK, Book, Chapter, Row
 
 TEXT = """\
 # {id}: what it is, and nothing else
@@ -62,7 +62,7 @@ def create(book: Book, number: str, noun: str) -> list[Path]:
         raise ValueError(f"NAME is {noun!r}; it takes small letters, digits and underscores, and begins with a letter")
     name = f"{number}_{noun}"
     contents = book.root / "shared" / "chapters.py"
-    chapter = Chapter(name, "", frozenset(), book.root, last)
+    chapter = Chapter(*Row(name), root=book.root, previous=last)
     for path in (chapter.path, chapter.claims, chapter.traps):
         if path.exists():
             raise ValueError(f"{path.relative_to(book.root)} is there already; remove it first")

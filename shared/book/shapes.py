@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.book.dimensions import Comment, Letters, known_in, parse_dims
-from shared.chapters import python_files
 from shared.book.units import read_units
+from shared.chapters import python_files
 
 SHAPE = re.compile(r"#\s*(\[[^\]]*\])")
 BINDS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.For, ast.Return)

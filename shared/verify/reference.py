@@ -2,6 +2,7 @@
 
 N tokens of the prompt   V vocabulary   T tokens generated
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ class Greedy:
 class Reference:
     """A checkpoint as transformers runs it: one prompt at a time, no batching.
 
+    What it said is kept, since all chapters are asked the same: whoever gets a tensor must not change it.
     attention: eager, every operation written out, or sdpa, PyTorch's fused one.
     """
 
@@ -38,19 +40,33 @@ class Reference:
             local_files_only=True,
         ).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        self.said = {}
 
-    @torch.inference_mode()
+    def once(self, compute: Callable, *asked):
+        """What was said to this before, or is said now."""
+        key = repr((compute.__name__, asked))
+        if key not in self.said:
+            self.said[key] = compute(*asked)
+        return self.said[key]
+
     def logits(self, token_ids: list[int]) -> Tensor:
         """Logits [N, V] of one prefill, float32."""
+        return self.once(self.compute_logits, token_ids)
+
+    @torch.inference_mode()
+    def compute_logits(self, token_ids: list[int]) -> Tensor:
         return self.model(torch.tensor([token_ids]), use_cache=False).logits[0].float()
 
     def logprobs(self, token_ids: list[int]) -> Tensor:
         """Log-probabilities [N, V] of the token after each of token_ids."""
         return self.logits(token_ids).log_softmax(-1)
 
-    @torch.inference_mode()
     def greedy(self, prompt_ids: list[int], max_tokens: int, ignore_eos: bool = False) -> Greedy:
         """transformers' own generate, without sampling."""
+        return self.once(self.compute_greedy, prompt_ids, max_tokens, ignore_eos)
+
+    @torch.inference_mode()
+    def compute_greedy(self, prompt_ids: list[int], max_tokens: int, ignore_eos: bool) -> Greedy:
         settings = self.model.generation_config
         config = GenerationConfig(
             do_sample=False,
@@ -71,8 +87,11 @@ class Reference:
 
     def module_outputs(self, token_ids: list[int]) -> dict[str, Tensor]:
         """What every module gives during one prefill, by the module's name."""
+        return self.once(self.compute_module_outputs, token_ids)
+
+    def compute_module_outputs(self, token_ids: list[int]) -> dict[str, Tensor]:
         with Outputs(self.model) as outputs:
-            self.logits(token_ids)
+            self.compute_logits(token_ids)
         return {name: value[0] for name, value in outputs.items()}
 
 

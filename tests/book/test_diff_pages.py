@@ -6,8 +6,7 @@ import pytest
 from shared.book.site import build, diff_pages, line_values
 from shared.book.traps import answers
 from shared.book.traps.seeded_bugs import Trap, read_traps
-from shared.chapters import BOOK
-from shared.chapters import CHAPTERS, find
+from shared.chapters import BOOK, CHAPTERS, find
 
 TEXT = """# Two
 

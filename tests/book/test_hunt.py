@@ -7,8 +7,7 @@ import pytest
 
 from shared.book.traps import hunt
 from shared.book.traps.seeded_bugs import read_traps
-from shared.chapters import BOOK, Book
-from shared.chapters import ROOT
+from shared.chapters import BOOK, ROOT
 
 TRAP = '[[trap]]\nname = "costs nothing"\nfile = "cache.py"\nunit = "cost"\nfind = "n * SIZE"\nreplace = "n * 0"\ntest = "tests/t.py"\nsees = "All is free."\n'
 

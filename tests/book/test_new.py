@@ -4,7 +4,7 @@ import ast
 import pytest
 
 from shared.book.new import main
-from shared.chapters import Chapter, python_files
+from shared.chapters import python_files
 
 CONTENTS = '''\
 CONTENTS = (

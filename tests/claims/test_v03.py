@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from shared.checkpoints import checkpoint
 from shared.bench.recorder import record
+from shared.checkpoints import checkpoint
 from shared.workloads import Request, fixed, ragged, random_ids, staircase
 
 # Five requests for two places: prompt, output.

@@ -3,11 +3,10 @@ import asyncio
 import filecmp
 from types import SimpleNamespace
 
-import httpx
 import pytest
 
-from shared.checkpoints import checkpoint
 from shared.verify.serving import serving
+from tests.support.http import HTTP
 
 CHAT = [{"role": "user", "content": "Hello!"}]
 
@@ -70,6 +69,6 @@ def test_a_silent_max_tokens_is_a_promise_of_the_whole_context(chapter, make_eng
             engine.scheduler.schedule = counted
             # One call of 64 answers is in the queue as a whole before the next step.
             body = {"model": "pocket", "messages": CHAT, "n": 64, "temperature": 0}
-            assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+            assert HTTP.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
             engine.scheduler.schedule = schedule
             assert max(most) == together

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from shared.book.traps import answers
 from shared.book.site.build import dead_links
+from shared.book.traps import answers
 from shared.book.traps.seeded_bugs import read_traps
 from shared.chapters import BOOK
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from shared.book.claims import cost_tables, result_tables
 from shared.book.diff import changes_of, diff_lines
-from shared.chapters import Book, Chapter
 from shared.book.units import Unit, expand, read_units, split
+from shared.chapters import Book, Chapter
 
 
 def code(book: Book, chapter: Chapter | None, what: str) -> list[str]:

@@ -16,13 +16,21 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.book.traps import answers
 from shared.book.claims.generators import GENERATORS
+from shared.book.claims.markdown import (
+    Claim,
+    TextError,
+    bare_numbers,
+    fill_blocks,
+    fill_results,
+    find_claims,
+    read_result,
+)
 from shared.book.diff import changes_of
-from shared.book.claims.markdown import Claim, TextError, bare_numbers, fill_blocks, fill_results, find_claims, read_result
-from shared.chapters import BOOK, Book, Chapter
-from shared.book.units import expand, misplaced, read_units
 from shared.book.site.pictures import draw_all
+from shared.book.traps import answers
+from shared.book.units import expand, misplaced, read_units
+from shared.chapters import BOOK, Book, Chapter
 
 MENDS = "run `make sync`"
 

@@ -22,9 +22,9 @@ import urllib.parse
 from html import escape
 from pathlib import Path
 
+from shared.book.claims.markdown import fenced
 from shared.book.site import diff_pages
 from shared.book.site.line_values import Values, record
-from shared.book.claims.markdown import fenced
 from shared.book.traps.seeded_bugs import read_traps
 from shared.chapters import BOOK, Book, python_files
 from shared.workloads import TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS

@@ -14,12 +14,12 @@ from pygments.lexers import PythonLexer
 from pygments.token import Comment, Keyword, Literal, Name, String
 
 from shared.book.claims.generators import chapter_of
+from shared.book.claims.markdown import fenced, find_claims
 from shared.book.diff import changes_of
 from shared.book.site.line_values import Values
-from shared.book.claims.markdown import fenced, find_claims
 from shared.book.traps.seeded_bugs import read_traps
-from shared.chapters import Book, Chapter
 from shared.book.units import Change, Unit, expand
+from shared.chapters import Book, Chapter
 
 SHOWN = ("diff", "see", "words", "unshown")
 HEADING = re.compile(r"#{2,4} ")

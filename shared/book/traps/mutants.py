@@ -23,8 +23,8 @@ from shared import results
 from shared.book.diff import changes_of
 from shared.book.forks import SLOW, Work, in_forks, preload
 from shared.book.traps.tested_copy import Run, run_of, work
-from shared.chapters import BOOK, Book, Chapter, python_files
 from shared.book.units import read_units
+from shared.chapters import BOOK, Book, Chapter, python_files
 
 FILE = "mutants.json"
 REASONS = "tests/mutants.toml"

@@ -1,0 +1,75 @@
+"""Which tests `make test` runs for which chapter: the one place that says it.
+
+A test that takes `chapter` holds for every chapter that has what it needs. To run all of them for all would take longer
+with each chapter, so `make test` runs
+
+    claims      of a chapter, for it, the next one and the last
+    parities    for every chapter, on pocket and two other checkpoints; for the last chapter on all
+    whole runs  for the first chapter that can do it and the last
+
+and what is no chapter's; of a test with many cases, those that are not marked `whole`. Which two checkpoints follows from the chapter's number, so that three neighbours see them all.
+`make test-vNN` runs everything of one chapter, `make test-all` everything of all; what `make prove` runs beyond
+`make test` is told in shared/book/full_record.py.
+"""
+from pathlib import Path
+
+from shared.chapters import Chapter
+from shared.checkpoints import RANDOM
+
+# Each of these says that a chapter computes what another does, and is quick.
+PARITIES = {
+    "test_arrivals.py",
+    "test_engine.py",
+    "test_modules.py",
+    "test_previous.py",
+    "test_refusals.py",
+    "test_sampling.py",
+    "test_source.py",
+    "test_text.py",
+    "test_tokens.py",
+}
+# These start processes and servers, or run whole workloads.
+WHOLE_RUNS = {
+    "test_clients.py",
+    "test_command_line.py",
+    "test_on_a_gpu.py",
+    "test_protocol.py",
+    "test_server.py",
+    "test_server_fuzz.py",
+    "test_server_under_stress.py",
+    "test_soak.py",
+    "test_stop_strings.py",
+    "test_trace.py",
+}
+POCKET = "pocket"
+CHECKPOINTS = (POCKET, *RANDOM)  # of a test that takes `checkpoint_name`
+
+
+def is_run(file: Path, holds_for: list[Chapter], chapter: Chapter, last: Chapter, checkpoint: str | None) -> bool:
+    """Whether `make test` runs a test for a chapter, on a checkpoint if it takes one.
+
+    Args:
+        file: where the test stands.
+        holds_for: the chapters that it holds for, in order.
+        last: the book's last chapter.
+    """
+    return chapter in chapters_run(file, holds_for) and (checkpoint is None or checkpoint in checkpoints_run(chapter, last))
+
+
+def chapters_run(file: Path, holds_for: list[Chapter]) -> list[Chapter]:
+    """Of the chapters that a test holds for, those for which it is run."""
+    if file.parent.name == "claims":
+        return [*holds_for[:2], holds_for[-1]]
+    if file.name in PARITIES:
+        return holds_for
+    if file.name in WHOLE_RUNS:
+        return [holds_for[0], holds_for[-1]]
+    raise ValueError(f"{file.name} has tests that take `chapter`; say in {Path(__file__).name} for which they are run")
+
+
+def checkpoints_run(chapter: Chapter, last: Chapter) -> list[str]:
+    """The checkpoints on which a chapter's parities are run."""
+    if chapter is last:
+        return list(CHECKPOINTS)
+    families = CHECKPOINTS[1:]
+    return [POCKET, *(families[(2 * chapter.number + i) % len(families)] for i in range(2))]

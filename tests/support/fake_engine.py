@@ -1,0 +1,60 @@
+"""An engine that computes nothing, and that tests can steer."""
+import importlib
+import threading
+
+
+class FakeEngine:
+    """Says the prompt back, a token a step, to as many requests as there are places; holds while `gate` is closed."""
+
+    def __init__(self, chapter, tokenizer, places=2, max_model_len=1000):
+        module = importlib.import_module(f"milestones.{chapter.name}.engine")
+        self.StepOutput, self.Stats = module.StepOutput, module.Stats
+        self.tokenizer, self.places, self.max_model_len = tokenizer, places, max_model_len
+        self.requests, self.num_requests, self.aborted = {}, 0, []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fault = None
+
+    def add_request(self, prompt, params):
+        if 13 in prompt:
+            raise ValueError("prompt has the token 13, which this engine refuses")
+        self.num_requests += 1
+        self.requests[self.num_requests] = [list(prompt), params.max_tokens]
+        return self.num_requests
+
+    def abort_request(self, request_id):
+        self.aborted.append(request_id)
+        return self.requests.pop(request_id, None) is not None
+
+    def has_unfinished_requests(self):
+        return bool(self.requests)
+
+    def running(self):
+        return list(self.requests)[: self.places]
+
+    def step(self):
+        self.gate.wait()
+        if self.fault:
+            fault, self.fault = self.fault, None
+            raise fault
+        outputs = []
+        for request_id in self.running():
+            said = self.requests[request_id]
+            token_id = said[0].pop(0)
+            said[1] -= 1
+            ended = not said[0] or not said[1]
+            text = self.tokenizer.decode([token_id])
+            outputs.append(self.StepOutput(request_id, token_id, text, None, "length" if ended else None))
+            if ended:
+                del self.requests[request_id]
+        return outputs
+
+    def fail_step(self):
+        failed = self.running()
+        for request_id in failed:
+            del self.requests[request_id]
+        return failed
+
+    def stats(self):
+        running = len(self.running())
+        return self.Stats(running, len(self.requests) - running, self.places - running, self.places)

@@ -1,0 +1,20 @@
+"""One client for all tests: to make one takes longer than most requests."""
+import httpx
+
+HTTP = httpx.Client(verify=False, timeout=30, limits=httpx.Limits(max_connections=None))
+
+
+def post(server, path, body, **options):
+    """Send a body to a server, as JSON; bytes as they are."""
+    content = {"json": body} if isinstance(body, (dict, list)) else {"content": body}
+    headers = {"content-type": "application/json"} | options.pop("headers", {})
+    return HTTP.post(f"{server.url}{path}", headers=headers, **content, **options)
+
+
+def assert_names(response, param):
+    """It is a 400 in OpenAI's form, which names the parameter."""
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert error["param"].split(".")[0] == param.split(".")[0] and error["param"].startswith(param)
+    assert param.split("[")[0] in error["message"] or param == "messages"

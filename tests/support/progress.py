@@ -1,0 +1,43 @@
+"""On a terminal, one line that says how far the tests are, in the place of a dot for each."""
+import time
+
+import pytest
+
+
+class OneLine:
+    """A pytest plugin for the process that prints."""
+
+    def __init__(self, reporter):
+        self.reporter = reporter
+        self.total = self.done = self.failed = 0
+        self.began = time.monotonic()
+        self.drawn = 0.0
+
+    def pytest_collection_finish(self, session):
+        self.total = session.testscollected
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node, ids):
+        self.total = len(ids)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(self, report):
+        """No letter is printed; what there is to say is said at the end."""
+        if report.when == "call" and report.passed:
+            return "passed", "", "PASSED"
+        if report.failed:
+            return ("failed", "", "FAILED") if report.when == "call" else ("error", "", "ERROR")
+        return ("skipped", "", "SKIPPED") if report.skipped else ("", "", "")
+
+    def pytest_runtest_logreport(self, report):
+        self.failed += report.failed
+        self.done += report.when == "teardown"
+        now = time.monotonic()
+        if now - self.drawn > 0.1:
+            self.drawn = now
+            minutes, seconds = divmod(int(now - self.began), 60)
+            failed = f", {self.failed} failed" if self.failed else ""
+            self.reporter.rewrite(f"{self.done} of {self.total} tests{failed}, {minutes}:{seconds:02}", erase=True)
+
+    def pytest_sessionfinish(self):
+        self.reporter.rewrite("", erase=True)

@@ -1,0 +1,70 @@
+"""The harness's own guards: what was seen, what is written down of it, and the line that says how far it is."""
+from types import SimpleNamespace
+
+import pytest
+
+from shared.book import full_record
+from shared.chapters import CHAPTERS, ROOT
+from tests.support.progress import OneLine
+from tests.support.seen import Seen
+
+
+@pytest.fixture
+def harness(request):
+    [harness] = [plugin for plugin in request.config.pluginmanager.get_plugins() if hasattr(plugin, "chapters_of")]
+    return harness
+
+
+def test_whatever_is_opened_or_imported_is_seen(tmp_path):
+    seen, file = Seen(), tmp_path / "data.txt"
+    file.write_text("x")
+    assert file in seen.files()
+    assert ROOT / "shared" / "chapters.py" in seen.files(), "it was imported before"
+    assert tmp_path / "other.txt" not in seen.files()
+
+
+@pytest.mark.parametrize(
+    ("exit_status", "changes", "told"),
+    [
+        (1, "", "not written, since not all tests of v02 pass"),
+        (0, " M shared/chapters.py", "not written, since there are changes that are not committed"),
+        (0, None, "not written, since git says nothing"),
+        (0, "", "all tests of v02 pass, on 1 files; commit it"),
+    ],
+)
+def test_all_tests_of_a_chapter_are_written_down_if_they_pass_in_a_clean_tree(harness, monkeypatch, exit_status, changes, told):
+    written = []
+
+    def say_changes(root):
+        if changes is None:
+            raise ValueError("git says nothing")
+        return changes
+
+    monkeypatch.setattr(full_record, "changes", say_changes)
+    monkeypatch.setattr(full_record, "record", lambda book, chapter, files: written.append((chapter.id, files)))
+    config = SimpleNamespace(only=[CHAPTERS[1]], seen={"shared/chapters.py"})
+    assert harness.kept(config, exit_status).endswith(told)
+    assert written == ([("v02", ["shared/chapters.py"])] if told.startswith("all") else [])
+
+
+def test_what_workers_measured_and_saw_is_put_together(harness):
+    config = SimpleNamespace(seen=set(), left_out=0, distances={})
+    for distance, file in ((1.0, "a"), (float("nan"), "b"), (2.0, "c")):
+        said = {"seen": [file], "left_out": 7, "distances": {"x": {"distance": distance, "where": file}}}
+        harness.pytest_testnodedown(SimpleNamespace(config=config, workeroutput=said), None)
+    assert config.seen == {"a", "b", "c"} and config.left_out == 7
+    assert config.distances["x"]["where"] == "b", "nothing is worse than what is no number"
+
+
+def test_on_a_terminal_one_line_says_how_far_it_is():
+    lines = []
+    line = OneLine(SimpleNamespace(rewrite=lambda text, erase: lines.append(text)))
+    line.pytest_xdist_node_collection_finished(None, ["a", "b", "c"])
+    for when, failed in (("setup", False), ("call", True), ("teardown", False)):
+        line.drawn = 0.0
+        report = SimpleNamespace(when=when, failed=failed, passed=not failed, skipped=False)
+        line.pytest_runtest_logreport(report)
+        assert line.pytest_report_teststatus(report)[1] == "", "no letter for each test"
+    line.pytest_sessionfinish()
+    assert [text.split(",")[0] for text in lines] == ["0 of 3 tests", "0 of 3 tests", "1 of 3 tests", ""]
+    assert "1 failed" in lines[2]
