@@ -213,3 +213,9 @@ def test_a_test_s_name_is_not_the_beginning_of_another_s():
     assert belongs("tests/test_a.py::test_b[v01]", ("tests/test_a.py::test_b",))
     assert belongs("tests/test_a.py::test_b", ("tests/test_a.py",))
     assert not belongs("tests/test_a.py::test_bc", ("tests/test_a.py::test_b",))
+
+
+def test_where_a_bug_shipped_is_told_with_it(tmp_path):
+    path = tmp_path / "v01.toml"
+    path.write_text(toml([TRAP | {"seen": "vllm #43810"}, TRAP | {"name": "other"}]))
+    assert [trap.told for trap in read_traps(path)] == ["nought (This shipped: vllm #43810.)", "nought"]

@@ -10,12 +10,12 @@
 In a text that belongs to no chapter an address begins with its chapter: `v03/cache.py::KVCache`.
 """
 import re
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 from shared.book.claims import cost_tables, result_tables
 from shared.book.diff import changes_of, diff_lines
+from shared.book.traps.seeded_bugs import read_traps
 from shared.book.units import Unit, expand, read_units, split
 from shared.chapters import Book, Chapter
 
@@ -53,15 +53,14 @@ def traps(book: Book, chapter: Chapter | None, what: str) -> list[str]:
     path = chapter.traps
     if not path.is_file():
         raise ValueError(f"there is no {path.relative_to(book.root)}; write the chapter's traps first")
-    rows = tomllib.loads(path.read_text()).get("trap", [])
-    rows = [(trap, "::".join(filter(None, (trap["file"], trap.get("unit"))))) for trap in rows]
+    found = read_traps(path)
     if what:
         expand(what, read_units(chapter.path))
-        wanted = set(expand(what, [address for _, address in rows]))
-        rows = [(trap, address) for trap, address in rows if address in wanted]
-    if not rows:
+        wanted = set(expand(what, [trap.address for trap in found]))
+        found = [trap for trap in found if trap.address in wanted]
+    if not found:
         raise ValueError(f"{path.relative_to(book.root)} has no traps; write them first")
-    return [f"- **{trap['name']}** (`{address}`): {' '.join(trap['sees'].split())}" for trap, address in rows]
+    return [f"- **{trap.name}** (`{trap.address}`): {trap.told}" for trap in found]
 
 
 def table(book: Book, chapter: Chapter | None, what: str) -> list[str]:

@@ -173,7 +173,7 @@ def traps_page(book: Book, says: dict[str, dict]) -> str:
             tests = "`" + trap.test[0].split("::")[-1] + "`" + (f" and {len(failed) - 1} more" if len(failed) > 1 else "")
             said = says.get(f"{chapter.id}/{trap.name}", {})
             answer = "" if not said else "the same" if said.get("same") else cell(said["answer"])
-            table.append(f"| **{cell(trap.name)}**: {cell(trap.sees)} | {where}<br>{tests} | {answer} |")
+            table.append(f"| **{cell(trap.name)}**: {cell(trap.told)} | {where}<br>{tests} | {answer} |")
         rows += ['<div class="stack" markdown="1">', "\n".join(table), "</div>"]
     return "\n\n".join(rows) + "\n"
 

@@ -272,7 +272,7 @@ def traps_html(book: Book, chapter: Chapter, addresses: set[str], says: dict[str
     for trap in read_traps(chapter.traps):
         if trap.address in addresses:
             said = says.get(f"{chapter.id}/{trap.name}")
-            rows.append(f"<li><b>{escape(trap.name)}</b>: {escape(' '.join(trap.sees.split()))}{said_html(said)}</li>")
+            rows.append(f"<li><b>{escape(trap.name)}</b>: {escape(trap.told)}{said_html(said)}</li>")
     if not rows:
         return []
     return [f'<details class="traps" {state}><summary>What breaks if this is wrong ({len(rows)})</summary><ul>{"".join(rows)}</ul></details>']

@@ -122,7 +122,7 @@ def reveal(book: Book) -> list[str]:
         plant(trap, again)
         old, new = ((directory / trap.file).read_text().splitlines() for directory in (chapter.path, again))
     lines = [f"{trap.name}, in {trap.address}", "", *difflib.unified_diff(old, new, trap.file, trap.file, lineterm="", n=2)]
-    return [*lines, "", f"What one sees: {' '.join(trap.sees.split())}", f"Who catches it: {', '.join(trap.test)}"]
+    return [*lines, "", f"What one sees: {trap.told}", f"Who catches it: {', '.join(trap.test)}"]
 
 
 def main(argv: list[str], book: Book | None = None) -> int:

@@ -14,6 +14,7 @@ tests/traps/v05.toml holds them:
     replace = "return rotate(k, cos, sin), rotate(q, cos, sin), v"
     test = "tests/test_modules.py::test_every_module_is_hugging_faces"    # or a list of them
     sees = "Fluent nonsense: the model repeats the last word of the prompt."
+    seen = "vllm #43810"              # where somebody shipped it, if anybody did
 
 `find` stands exactly once in the unit. The bug is planted in a copy of the chapter that a child process,
 forked from this one, finds in place of the chapter; this one has imported what is slow to import and

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from shared.book.units import read_units
 
-KEYS = {"name", "file", "unit", "find", "replace", "test", "sees", "crashes"}
-OPTIONAL = {"unit", "crashes"}
+KEYS = {"name", "file", "unit", "find", "replace", "test", "sees", "crashes", "seen"}
+OPTIONAL = {"unit", "crashes", "seen"}
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,16 @@ class Trap:
     sees: str
     unit: str = ""
     crashes: bool = False  # what the tests see of it is that the process dies of a signal
+    seen: str = ""  # where somebody shipped it: a project and a number, as "vllm #43810"
 
     @property
     def address(self) -> str:
         return f"{self.file}::{self.unit}" if self.unit else self.file
+
+    @property
+    def told(self) -> str:
+        """What one sees of it, and where it was seen."""
+        return " ".join(self.sees.split()) + (f" (This shipped: {self.seen}.)" if self.seen else "")
 
 
 def read_traps(path: Path) -> list[Trap]:
