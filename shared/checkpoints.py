@@ -6,6 +6,8 @@ are written by transformers itself, so that what is loaded is what its users hav
     python -m shared.checkpoints pocket             # prints the directory that a name stands for
     python -m shared.checkpoints qwen3              # makes a random one first
     python -m shared.checkpoints Qwen/Qwen3-0.6B    # downloads it
+
+Reads: shared/models, the hub. Writes: .cache/checkpoints.
 """
 import dataclasses
 import hashlib

@@ -7,6 +7,8 @@ What depends on the machine stands there in a row for each kind of machine, whic
 `code` is a hash of each measured chapter's code as it was: when the chapter has changed, its figures are old, and are
 shown as old. What is the same on every machine, a trace of who ran when, has no rows: command, machine, date and
 figures stand at the top.
+
+Reads: docs/results/*.json. Writes: docs/results/*.json.
 """
 import ast
 import hashlib

@@ -6,7 +6,7 @@ import pytest
 
 from shared.bench.recorder import Part, Pass, Trace, record
 from shared.bench.staircase import staircase_engine
-from shared.book.site import pictures
+from shared.book import pictures
 from shared.chapters import ROOT
 from shared.checkpoints import POCKET
 from shared.commands import trace

@@ -13,6 +13,8 @@ a batch are equally long, so that none of them computes a pad.
 A launch from Python takes longer than a small kernel runs. So launches are recorded, as many layers of a model
 one after the other, each with keys and values of its own, and what is timed is the replay: together they are
 larger than the GPU's cache, in which the next layer of a model would not be either.
+
+Reads: the kernel's chapter. Writes: docs/results/attention.json.
 """
 import argparse
 import importlib

@@ -1,4 +1,7 @@
-"""Requests that share a pass: tokens per second by their number, and a decode step of unequal ones."""
+"""Requests that share a pass: tokens per second by their number, and a decode step of unequal ones.
+
+Reads: the chapters. Writes: docs/results/{batch,decode}.json, through `python -m shared.bench`.
+"""
 import random
 
 from shared.bench.timing import NOISY, Timing, interleave, summary, timed, weight_bytes

@@ -10,6 +10,8 @@ all there at the start, in bfloat16. The last chapter runs all of them. The othe
 they are there to be compared with each other, and how many they got stands in the row. The last chapter comes first, then
 its decode steps, then the others from the newest to the oldest, while there is time. A decode step is set beside the time
 to read all weights, and all keys and values of the sequences in it, at the bandwidth of a large copy.
+
+Reads: the chapters. Writes: docs/results/gpu.json.
 """
 import argparse
 import json

@@ -1,4 +1,7 @@
-"""Time per token against the length of the sequence."""
+"""Time per token against the length of the sequence.
+
+Reads: the chapters. Writes: docs/results/growth.json, through `python -m shared.bench`.
+"""
 import random
 
 from shared.bench.timing import NOISY, Timing, interleave, summary, timed

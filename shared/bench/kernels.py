@@ -5,6 +5,8 @@
     python -m shared.bench.kernels --write                     # commit it
 
 Registers, shared memory and the stack, to which registers are spilled, are read from the machine code, by the cuobjdump that comes with Triton.
+
+Reads: the kernel's chapter. Writes: docs/results/kernels.json.
 """
 import argparse
 import importlib

@@ -12,6 +12,8 @@ or not the server keeps up; it shows what people feel. Requests are seeded: stre
     ttft    from the request to the first piece of text
     tpot    from the first to the last piece, per token after the first
     itl     between two pieces of a stream
+
+Reads: a running server. Writes: docs/results/load.json.
 """
 import argparse
 import asyncio

@@ -5,6 +5,8 @@
 The parts of a step are timed from outside, by wrapping the functions that `Engine.step` calls: a chapter knows
 nothing of it. What is neither the model nor its head is the engine's own: scheduling, building the batch, choosing
 tokens, and appending, decoding and reporting them.
+
+Reads: the chapters. Writes: docs/results/overhead.json, through `python -m shared.bench`.
 """
 import random
 import statistics

@@ -1,4 +1,7 @@
-"""Every chapter on one ragged workload: tokens per second, and what was computed, read and reserved for it."""
+"""Every chapter on one ragged workload: tokens per second, and what was computed, read and reserved for it.
+
+Reads: shared/workloads.py, the chapters. Writes: docs/results/staircase.json, through `python -m shared.bench`.
+"""
 import statistics
 from itertools import accumulate
 

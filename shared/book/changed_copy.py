@@ -5,6 +5,8 @@
 
 `milestones/__init__.py` looks first where the variable STEPSERVE_COPIES says. So a server that a test starts, or an
 engine's process that is spawned, runs the copy too. Nothing of the chapter may have been imported before.
+
+Reads: a chapter. Writes: a copy in a directory that is given.
 """
 import contextlib
 import os

@@ -4,6 +4,8 @@
 
 Hunks are headed by the unit they are in, and what is unchanged is folded. Blank lines between units are
 not counted.
+
+Reads: the chapters.
 """
 import signal
 import sys

@@ -8,6 +8,8 @@ chooses, and those whose hash does not hold, at most LIMIT of them: when what al
 
     python -m shared.book.full_record         # whose record holds, and whose does not
     python -m shared.book.full_record pick    # the chapters that `make prove` runs in full
+
+Reads: tests/full.json, git. Writes: tests/full.json.
 """
 import hashlib
 import json

@@ -4,6 +4,8 @@
 
 Copies its directory and its notebook, and writes what a chapter has besides: the beginning of a text, an
 empty list of traps, a page for its claims, and a row in the table of contents, to be filled in.
+
+Reads: the last chapter. Writes: milestones/vNN_*, tests/traps, tests/claims, notebooks, shared/chapters.py.
 """
 import ast
 import re

@@ -7,6 +7,8 @@
 
 A source is `notebooks/NAME.py`; jupytext splits it at `# %%`. A notebook is stale when its cells are not the source's,
 or when a run prints something else than it has; numbers with a decimal point, and cells tagged `varies`, may differ.
+
+Reads: notebooks/*.py. Writes: notebooks/*.ipynb.
 """
 import argparse
 import contextlib

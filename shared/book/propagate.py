@@ -11,6 +11,8 @@ gone or renamed are so in the later chapters. Texts are never touched.
 At a conflict it stops, with markers in the files it names. Edit them, then --continue; or --abort, which
 gives every later chapter back as it was (v03 keeps its edit). A file that was deleted in v03 and edited in
 v04 is such a conflict too: leave it empty to delete it there as well.
+
+Reads: a chapter's change since HEAD. Writes: the later chapters.
 """
 import argparse
 import json

@@ -7,6 +7,8 @@ In the race are those that do this work in another way than the chapter before, 
 Each lane has a clock of its own, which runs only while its engine steps; the next step is always taken by
 the lane whose clock is furthest behind. So all lanes are seen as they would be alone on this machine, in
 one process and however few cores there are.
+
+Reads: shared/models/pocket.
 """
 import contextlib
 import io

@@ -6,6 +6,8 @@
 
 The versions are those of constraints.txt. PyTorch comes from its own index of CPU builds where no
 NVIDIA GPU is seen: the default index would bring gigabytes of CUDA. TORCH_INDEX names another one.
+
+Reads: pyproject.toml, constraints.txt. Writes: .venv.
 """
 import os
 import shutil

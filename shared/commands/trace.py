@@ -4,6 +4,8 @@
     make trace ARGS="v04 --times"                      # and how long each pass took
     make trace ARGS="v03 v04 --html build/trace.html"  # as a page that needs nothing else
     make trace ARGS=--write                            # commit it: what the chapters' pictures are drawn from
+
+Reads: the chapters. Writes: docs/results/timeline.json, a page.
 """
 import argparse
 import contextlib
@@ -13,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from shared.bench.recorder import Trace, record, summary
-from shared.book.site.pictures import name_of, page
+from shared.book.pictures import name_of, page
 from shared.results import write
 from shared.workloads import TIMELINE, TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS, TIMELINE_PLACES, fixed
 

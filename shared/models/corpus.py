@@ -2,6 +2,8 @@
 
 Questions and answers about serving (raw and in the chat template), short stories, JSON records, words in
 other scripts, and counting. `documents(seed)` never ends; the held-out text is that of another seed.
+
+Reads: shared/models/corpus/*.
 """
 import json
 import random

@@ -4,6 +4,8 @@
     python -m shared.models.train --model pocket-draft
 
 One thread of a CPU is enough. Training goes on where it was interrupted: its state is in .cache/train.
+
+Reads: shared/models/corpus/*. Writes: shared/models/pocket, shared/models/pocket-draft.
 """
 import argparse
 import itertools

@@ -1,6 +1,8 @@
 """Hugging Face as the oracle: what a chapter must say, computed by transformers from the same directory.
 
 N tokens of the prompt   V vocabulary   T tokens generated
+
+Reads: a checkpoint.
 """
 from collections.abc import Callable
 from dataclasses import dataclass

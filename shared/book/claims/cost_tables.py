@@ -3,6 +3,8 @@
     cost       a chapter's card: what it took, beside the chapter before it; what changed in bold
     strip      one request, followed through all chapters so far
     staircase  all chapters, a row each
+
+Reads: docs/results/staircase.json.
 """
 from shared import results
 from shared.book.diff import lines_changed

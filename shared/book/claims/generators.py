@@ -8,12 +8,14 @@
     table   a table by name, from TABLES
 
 In a text that belongs to no chapter an address begins with its chapter: `v03/cache.py::KVCache`.
+
+Reads: the chapters, tests/traps/*.toml.
 """
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.book.claims import cost_tables, result_tables
+from shared.book.claims import cost_tables, module_map, result_tables
 from shared.book.diff import changes_of, diff_lines
 from shared.book.traps.seeded_bugs import read_traps
 from shared.book.units import Unit, expand, read_units, split
@@ -92,6 +94,7 @@ TABLES: dict[str, Callable[[Book, Path | None], list[str]]] = {
     "cost": cost_tables.cost,
     "strip": cost_tables.strip,
     "staircase": cost_tables.staircase,
+    "map": module_map.module_map,
     **result_tables.TABLES,
 }
 

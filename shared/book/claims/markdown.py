@@ -9,6 +9,8 @@ fences: so a claim that has nothing below it yet is told from one that has, and 
 hand is never touched. A *result token* stands inside a sentence, and what it shows ends at `<!-- / -->`:
 
     it reaches <!-- result: staircase.json#v02.tokens_per_s .1f -->41.7<!-- / --> tok/s
+
+Reads: docs/results/*.json.
 """
 import re
 import textwrap

@@ -5,8 +5,11 @@
     slower          where a chapter takes longer than the one before it
     arrivals        the wait for a first token when requests come by chance, and memory at its peak
     overhead        the engine's own share of a decode step
+    attention       the attention kernel on a GPU, beside what it replaces and the limit of the memory
     changes         lines added and removed from chapter to chapter, by file
     damage          random changes to the code, and whether a test notices
+
+Reads: docs/results/{suite,large,decode,overhead,attention,mutants}.json.
 """
 from collections import Counter
 
@@ -172,7 +175,27 @@ def damage(book: Book, chapter: Chapter | None) -> list[str]:
     return lines
 
 
+# A launch from Python takes up to this long: below it, launches that were not recorded say nothing of the kernel.
+LAUNCH_US = 100
+
+
+def attention(book: Book, chapter: Chapter | None) -> list[str]:
+    """Microseconds of one layer's attention, where the kernel is what was timed."""
+    rows = results.read(book.results / "attention.json", "make bench-attention ARGS=--write")
+    lines = ["| | sequences x context | the limit | the kernel | gathered, then torch | torch, not paged | of the limit |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    for kind, row in rows.items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | | | | | | |")
+        for each in row["rows"]:
+            if each["kernel_us"] is None or ("layers" not in each and each["bound_us"] < LAUNCH_US):
+                continue
+            times = [f"{each[f'{way}_us']:,.0f}" for way in ("bound", "kernel", "torch", "contiguous")]
+            lines.append(f"| {each['shape']} | {each['batch']:,} x {each['context']:,} | {' | '.join(times)} | {each['kernel_share']:.0%} |")
+    return lines
+
+
 TABLES = {
+    "attention": attention,
     "suite": suite,
     "suite-times": suite_times,
     "large": large,

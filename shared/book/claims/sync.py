@@ -10,6 +10,8 @@ In the first chapter every unit is shown once by `code`, or listed in `<!-- unsh
 reason in the paragraph below. In a later one every unit that differs from the chapter before has one home:
 `diff` below the paragraph that says why; or, if only words differ, `words` with the reason below; or, if it is
 new and better read in its file, `unshown` with the reason below. Units in which only imports differ need none.
+
+Reads: texts, chapters, docs/results/*.json. Writes: texts, docs/pictures/*.svg.
 """
 import sys
 from collections import Counter
@@ -27,7 +29,7 @@ from shared.book.claims.markdown import (
     read_result,
 )
 from shared.book.diff import changes_of
-from shared.book.site.pictures import draw_all
+from shared.book.pictures import draw_all
 from shared.book.traps import answers
 from shared.book.units import expand, misplaced, read_units
 from shared.chapters import BOOK, Book, Chapter

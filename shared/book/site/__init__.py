@@ -1,1 +1,1 @@
-"""The site, its pictures and films."""
+"""The site and its films."""

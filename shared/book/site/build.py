@@ -6,6 +6,8 @@
 The pages keep the places that the texts have in the repository, so that a link holds in both. A link to a chapter's
 Python file leads to a page that shows it. Made here are, of each chapter, the explained diff (`diff_pages`) and its
 files; and for all of them a run that can be replayed, and the table of seeded bugs.
+
+Reads: texts, chapters, docs/results, docs/pictures. Writes: build/site.
 """
 import argparse
 import functools

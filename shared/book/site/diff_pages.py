@@ -3,6 +3,8 @@
 The page is Markdown, for the site only. It is made of the chapter's README: each claim `diff`, `see` or `words` becomes
 a row; its words are those that stand above it. In the code, unchanged lines are folded, and a name that had a value
 while the prompts of `line_values` ran shows it: what it was in the chapter before, and what it is here.
+
+Reads: a chapter's text and code.
 """
 import re
 from dataclasses import dataclass, replace

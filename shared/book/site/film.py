@@ -5,6 +5,8 @@
 
 A film runs at the speed at which it was taken, but for pauses, which are cut to a second. Where somebody prefers
 no motion, it shows its last frame. Nothing is staged but the typing.
+
+Reads: what commands print. Writes: docs/pictures/film_*.svg.
 """
 import argparse
 import fcntl

@@ -5,6 +5,8 @@
 Each bug is planted in a copy of its chapter, which answers in a fork of this process, in company: there are more
 questions than places, some come late, and one is taken back. A bug in a kernel is seen through Triton's interpreter,
 in few tokens.
+
+Reads: tests/traps/*.toml. Writes: docs/results/trap-answers.json.
 """
 import argparse
 import hashlib

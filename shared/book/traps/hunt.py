@@ -4,6 +4,8 @@
     make hunt                               # runs the chapter's tests on the copy
     make hunt ASK="What is a KV cache?"     # asks the copy, among other questions
     make reveal                             # what it was
+
+Reads: tests/traps/*.toml. Writes: build/hunt.
 """
 import argparse
 import difflib

@@ -8,6 +8,8 @@ Each mutant turns one comparison, operator, number, condition or line into anoth
 chapter; the chapter's tests run on it until one fails. A survivor wants a test, or a sentence in tests/mutants.toml that
 says why nobody could tell. By hand: a whole suite for each survivor takes its time. What is recorded, in
 docs/results/mutants.json, is written after each mutant, and of that only survivors are tried again.
+
+Reads: a chapter, tests/mutants.toml. Writes: docs/results/mutants.json.
 """
 import argparse
 import ast

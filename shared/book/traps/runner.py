@@ -22,6 +22,8 @@ nothing of milestones. First the same tests must pass without a bug, otherwise a
 Killed is when a named test itself fails, or, for a trap with `crashes = true`, when the process dies of a
 signal: a stray address has no better sight. All else is an error: a survivor, a test that cannot be found, a
 fixture that fails, code that does not run, a minute without an answer.
+
+Reads: tests/traps/*.toml. Writes: docs/results/traps-matrix.json, if asked.
 """
 import argparse
 import json

@@ -1,4 +1,7 @@
-"""Seeded bugs: how they are written down in tests/traps, and how one is planted in a copy of its chapter."""
+"""Seeded bugs: how they are written down in tests/traps, and how one is planted in a copy of its chapter.
+
+Reads: tests/traps/*.toml. Writes: a copy of a chapter.
+"""
 import ast
 import tomllib
 from dataclasses import dataclass

@@ -1,6 +1,8 @@
 """Pictures of committed results: SVG for the texts, and a page for a trace. `make sync` writes them.
 
 Standard library only. A picture follows the reader's light or dark theme, and says in its title what it shows.
+
+Reads: docs/results/*.json. Writes: docs/pictures/*.svg, through sync.
 """
 import math
 import re

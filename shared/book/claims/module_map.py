@@ -1,0 +1,129 @@
+"""The map of shared/: a row for each module, made of what it says of itself and of who calls it.
+
+What it does is the first sentence of its docstring; what it reads and writes stands in the docstring's last line
+(`Reads: ... Writes: ...`); the command is the make target, or `python -m` where it has none; its tests are those
+that import it or, in brackets, that import what imports it.
+
+Reads: shared/**/*.py, tests/**/*.py, Makefile.
+"""
+import ast
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from shared.chapters import Book, Chapter, python_files
+
+FOLDERS = ("", "models", "bench", "verify", "book", "book/traps", "book/claims", "book/site", "commands")
+
+
+def module_map(book: Book, chapter: Chapter | None) -> list[str]:
+    """All modules, folder after folder."""
+    shared = book.root / "shared"
+    targets = make_targets(book.root / "Makefile")
+    users = importers(path for folder in (shared, book.root / "tests") if folder.is_dir() for path in python_files(folder))
+    lines = ["| | what it does | command | reads | writes | tests |", "|---|---|---|---|---|---|"]
+    for folder in FOLDERS:
+        directory = shared / folder
+        init = directory / "__init__.py"
+        lines.append(f"| **shared/{folder}** | {first_sentence(init.read_text()) if init.is_file() else ''} | | | | |")
+        for path in sorted(directory.glob("*.py")):
+            if path.name != "__init__.py" and (path.name != "__main__.py" or "def main" in path.read_text()):
+                lines.append(row(path, shared.parent, targets, users))
+    return lines
+
+
+def row(path: Path, root: Path, targets: dict[str, list[str]], users: dict[str, set[Path]]) -> str:
+    """One module's row."""
+    place, source = path.relative_to(root), path.read_text()
+    module = dotted(place)
+    reads, writes = files_told(source)
+    cells = [
+        f"[{path.name}]({place.as_posix()})",
+        first_sentence(source),
+        command_of(module, source, targets),
+        reads,
+        writes,
+        tests_of(module, root, users),
+    ]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def dotted(place: Path) -> str:
+    """A file's place from the root as the name of its module."""
+    return ".".join(place.with_suffix("").parts)
+
+
+FEW = 4
+
+
+def tests_of(module: str, root: Path, users: dict[str, set[Path]]) -> str:
+    """The tests of a module: up to FEW by name, of more their number."""
+
+    def tests_among(paths: set[Path]) -> list[Path]:
+        return sorted(path.relative_to(root) for path in paths if path.name.startswith("test_"))
+
+    direct = tests_among(users.get(module, set()))
+    others = {user for path in users.get(module, set()) for user in users.get(dotted(path.relative_to(root)), set())}
+    found = direct or tests_among(others)
+    if len(found) > FEW:
+        told = f"{len(found)} files"
+    else:
+        told = " ".join(f"[{path.stem.removeprefix('test_')}]({path.as_posix()})" for path in found)
+    return told if direct or not told else f"({told})"
+
+
+def first_sentence(source: str) -> str:
+    """The first sentence of a module's docstring, without its full stop.
+
+    >>> first_sentence('"What it is: a list. More of it."')
+    'What it is: a list'
+    """
+    head = " ".join((ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0].split())
+    return re.split(r"(?<=[^.])\.(?: (?=[A-Z])|$)", head)[0]
+
+
+def files_told(source: str) -> tuple[str, str]:
+    """What a module says that it reads, and writes.
+
+    >>> files_told('"A tool. Reads: a, b.json. Writes: c."')
+    ('a, b.json', 'c')
+    """
+    last = (ast.get_docstring(ast.parse(source)) or "").split("\n")[-1]
+    reads = re.search(r"Reads: (.*?)\.(?= Writes:|$)", last)
+    writes = re.search(r"Writes: (.*)\.$", last)
+    return (reads[1] if reads else "", writes[1] if writes else "")
+
+
+def command_of(module: str, source: str, targets: dict[str, list[str]]) -> str:
+    """How a module is run: by make, or by itself."""
+    called = module.removesuffix(".__main__")
+    for name in (called, called.rpartition(".")[0] if module.endswith((".runner", ".build")) else called):
+        if name in targets:
+            return ", ".join(f"`make {target}`" for target in targets[name])
+    heads = [ast.unparse(node.test) for node in ast.parse(source).body if isinstance(node, ast.If)]
+    return f"`python -m {called}`" if "__name__ == '__main__'" in heads else ""
+
+
+def make_targets(makefile: Path) -> dict[str, list[str]]:
+    """The targets of a Makefile by the module that they run; one for each chapter is called test-vNN."""
+    targets, current = {}, ""
+    for line in makefile.read_text().splitlines() if makefile.is_file() else ():
+        head = re.match(r"(?:\$\(CHAPTERS:%=([a-z]+)-%\)|([a-z][a-z-]*)(-%)?): ", line)
+        if head:
+            current = f"{head[1]}-vNN" if head[1] else head[2] + ("-vNN" if head[3] else "")
+        for module in re.findall(r"-m (shared(?:\.\w+)+)|python3 (shared/\S+)\.py", line) if line.startswith("\t") else ():
+            name = module[0] or module[1].replace("/", ".")
+            if current not in targets.setdefault(name, []):
+                targets[name].append(current)
+    return targets
+
+
+def importers(paths: Iterable[Path]) -> dict[str, set[Path]]:
+    """The files that import each module of shared/."""
+    found = {}
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shared"):
+                for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                    found.setdefault(name, set()).add(path)
+    return found

@@ -1,0 +1,32 @@
+"""The map: a row for each module, from what it says of itself and who calls it."""
+from shared.book.claims.module_map import make_targets, module_map
+from shared.chapters import BOOK, python_files
+
+TOOL = '"""Does this. And more.\n\nReads: a.json. Writes: b.svg.\n"""\n\n\ndef main():\n    pass\n\n\nif __name__ == "__main__":\n    main()\n'
+MAKEFILE = "tool: $(READY)\n\t@$(PY) -m shared.tool\n\n$(CHAPTERS:%=run-%): run-%:\n\t@$(PY) -m shared.tool $*\n"
+
+
+def test_a_module_has_its_sentence_command_files_and_tests(make_book, first):
+    beside = {
+        "Makefile": MAKEFILE,
+        "shared/__init__.py": '"""Tools."""\n',
+        "shared/tool.py": TOOL,
+        "shared/used.py": '"""Is used."""\nfrom shared.tool import main\n',
+        "shared/alone.py": TOOL.replace("Does this", "Stands alone"),
+        "tests/test_used.py": "from shared import used\n",
+    }
+    lines = module_map(make_book(first, beside=beside), None)
+    assert "| **shared/** | Tools | | | | |" in lines
+    assert "| [tool.py](shared/tool.py) | Does this | `make tool`, `make run-vNN` | a.json | b.svg | ([used](tests/test_used.py)) |" in lines
+    assert "| [used.py](shared/used.py) | Is used |  |  |  | [used](tests/test_used.py) |" in lines
+    assert "| [alone.py](shared/alone.py) | Stands alone | `python -m shared.alone` | a.json | b.svg |  |" in lines
+
+
+def test_every_module_is_on_the_map_of_this_book_and_every_command_of_make():
+    lines = module_map(BOOK, None)
+    for path in python_files(BOOK.root / "shared"):
+        if path.name not in ("__init__.py", "__main__.py"):
+            assert sum(f"({path.relative_to(BOOK.root).as_posix()})" in line for line in lines) == 1, path
+    commands = " ".join(lines)
+    for targets in make_targets(BOOK.root / "Makefile").values():
+        assert all(f"`make {target}`" in commands for target in targets), targets

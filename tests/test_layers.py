@@ -1,0 +1,37 @@
+"""The folders of shared/ stand on each other in one order, and no two modules import each other in a circle."""
+import ast
+
+from shared.chapters import ROOT, python_files
+
+# Each may import from those before it, and from itself.
+LAYERS = ("", "models", "bench", "verify", "book", "book/traps", "book/claims", "book/site", "commands")
+
+
+def imports(path):
+    """The modules of shared/ that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shared"):
+            for alias in node.names:
+                whole = ROOT.joinpath(*node.module.split("."), f"{alias.name}.py")
+                module = ROOT.joinpath(*node.module.split("."))
+                yield whole if whole.is_file() else module.with_suffix(".py") if module.with_suffix(".py").is_file() else module / "__init__.py"
+
+
+def layer(path):
+    return LAYERS.index(path.parent.relative_to(ROOT / "shared").as_posix().removeprefix("."))
+
+
+def test_a_folder_imports_only_from_those_it_stands_on():
+    for path in python_files(ROOT / "shared"):
+        for imported in imports(path):
+            assert layer(imported) <= layer(path), f"{path.relative_to(ROOT)} imports {imported.relative_to(ROOT)}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    uses = {path: set(imports(path)) - {path} for path in python_files(ROOT / "shared")}
+    free = set()
+    while uses:
+        ready = {path for path, needed in uses.items() if needed <= free}
+        assert ready, f"these import each other: {sorted(path.relative_to(ROOT).as_posix() for path in uses)}"
+        free |= ready
+        uses = {path: needed for path, needed in uses.items() if path not in free}
