@@ -2,6 +2,7 @@
 import pytest
 
 from shared.bench.recorder import record
+from shared.checkpoints import checkpoint
 from shared.workloads import Request, fixed, random_ids, staircase
 
 # Five requests for two places: prompt, output.
@@ -46,8 +47,9 @@ def test_the_aborted_leaves_at_once_and_the_next_takes_its_place(chapter, make_e
 
 
 @pytest.mark.until("v05")
-def test_rows_are_handed_out_again_the_longest_free_first(chapter, make_engine):
-    trace = trace_of(chapter, make_engine("qwen2", max_num_seqs=3), fixed([(1, 4), (1, 2), (1, 1), (1, 3), (1, 1)], 401))
+def test_rows_are_handed_out_again_the_longest_free_first(chapter):
+    fresh = chapter.load().Engine(checkpoint("qwen2"), max_num_seqs=3)
+    trace = trace_of(chapter, fresh, fixed([(1, 4), (1, 2), (1, 1), (1, 3), (1, 1)], 401))
     assert [[(part.request, *part.rows) for part in each.parts] for each in trace.passes] == [
         [(0, 0), (1, 1), (2, 2)],
         [(0, 0), (1, 1), (3, 2)],

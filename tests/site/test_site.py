@@ -29,12 +29,13 @@ def test_every_chapter_and_every_diff_is_in_the_menu(built):
 
 @pytest.mark.parametrize("path", OTHERS + CHAPTERS + DIFFS)
 def test_a_page_fits_a_phone_and_a_desk_and_does_not_complain(open_page, path):
+    page = open_page(path, 390, "dark")
     for width, scheme in ((390, "dark"), (1280, "light")):
-        page = open_page(path, width, scheme)
-        too_wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-        assert too_wide <= 0, f"{path} at {width}"
-        assert page.locator("h1").count() == 1
-        page.close()
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=scheme)
+        # The menu takes a moment to move aside.
+        page.wait_for_function("document.documentElement.scrollWidth <= document.documentElement.clientWidth", timeout=3000)
+    assert page.locator("h1").count() == 1
 
 
 @pytest.mark.parametrize("path", ["", *CHAPTERS])
