@@ -53,9 +53,18 @@ def pytest_addoption(parser):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """The site's tests need what `make setup` does not bring: they run when they are named."""
+    """The site's tests need what `make setup` does not bring, and run when they are named; of a chapter's only its own."""
     if collection_path.name == "site" and not any("site" in argument for argument in config.args):
         return True
+    if config.only and collection_path.is_file():
+        return not may_hold(collection_path, config.only) or None
+
+
+def may_hold(file: Path, chapters: list) -> bool:
+    """Whether a file may have tests of these chapters: what is not collected is not seen, and makes no record stale."""
+    if file.parent.name == "claims":
+        return file.stem.removeprefix("test_") <= max(chapter.id for chapter in chapters)
+    return file.name in matrix.PARITIES | matrix.WHOLE_RUNS or not file.name.startswith("test_")
 
 
 def pytest_configure(config):
@@ -66,17 +75,31 @@ def pytest_configure(config):
     full = config.getoption("--full")
     only = [*(config.getoption("--chapter") or ()), *([full] if full else [])]
     if full and not hasattr(config, "workerinput"):
-        if config.getoption("keyword") or config.getoption("markexpr") or config.args_source.name == "ARGS":
-            raise pytest.UsageError("--full records that all tests of a chapter pass; without -k, -m and paths it does")
+        fewer = [name for name in FEWER if config.getoption(name, None)]
+        if fewer or config.args_source.name == "ARGS":
+            raise pytest.UsageError(f"--full records that all tests of a chapter pass; leave out {', '.join(fewer) or 'paths'}")
     try:
         config.only = [find(text) for text in only]
         config.also = [find(text) for text in config.getoption("--also") or ()]
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
     config.distances, config.seen, config.left_out = {}, set(), 0
+    config.changes = changes() if full else None
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter and reporter.isatty and reporter.verbosity <= 0 and not hasattr(config, "workerinput"):
         config.pluginmanager.register(OneLine(reporter))
+
+
+# Options with which not all tests are run.
+FEWER = ("keyword", "markexpr", "chapter", "gpu", "collectonly", "deselect", "ignore", "ignore_glob", "lf")
+
+
+def changes() -> str | None:
+    """What is not committed; None where there is no git."""
+    try:
+        return full_record.changes(ROOT)
+    except ValueError:
+        return None
 
 
 def chapters_of(definition) -> list:
@@ -209,6 +232,13 @@ def tokens_per_pass():
 
 
 @pytest.fixture
+def harness(request):
+    """This file as a module; another folder may have one too, so it is not found by that name."""
+    [harness] = [plugin for plugin in request.config.pluginmanager.get_plugins() if hasattr(plugin, "chapters_of")]
+    return harness
+
+
+@pytest.fixture
 def rng():
     return random.Random(20)
 
@@ -260,6 +290,8 @@ def pytest_testnodedown(node, error):
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    if hasattr(config, "workerinput"):
+        return  # a process that saw a part; what there is to say is said by the one that put the parts together
     say = terminalreporter.write_line
     if config.getoption("--gpu") and not sees_gpu():
         say("nothing was run: PyTorch sees no CUDA device here; `make doctor` says what it sees")
@@ -272,6 +304,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
             command = "pytest " + " ".join(config.invocation_params.args)
             results.write("distances", dict(sorted(config.distances.items())), command)
     if config.getoption("--full"):
+        config.num_skipped = len(terminalreporter.stats.get("skipped", ()))
         say(kept(config, exitstatus))
     elif config.left_out and not config.getoption("--gpu"):
         say(left_out(config))
@@ -280,26 +313,24 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
 def left_out(config) -> str:
     """What was not run, and where it is."""
     if config.only:
-        return f"{config.left_out:,} tests of other chapters and of the tools were not run: `make test` runs of all"
+        return f"not run: {config.left_out:,} tests of other chapters and of the tools; `make test` runs some of each"
     if config.getoption("--tools"):
-        return f"{config.left_out:,} tests of chapters were not run: `make test-vNN` runs those of one"
-    also = f", beyond all of {', '.join(chapter.id for chapter in config.also)}" if config.also else ""
+        return f"not run: {config.left_out:,} tests of chapters; `make test-vNN` runs those of one"
+    also = f"; all of {', '.join(chapter.id for chapter in config.also)} were run" if config.also else ""
     return (
-        f"not run: {config.left_out:,} tests, which say the same of other chapters and checkpoints{also}. "
-        "`make test-vNN` runs all of a chapter's, `make test-all` everything; tests/matrix.py says what is left out"
+        f"not run: {config.left_out:,} tests, for other chapters, checkpoints and cases{also}. "
+        "`make test-vNN` runs all of a chapter's, `make test-all` those of all chapters; tests/matrix.py says which are left out"
     )
 
 
 def kept(config, exitstatus) -> str:
     """Write down that a chapter has had all of its tests, if it has; what came of it."""
     [chapter] = config.only
-    if exitstatus != 0:
-        return f"{full_record.FILE}: not written, since not all tests of {chapter.id} pass"
-    try:
-        changes = full_record.changes(ROOT)
-    except ValueError as error:
-        return f"{full_record.FILE}: not written, since {error}"
-    if changes:
+    if exitstatus != 0 or config.num_skipped:
+        return f"{full_record.FILE}: not written, since not all tests of {chapter.id} ran and passed"
+    if config.changes is None:
+        return f"{full_record.FILE}: not written, since git says nothing here"
+    if config.changes or changes():
         return f"{full_record.FILE}: not written, since there are changes that are not committed"
     full_record.record(BOOK, chapter, sorted(config.seen))
     return f"{full_record.FILE}: all tests of {chapter.id} pass, on {len(config.seen)} files; commit it"

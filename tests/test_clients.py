@@ -16,7 +16,7 @@ pytestmark = pytest.mark.needs("serve")
 @pytest.fixture(scope="session")
 def server(chapter):
     engine = chapter.load().Engine(checkpoint("pocket"), max_num_seqs=8, max_model_len=256)
-    with serving(chapter, engine, max_waiting=4) as server:
+    with serving(chapter, engine, max_waiting=8) as server:
         yield server
 
 

@@ -1,4 +1,6 @@
 """The harness's own guards: what was seen, what is written down of it, and the line that says how far it is."""
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -7,12 +9,6 @@ from shared.book import full_record
 from shared.chapters import CHAPTERS, ROOT
 from tests.support.progress import OneLine
 from tests.support.seen import Seen
-
-
-@pytest.fixture
-def harness(request):
-    [harness] = [plugin for plugin in request.config.pluginmanager.get_plugins() if hasattr(plugin, "chapters_of")]
-    return harness
 
 
 def test_whatever_is_opened_or_imported_is_seen(tmp_path):
@@ -24,27 +20,42 @@ def test_whatever_is_opened_or_imported_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("exit_status", "changes", "told"),
+    ("exit_status", "skipped", "before", "after", "told"),
     [
-        (1, "", "not written, since not all tests of v02 pass"),
-        (0, " M shared/chapters.py", "not written, since there are changes that are not committed"),
-        (0, None, "not written, since git says nothing"),
-        (0, "", "all tests of v02 pass, on 1 files; commit it"),
+        (1, 0, "", "", "not written, since not all tests of v02 ran and passed"),
+        (0, 3, "", "", "not written, since not all tests of v02 ran and passed"),
+        (0, 0, " M a.py", "", "not written, since there are changes that are not committed"),
+        (0, 0, "", " M a.py", "not written, since there are changes that are not committed"),
+        (0, 0, None, None, "not written, since git says nothing here"),
+        (0, 0, "", "", "all tests of v02 pass, on 1 files; commit it"),
     ],
 )
-def test_all_tests_of_a_chapter_are_written_down_if_they_pass_in_a_clean_tree(harness, monkeypatch, exit_status, changes, told):
+def test_all_tests_of_a_chapter_are_written_down_if_they_pass_in_a_clean_tree(harness, monkeypatch, exit_status, skipped, before, after, told):
     written = []
-
-    def say_changes(root):
-        if changes is None:
-            raise ValueError("git says nothing")
-        return changes
-
-    monkeypatch.setattr(full_record, "changes", say_changes)
+    monkeypatch.setattr(full_record, "changes", lambda root: after)
     monkeypatch.setattr(full_record, "record", lambda book, chapter, files: written.append((chapter.id, files)))
-    config = SimpleNamespace(only=[CHAPTERS[1]], seen={"shared/chapters.py"})
+    config = SimpleNamespace(only=[CHAPTERS[1]], seen={"shared/chapters.py"}, num_skipped=skipped, changes=before)
     assert harness.kept(config, exit_status).endswith(told)
     assert written == ([("v02", ["shared/chapters.py"])] if told.startswith("all") else [])
+
+
+@pytest.mark.parametrize("options", [["-k", "x"], ["--collect-only"], ["--chapter", "v01"], ["--gpu"], ["tests/test_engine.py"]])
+def test_a_run_of_fewer_tests_is_not_recorded_as_all(options):
+    done = subprocess.run([sys.executable, "-m", "pytest", "--full", "v02", *options], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4 and "--full records that all tests of a chapter pass; leave out" in done.stderr
+
+
+def test_a_process_that_saw_a_part_of_the_tests_writes_down_nothing(harness, monkeypatch):
+    monkeypatch.setattr(harness, "kept", lambda *_: pytest.fail("it was written down"))
+    config = SimpleNamespace(workerinput={}, getoption=lambda name: name == "--full", distances={}, left_out=0)
+    harness.pytest_terminal_summary(SimpleNamespace(write_line=pytest.fail), 0, config)
+
+
+def test_of_a_chapter_only_files_are_collected_that_may_hold_for_it(harness):
+    tests = ROOT / "tests"
+    for name, held in (("test_engine.py", True), ("conftest.py", True), ("test_tools.py", False), ("book/test_sync.py", False)):
+        assert harness.may_hold(tests / name, [CHAPTERS[1]]) == held, name
+    assert [harness.may_hold(tests / "claims" / f"test_v0{n}.py", [CHAPTERS[1]]) for n in (1, 2, 3)] == [True, True, False]
 
 
 def test_what_workers_measured_and_saw_is_put_together(harness):

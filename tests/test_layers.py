@@ -1,15 +1,15 @@
 """The folders of shared/ stand on each other in one order, and no two modules import each other in a circle."""
 import ast
 
+from shared.book.claims.module_map import FOLDERS
 from shared.chapters import ROOT, python_files
-
-# Each may import from those before it, and from itself.
-LAYERS = ("", "models", "bench", "verify", "book", "book/traps", "book/claims", "book/site", "commands")
 
 
 def imports(path):
     """The modules of shared/ that a file imports, wherever in it."""
     for node in ast.walk(ast.parse(path.read_text())):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path} imports by a relative name"
+        assert not (isinstance(node, ast.Import) and any(each.name.startswith("shared") for each in node.names)), path
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shared"):
             for alias in node.names:
                 whole = ROOT.joinpath(*node.module.split("."), f"{alias.name}.py")
@@ -18,7 +18,7 @@ def imports(path):
 
 
 def layer(path):
-    return LAYERS.index(path.parent.relative_to(ROOT / "shared").as_posix().removeprefix("."))
+    return FOLDERS.index(path.parent.relative_to(ROOT / "shared").as_posix().removeprefix("."))
 
 
 def test_a_folder_imports_only_from_those_it_stands_on():

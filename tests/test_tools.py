@@ -38,13 +38,6 @@ def definition(path, **marks):
 
 
 @pytest.fixture
-def harness(request):
-    """tests/conftest.py; another folder may have one too, so it is not found by that name."""
-    [harness] = [plugin for plugin in request.config.pluginmanager.get_plugins() if hasattr(plugin, "chapters_of")]
-    return harness
-
-
-@pytest.fixture
 def chapters_of(harness):
     return harness.chapters_of
 

@@ -129,6 +129,7 @@ def share(chapter: Chapter, setting: Setting) -> int:
 def throughput(chapter: Chapter, path: Path, requests: list[Request], setting: Setting) -> dict:
     """A chapter's row; or why it cannot run here."""
     longest = max(len(each.prompt_ids) + each.max_tokens for each in requests)
+    emptied(setting.device)
     try:
         engine = engine_of(chapter, path, setting, longest)
         return measure(partial(serve, engine, chapter.load()), requests[: share(chapter, setting)], setting)
@@ -144,6 +145,7 @@ def peer(path: Path, requests: list[Request], setting: Setting) -> dict:
     from shared.bench.peers import ContinuousBatching
 
     requests = requests[: setting.shares[0][1]]
+    emptied(setting.device)
     try:
         # As many positions as all requests together have: who waits for memory here would wait for nothing else.
         positions = sum(len(each.prompt_ids) + each.max_tokens for each in requests) + 256 * setting.places
@@ -184,35 +186,44 @@ def measure(run, requests: list[Request], setting: Setting) -> dict:
 def decode_steps(path: Path, setting: Setting, bytes_per_s: float) -> list[dict]:
     """The last chapter's decode step beside its floor: every weight, key and value read once."""
     chapter = CHAPTERS[-1]
-    package = chapter.load()
-    max_tokens = setting.decode_steps + 2
-    longest = max(context for _, context in setting.decode) + max_tokens
+    emptied(setting.device)
+    longest = max(context for _, context in setting.decode) + setting.decode_steps + 2
     engine = engine_of(chapter, path, setting, longest)
-    token_bytes = engine.cache.kv_bytes // (engine.pool.num_blocks * engine.pool.block_size)
     rows = []
     for size, context in setting.decode:
         row = {"sequences": size, "context": context}
-        for request in fixed([(context, 0)] * size, engine.config.vocab_size):
-            engine.add_request(request.prompt_ids, package.SamplingParams(max_tokens=max_tokens, ignore_eos=True))
-        # The first step feeds the prompts, the second is one like those that are timed.
-        engine.step()
-        engine.step()
-        running = engine.stats().running
-        start = finished(setting.device)
-        for _ in range(setting.decode_steps):
-            engine.step()
-        step_s = (finished(setting.device) - start) / setting.decode_steps
-        while engine.has_unfinished_requests():
-            engine.step()
-        if running < size:
-            rows.append(row | {"error": f"only {running} have room"})
-            continue
-        # A timed step reads, on average over them, so many positions of each sequence.
-        mean_context = context + 2 + (setting.decode_steps - 1) / 2
-        floor_s = (weight_bytes(engine.model) + size * mean_context * token_bytes) / bytes_per_s
-        row |= {"step_ms": round(1e3 * step_s, 4), "floor_ms": round(1e3 * floor_s, 4), "share": round(floor_s / step_s, 3)}
+        try:
+            row |= decode_step(engine, chapter.load(), size, context, setting, bytes_per_s)
+        except REFUSED as error:
+            row["error"] = " ".join(str(error).split())[:200]
+            for request_id in list(engine.seqs):
+                engine.abort_request(request_id)
         rows.append(row)
     return rows
+
+
+def decode_step(engine, package, size: int, context: int, setting: Setting, bytes_per_s: float) -> dict:
+    """The time of a step in which each of size sequences of this length gets a token, and the least that it could be."""
+    params = package.SamplingParams(max_tokens=setting.decode_steps + 2, ignore_eos=True)
+    for request in fixed([(context, 0)] * size, engine.config.vocab_size):
+        engine.add_request(request.prompt_ids, params)
+    # The first step feeds the prompts, the second is one like those that are timed.
+    engine.step()
+    engine.step()
+    running = engine.stats().running
+    start = finished(setting.device)
+    for _ in range(setting.decode_steps):
+        engine.step()
+    step_s = (finished(setting.device) - start) / setting.decode_steps
+    while engine.has_unfinished_requests():
+        engine.step()
+    if running < size:
+        return {"error": f"only {running} have room"}
+    # A timed step reads, on average over them, so many positions of each sequence.
+    mean_context = context + 2 + (setting.decode_steps - 1) / 2
+    token_bytes = engine.cache.kv_bytes // (engine.pool.num_blocks * engine.pool.block_size)
+    floor_s = (weight_bytes(engine.model) + size * mean_context * token_bytes) / bytes_per_s
+    return {"step_ms": round(1e3 * step_s, 4), "floor_ms": round(1e3 * floor_s, 4), "share": round(floor_s / step_s, 3)}
 
 
 def copy_rate(device: str) -> float:
@@ -262,7 +273,7 @@ def bench_gpu(setting: Setting, seconds: float, keep: Callable[[dict, list[Chapt
             report_row("HF continuous", rows["HF continuous"])
             found[setting.shape]["decode"] = decode_steps(path, setting, bytes_per_s)
             keep(found, measured)
-    report_decode(found[setting.shape]["decode"])
+    report_decode(found[setting.shape].get("decode", []))
     return found
 
 
@@ -289,11 +300,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.bench.gpu", description="Measure every chapter on a GPU.")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with a tiny model: see that it runs; nothing is worth reading")
     parser.add_argument("--shape", default=GPU.shape, help=f"a checkpoint's name (default: {GPU.shape})")
-    parser.add_argument("--minutes", type=float, default=4.0, help="after which nothing more is begun (default: 4)")
+    parser.add_argument("--minutes", type=float, default=4.0, help="how long it may take: nothing is begun after three quarters of it (default: 4)")
     parser.add_argument("--write", action="store_true", help="write the result under docs/results/, after each measurement")
     args = parser.parse_args(argv)
     if args.dry_run and args.write:
         parser.error("--write commits what a GPU took; leave out --dry-run")
+    if args.write and args.shape != GPU.shape:
+        parser.error(f"--write commits {GPU.shape}: another shape would take its place; leave out --shape")
     if not args.minutes > 0:
         parser.error(f"--minutes must be above 0, got {args.minutes}")
     import torch

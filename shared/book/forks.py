@@ -69,6 +69,7 @@ def in_forks(works: Sequence[Work], label: str = "", limit: int | None = None) -
     On a terminal a line tells how far it is.
     """
     waiting, running = list(enumerate(works)), {}
+    tqdm.monitor_interval = 0  # its thread would be in the way of a fork
     bar = tqdm(total=len(works), desc=label, leave=False, disable=not (label and sys.stderr.isatty()))
     try:
         while waiting or running:
@@ -118,9 +119,12 @@ def one_that_ended(running: dict) -> tuple[int, int | None]:
     """Wait until a child ends, or has taken too long and is stopped; its id and exit code."""
     while True:
         for child, (_, work, _, began) in running.items():
-            done, status = os.waitpid(child, os.WNOHANG)
+            done = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if done:
-                return child, os.waitstatus_to_exitcode(status)
+                # What it started and did not end goes with it; until it is waited for, its group is its own.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(child, signal.SIGKILL)
+                return child, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             if time.monotonic() - began > work.timeout_s:
                 stop(child)
                 return child, None

@@ -18,9 +18,9 @@ from shared.chapters import BOOK, Book, Chapter, Row
 TEXT = """\
 # {id}: what it is, and nothing else
 
-One sentence: the idea.
+One sentence: the idea. Below it the tables `cost` and `strip`, and a picture.
 
-## Predict before you run
+> **Predict before you run.**
 
 ## The change
 
@@ -32,14 +32,14 @@ What changed and why, a paragraph above each claim: `diff: FILE::UNIT` in a comm
 
 ## What it still gets wrong
 
-## How others do it
+## In vLLM and SGLang
 
 ## Exercises
 """
 
 TRAPS = """\
 # The mistakes people make in {id}: each is planted, and must fail the test that it names.
-# python -m shared.book.traps {id} plants them; its docstring says how one is written.
+# python -m shared.book.traps {id} plants them; shared/book/traps/runner.py says how one is written.
 """
 
 CLAIMS = '''"""What {id} claims: its own way of doing things, for it and all later chapters."""

@@ -78,7 +78,6 @@ def chosen(text: str) -> str:
 def run_cells(source: Path, scratch: Path) -> None:
     """In a fork: run the source's cells in its directory, and leave what each printed, or how one failed, in scratch."""
     os.chdir(source.parent)
-    os.environ["MPLBACKEND"] = "Agg"
     cells = [cell.source for cell in read(source).cells if cell.cell_type == "code"]
     space, printed = {"__name__": "__main__"}, []
     try:
@@ -165,6 +164,7 @@ def problems(sources: list[Path]) -> dict[Path, list[str]]:
 
 def check(book: Book) -> list[str]:
     """Run every source; what is wrong, notebook by notebook."""
+    os.environ["MPLBACKEND"] = "Agg"  # before matplotlib is imported, which reads it then
     preload((*SLOW, "matplotlib.pyplot", "jupytext", "nbformat", "httpx", "openai", "fastapi", "uvicorn"))
     found = problems([chapter.notebook for chapter in book.chapters])
     for source, wrong in found.items():

@@ -414,7 +414,8 @@ def draw_all(book: Book) -> dict[str, str]:
         if not path.is_file():
             continue
         rows = results.rows_of(path)
-        kind, row = max(rows.items(), key=lambda pair: pair[1]["date"])
+        row = results.cited(rows)
+        kind = next(each for each, found in rows.items() if found is row)
         drawn[name] = draw(results.figures(row))
         if kind and draw not in COUNTED:
             drawn[name] = with_note(drawn[name], results.origin(kind, row) + results.age(row, book))

@@ -13,7 +13,7 @@ It is read after an assignment (for each of its targets), at a `return`, at each
 parameter when its function is entered, and on a class's field when an instance has been made. A statement
 of several lines has it on its last line or its first. What a pointer points to (`q_ptr`) is not looked at.
 
-What a dimension may be is told in `letters`.
+What a dimension may be is told in `dimensions`.
 """
 import ast
 import io

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..chapters import ROOT
-from ..machine import machine, today
-from . import corpus
+from shared.chapters import ROOT
+from shared.machine import machine, today
+from shared.models import corpus
 
 HERE = Path(__file__).parent
 STATE = ROOT / ".cache" / "train"

@@ -1,4 +1,5 @@
 """Which files a test run has imported or opened."""
+import os
 import sys
 from pathlib import Path
 
@@ -12,10 +13,10 @@ class Seen:
 
     def on_event(self, event: str, arguments: tuple) -> None:
         if event == "open" and isinstance(arguments[0], (str, bytes)):
-            self.opened.add(arguments[0])
+            self.opened.add(os.path.abspath(arguments[0]))
 
     def files(self) -> set[Path]:
         """What was opened, and the source of every module that was imported."""
-        opened = {Path(path.decode(errors="replace") if isinstance(path, bytes) else path) for path in self.opened}
+        opened = {Path(path.decode(errors="replace") if isinstance(path, bytes) else path) for path in self.opened.copy()}
         modules = {Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
         return {path.absolute() for path in opened | modules}

@@ -1,7 +1,7 @@
 """A command in a process of its own, without the seconds that its imports take.
 
 A helper process imports once what is slow and nothing of the repository; it forks for each command, and the fork runs it
-as `python -m` would. Elsewhere the command is what a user starts: its own process group, signals, exit code and stderr.
+as `python -m` would. Otherwise the command is what a user starts: signals, exit code, stdout and stderr are its own.
 """
 import contextlib
 import importlib
@@ -61,17 +61,17 @@ class Started:
         self.stderr.close()
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if self.poll() is None:  # otherwise the number may be another process's
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, 9)
+        self.send_signal(9)
 
 
 @cache
 def helper() -> socket.socket:
     """The connection to the helper, which is started by the first command and ends with this process."""
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     command = [sys.executable, "-P", __file__, str(its.fileno())]
     subprocess.Popen(command, pass_fds=[its.fileno()], cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     its.close()
@@ -79,8 +79,19 @@ def helper() -> socket.socket:
 
 
 def ask(order: dict, *fds: int):
-    socket.send_fds(helper(), [json.dumps(order).encode()], fds)
-    return json.loads(helper().recv(100))
+    socket.send_fds(helper(), [json.dumps(order).encode() + b"\n"], fds)
+    return json.loads(line_of(helper())[0])
+
+
+def line_of(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """The next message, and the files that came with it; nothing when the other side is gone."""
+    message, fds = b"", []
+    while not message.endswith(b"\n"):
+        part, more, _, _ = socket.recv_fds(connection, 1 << 16, 2)
+        if not part:
+            return b"", fds
+        message, fds = message + part, fds + more
+    return message, fds
 
 
 # ---- in the helper
@@ -89,7 +100,7 @@ def ask(order: dict, *fds: int):
 def obey(orders: socket.socket) -> tuple[dict, list[int]] | None:
     """Start commands and tell how they ended, until nobody asks any more. In a fork: the order, and where it writes."""
     while True:
-        message, fds, _, _ = socket.recv_fds(orders, 1 << 20, 2)
+        message, fds = line_of(orders)
         if not message:
             return None
         order = json.loads(message)
@@ -103,7 +114,7 @@ def obey(orders: socket.socket) -> tuple[dict, list[int]] | None:
                 return order, fds
             for fd in fds:
                 os.close(fd)
-        orders.send(json.dumps(answer).encode())
+        orders.sendall(json.dumps(answer).encode() + b"\n")
 
 
 def run(order: dict, fds: list[int]) -> None:

@@ -13,7 +13,6 @@ Reads: the chapters, tests/traps/*.toml.
 """
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from shared.book.claims import cost_tables, module_map, result_tables
 from shared.book.diff import changes_of, diff_lines
@@ -78,7 +77,7 @@ def chapters_table(book: Book, chapter: Chapter | None) -> list[str]:
     return ["| chapter | idea |", "|---|---|", *rows]
 
 
-Generator = Callable[[Book, Path | None, str], list[str]]
+Generator = Callable[[Book, Chapter | None, str], list[str]]
 
 GENERATORS: dict[str, Generator] = {
     "code": code,
@@ -89,7 +88,7 @@ GENERATORS: dict[str, Generator] = {
     "table": table,
 }
 
-TABLES: dict[str, Callable[[Book, Path | None], list[str]]] = {
+TABLES: dict[str, Callable[[Book, Chapter | None], list[str]]] = {
     "chapters": chapters_table,
     "cost": cost_tables.cost,
     "strip": cost_tables.strip,
@@ -99,7 +98,7 @@ TABLES: dict[str, Callable[[Book, Path | None], list[str]]] = {
 }
 
 
-def chapter_of(book: Book, chapter: Chapter | None, what: str) -> tuple[Path, str]:
+def chapter_of(book: Book, chapter: Chapter | None, what: str) -> tuple[Chapter, str]:
     """The chapter that a list of addresses is about, and the list without its name."""
     named = {pattern.split("/")[0] for pattern in split(what) if re.match(r"v\d+\w*/", pattern)}
     if not named and chapter is not None:

@@ -2,7 +2,7 @@
 
 What it does is the first sentence of its docstring; what it reads and writes stands in the docstring's last line
 (`Reads: ... Writes: ...`); the command is the make target, or `python -m` where it has none; its tests are those
-that import it or, in brackets, that import what imports it.
+that import it or, in brackets, those nearest to it.
 
 Reads: shared/**/*.py, tests/**/*.py, Makefile.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shared.chapters import Book, Chapter, python_files
 
+# Each imports only from those before it.
 FOLDERS = ("", "models", "bench", "verify", "book", "book/traps", "book/claims", "book/site", "commands")
 
 
@@ -57,19 +58,22 @@ FEW = 4
 
 
 def tests_of(module: str, root: Path, users: dict[str, set[Path]]) -> str:
-    """The tests of a module: up to FEW by name, of more their number."""
-
-    def tests_among(paths: set[Path]) -> list[Path]:
-        return sorted(path.relative_to(root) for path in paths if path.name.startswith("test_"))
-
-    direct = tests_among(users.get(module, set()))
-    others = {user for path in users.get(module, set()) for user in users.get(dotted(path.relative_to(root)), set())}
-    found = direct or tests_among(others)
+    """The tests that import a module, else in brackets those nearest to it: up to FEW by name, of more their number."""
+    modules, seen, direct = {module}, set(), True
+    while modules and not (found := sorted(path for name in modules for path in users.get(name, ()) if is_test(path))):
+        seen |= modules
+        modules = {dotted(path.relative_to(root)) for name in modules for path in users.get(name, ())} - seen
+        direct = False
+    found = list(dict.fromkeys(path.relative_to(root) for path in found)) if modules else []
     if len(found) > FEW:
         told = f"{len(found)} files"
     else:
         told = " ".join(f"[{path.stem.removeprefix('test_')}]({path.as_posix()})" for path in found)
     return told if direct or not told else f"({told})"
+
+
+def is_test(path: Path) -> bool:
+    return path.name.startswith("test_")
 
 
 def first_sentence(source: str) -> str:
@@ -118,12 +122,14 @@ def make_targets(makefile: Path) -> dict[str, list[str]]:
     return targets
 
 
+IMPORT = re.compile(r"^\s*from (shared[\w.]*) import \(?([\w.,\s]+)", re.MULTILINE)
+
+
 def importers(paths: Iterable[Path]) -> dict[str, set[Path]]:
-    """The files that import each module of shared/."""
+    """The files that import each module of shared/; also where the import stands in a text that a test runs."""
     found = {}
     for path in paths:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shared"):
-                for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
-                    found.setdefault(name, set()).add(path)
+        for package, names in IMPORT.findall(path.read_text()):
+            for name in (package, *(f"{package}.{each.split(' as ')[0].strip()}" for each in names.split(","))):
+                found.setdefault(name, set()).add(path)
     return found

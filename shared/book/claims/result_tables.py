@@ -189,7 +189,8 @@ def attention(book: Book, chapter: Chapter | None) -> list[str]:
         for each in row["rows"]:
             if each["kernel_us"] is None or ("layers" not in each and each["bound_us"] < LAUNCH_US):
                 continue
-            times = [f"{each[f'{way}_us']:,.0f}" for way in ("bound", "kernel", "torch", "contiguous")]
+            found = [each[f"{way}_us"] for way in ("bound", "kernel", "torch", "contiguous")]
+            times = ["" if us is None else f"{us:,.0f}" for us in found]
             lines.append(f"| {each['shape']} | {each['batch']:,} x {each['context']:,} | {' | '.join(times)} | {each['kernel_share']:.0%} |")
     return lines
 

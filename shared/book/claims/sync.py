@@ -3,7 +3,7 @@
     python -m shared.book.claims.sync            # write blocks, results and the pictures drawn from results
     python -m shared.book.claims.sync --check    # write nothing; fail if anything is stale, unclaimed or unmeasured
 
-A text is a chapter's README.md, README.md or CONTRIBUTING.md at the top, or a page under docs/. `texts` tells how claims
+A text is a chapter's README.md, README.md or CONTRIBUTING.md at the top, or a page under docs/. `markdown` tells how claims
 and result tokens are written, `generators` what each generates.
 
 In the first chapter every unit is shown once by `code`, or listed in `<!-- unshown: ... -->` with the
@@ -49,7 +49,7 @@ class Problem:
         return f"{self.path}:{self.line}: {self.message}"
 
 
-def texts(book: Book) -> dict[Path, Path | None]:
+def texts(book: Book) -> dict[Path, Chapter | None]:
     """Every text of the repository, and the chapter it belongs to."""
     pages = {chapter.text: chapter for chapter in book.chapters}
     top = [book.root / "README.md", book.root / "CONTRIBUTING.md", *sorted((book.root / "docs").rglob("*.md"))]

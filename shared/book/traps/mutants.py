@@ -236,7 +236,7 @@ def main(argv: list[str]) -> int:
         if args.record:
             record(BOOK, chapter.id, command, [tried[number] for number in sorted(tried)] + before)
 
-    for ended in in_forks([attempt(chapter, chosen[number]) for number in unknown], chapter.id):
+    for ended in in_forks([attempt(chapter, chosen[number]) for number in unknown], chapter.id, limit=1):
         number = unknown[ended.number]
         tried[number] = outcome(chapter, chosen[number], run_of(ended))
         keep()

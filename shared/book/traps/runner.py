@@ -12,7 +12,7 @@ tests/traps/v05.toml holds them:
     unit = "Attention.project"        # left out for the module's own body
     find = "return rotate(q, cos, sin), rotate(k, cos, sin), v"
     replace = "return rotate(k, cos, sin), rotate(q, cos, sin), v"
-    test = "tests/test_modules.py::test_every_module_is_hugging_faces"    # or a list of them
+    test = "tests/test_modules.py::test_every_module_gives_what_hugging_faces_gives"    # or a list of them
     sees = "Fluent nonsense: the model repeats the last word of the prompt."
     seen = "vllm #43810"              # where somebody shipped it, if anybody did
 
@@ -163,9 +163,11 @@ def matrix(chapters: Sequence[Chapter]) -> dict:
     for ended in in_forks([work(chapter, partial(plant, trap), suite, MATRIX_TIMEOUT_S) for chapter, trap in traps], "traps"):
         (chapter, trap), run = traps[ended.number], run_of(ended)
         failed = sorted(run.failed | run.broken)
-        found[chapter.id][trap.name] = {"failed": failed, "passed": len(run.passed)}
-        total = len(failed) + len(run.passed)
-        print(f"{chapter.id}  {trap.name:44} {len(failed)} of {total} tests fail", flush=True)
+        row = found[chapter.id][trap.name] = {"failed": failed, "passed": len(run.passed)}
+        if not run.finished:
+            row["ended"] = "hangs" if run.exit_code is None else "crashes"
+        told = row.get("ended") or f"{len(failed)} of {len(failed) + len(run.passed)} tests fail"
+        print(f"{chapter.id}  {trap.name:44} {told}", flush=True)
     return found
 
 
