@@ -203,13 +203,13 @@ plt.show()
 
 # %% [markdown]
 # Follow A in the picture: it takes whichever block is free. Now count. Before a newcomer is let in, the scheduler adds
-# up what those who run may *come* to need, in blocks (`num_promised`). The cell computes it from the lengths of the
+# up what those who run may *come* to need, in blocks (`Scheduler.reserved`). The cell computes it from the lengths of the
 # workload.
 
 # %%
-promise = [engine.pool.blocks_for(prompt + output - 1) for prompt, output in trace.lengths]
+reservation = [engine.pool.blocks_for(prompt + output - 1) for prompt, output in trace.lengths]
 held = [sum(len(part.rows) for part in each.parts) for each in trace.passes]
-promised = [sum(promise[part.request] for part in each.parts) for each in trace.passes]
+reserved = [sum(reservation[part.request] for part in each.parts) for each in trace.passes]
 first_run = {}  # request to the pass in which it ran first
 for step, each in enumerate(trace.passes):
     for part in each.parts:
@@ -218,7 +218,7 @@ waits = [sum(first > step for first in first_run.values()) for step in range(len
 passes = range(1, len(trace.passes) + 1)
 
 figure, axes = plt.subplots(figsize=(8, 3))
-axes.step(passes, promised, where="mid", label="promised")
+axes.step(passes, reserved, where="mid", label="reserved")
 axes.fill_between(passes, held, step="mid", alpha=0.3, label="held")
 axes.bar(passes, waits, width=0.3, color="grey", label="requests that wait")
 axes.set(title="Promises fill the pool before tokens do", xlabel="pass", ylabel="blocks, requests")
@@ -233,11 +233,11 @@ idle = [
     if w and r < 4 and num_blocks - h >= num_blocks / 4
 ]
 print("a place is free and a quarter of the blocks, and somebody waits, in the passes", idle)
-assert idle and all(h <= p <= num_blocks for h, p in zip(held, promised))
+assert idle and all(h <= p <= num_blocks for h, p in zip(held, reserved))
 
 # %% [markdown]
-# They wait for what has been promised to others. The promise never exceeds the pool, so nobody who runs can be refused
-# a block later. That is the price of never being stuck: blocks that are promised and not held yet keep newcomers out.
+# They wait for what is reserved for others. The sum never exceeds the pool, so nobody who runs can be refused
+# a block later. That is the price of never being stuck: blocks that are reserved and not held yet keep newcomers out.
 #
 # ## 5. The same bytes, v04 and v05
 #
@@ -275,7 +275,7 @@ assert max(together["v04"]) == rows < max(together["v05"])
 assert len(after.passes) < len(before.passes)
 
 # %% [markdown]
-# The ratio is not 512 to the mean promise of all requests: a long request is in many passes and a short one in few, so
+# The ratio is not 512 to the mean reservation of all requests: a long request is in many passes and a short one in few, so
 # whoever looks at a pass meets mostly long ones. The chapter's text works it out under *What it costs*. Now the bytes
 # themselves. v04 reserves a whole row for whoever runs; v05 hands out blocks.
 
@@ -309,7 +309,7 @@ plt.show()
 
 # %% [markdown]
 # In v04 nearly all that is handed out is grey: rows are reserved to their ends. In v05 a thin edge is left, the empty
-# part of each sequence's last block. The white above it is promised, or not needed by anyone.
+# part of each sequence's last block. The white above it is reserved, or not needed by anyone.
 #
 # ## 6. How large should a block be?
 #
@@ -331,14 +331,14 @@ for size in sizes:
             count += 1
     empty[size], unheld[size] = lost / count, later / count
     print(f"blocks of {size:2}: {len(run.passes)} passes, {empty[size]:5.1f} positions of a sequence held and empty, "
-          f"{unheld[size]:5.1f} promised and not held")
+          f"{unheld[size]:5.1f} reserved and not held")
     assert empty[size] <= size - 1
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 3))
 places = range(len(sizes))
 axes.bar(places, empty.values(), label="held and empty")
-axes.bar(places, unheld.values(), bottom=list(empty.values()), color="lightgrey", label="promised and not held")
+axes.bar(places, unheld.values(), bottom=list(empty.values()), color="lightgrey", label="reserved and not held")
 axes.plot(places, [(size - 1) / 2 for size in sizes], "k.--", label="(block size - 1) / 2")
 axes.set_xticks(places, sizes)
 axes.set(title="What a sequence has and does not use", xlabel="tokens in a block", ylabel="positions")
@@ -349,7 +349,7 @@ assert empty[1] == 0 < empty[4] < empty[16] < empty[64]
 # %% [markdown]
 # With blocks of one token nothing is held and empty. The larger the block, the more of its last one is empty: about
 # half a block where lengths are many times the block, and it moves with the lengths where they are not. The other
-# waste, what is promised and not held, hardly depends on the block: it is a matter of who is let in. Why not blocks of
+# waste, what is reserved and not held, hardly depends on the block: it is a matter of who is let in. Why not blocks of
 # one, then? A table has an entry for each block, and what is read lies in smaller pieces.
 #
 # ## To try

@@ -7,7 +7,10 @@ from .sequence import Sequence
 class Scheduler:
     """First come, first served."""
 
-    def __init__(self, max_num_seqs: int):
+    def __init__(
+        self,
+        max_num_seqs: int,
+    ):
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.free_rows = deque(range(max_num_seqs))

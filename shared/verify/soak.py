@@ -27,8 +27,8 @@ def audit(engine) -> None:
     for seq in running:
         size = len(seq.block_table)
         assert pool.blocks_for(seq.num_computed) <= size <= pool.blocks_for(seq.num_tokens), f"{seq.seq_id} holds {size}"
-    promised = sum(pool.blocks_for(seq.max_len) for seq in running)
-    assert engine.scheduler.num_promised == promised <= pool.num_blocks
+    reserved = sum(engine.scheduler.reserved(seq) for seq in running)
+    assert reserved <= pool.num_blocks, f"{reserved} of {pool.num_blocks} blocks are reserved"
     for seq in engine.scheduler.waiting:
         assert not seq.block_table, f"{seq.seq_id} waits and holds {seq.block_table}"
 

@@ -75,16 +75,16 @@ def test_a_sequence_holds_less_than_a_block_that_is_empty(chapter):
 
 
 def test_at_equal_bytes_more_run_together_by_what_they_do_not_reserve(chapter):
-    """v04 reserves max_model_len for each; v05 promises prompt + max_tokens, rounded up to blocks.
+    """v04 reserves max_model_len for each; v05 reserves prompt + max_tokens, rounded up to blocks.
 
-    Those who run longer are met more often: the mean promise is one over passes, and not over requests.
+    Those who run longer are met more often: the mean reservation is one over passes, and not over requests.
     """
     max_model_len, places, block_size = 512, 8, 16
     requests = ragged(240, 401, prompt_len=(4, 60), output_len=(1, 120), seed=6)
-    promised = [-(-(len(r.prompt_ids) + r.max_tokens - 1) // block_size) * block_size for r in requests]
+    reserved = [-(-(len(r.prompt_ids) + r.max_tokens - 1) // block_size) * block_size for r in requests]
     passes = [request.max_tokens for request in requests]
-    mean_promise = sum(each * lasts for each, lasts in zip(promised, passes)) / sum(passes)
-    derived = max_model_len / mean_promise
+    mean_reserved = sum(each * lasts for each, lasts in zip(reserved, passes)) / sum(passes)
+    derived = max_model_len / mean_reserved
     engine = chapter.load().Engine(
         checkpoint("qwen3"),
         max_num_seqs=100,
@@ -181,14 +181,15 @@ def test_attention_does_not_know_where_keys_and_values_live(chapter):
         assert (chapter.path / name).read_bytes() == (chapter.previous.path / name).read_bytes(), name
 
 
-def test_blocks_and_promises_come_back(make_engine, Params):
+def test_blocks_and_reservations_come_back(make_engine, Params):
     engine = make_engine("llama", num_blocks=40, block_size=BS)
     engine.generate([[9] * 5, [10] * 7], Params(max_tokens=4, ignore_eos=True))
     request_id = engine.add_request([9] * 6, Params(max_tokens=20, ignore_eos=True))
     engine.step()
-    assert (engine.pool.num_free, engine.scheduler.num_promised) == (38, 7)
+    [seq] = engine.scheduler.running
+    assert (engine.pool.num_free, engine.scheduler.reserved(seq)) == (38, 7)
     engine.abort_request(request_id)
-    assert (engine.pool.num_free, engine.scheduler.num_promised) == (40, 0)
+    assert (engine.pool.num_free, engine.scheduler.running) == (40, [])
 
 
 def test_who_cannot_be_given_blocks_is_told_so_and_holds_what_it_held(chapter, module, Params):

@@ -53,7 +53,7 @@ def test_a_whole_answer_is_put_together_once(module):
     assert calls == [50]
 
 
-def test_a_silent_max_tokens_is_a_promise_of_the_whole_context(chapter, make_engine):
+def test_without_max_tokens_the_whole_context_is_reserved(chapter, make_engine):
     """64 say hello at once: 8 of 1,024 / 128 blocks run together; who is given 256 tokens at the most is one of 60."""
     engine = make_engine("pocket", num_blocks=1024, max_num_seqs=64)
     for default, together in ((None, 8), (256, 60)):
