@@ -52,7 +52,7 @@ def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> B
     return Batch(
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.tensor(positions, device=device),
-        logit_rows=torch.tensor(logit_rows, device=device),
+        logit_rows=torch.tensor(logit_rows, device=device, dtype=torch.int64),
         draws=draws,
         cache=cache,
         context_len=max(positions) + 1,

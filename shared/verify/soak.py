@@ -20,7 +20,7 @@ def audit(engine) -> None:
     """Every block is free or has one owner, and owners hold what their tokens need, no more; AssertionError if not."""
     pool, running = engine.pool, engine.scheduler.running
     held = Counter(block_id for seq in running for block_id in seq.block_table)
-    everyone = held + Counter(pool.free_ids)
+    everyone = held + Counter(list(pool.free_ids))
     twice = [block_id for block_id, count in everyone.items() if count > 1]
     assert not twice, f"blocks {twice} have several owners, or are held and free"
     assert everyone.keys() == set(range(pool.num_blocks)), f"{pool.num_blocks - len(everyone)} blocks are lost"
