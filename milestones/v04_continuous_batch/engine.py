@@ -74,7 +74,9 @@ class Engine:
         self.model = load_model(checkpoint, self.config, self.device, self.dtype)
         self.tokenizer = load_tokenizer(model_dir)
         self.cache = KVCache(self.config, max_num_seqs, self.max_model_len, self.device, self.dtype)
-        self.scheduler = Scheduler(max_num_seqs)
+        self.scheduler = Scheduler(
+            max_num_seqs,
+        )
         self.seqs: dict[int, Sequence] = {}
         self.unreported: list[StepOutput] = []
         self.num_requests = 0
@@ -202,19 +204,29 @@ class Engine:
         return self.commit(batch, token_ids, top_logprobs(logits, batch.draws, token_ids))
 
     def commit(self, batch: Batch, token_ids: list[int], logprobs: Iterable) -> list[StepOutput]:
-        """Append each draw's token to its sequence, and report it."""
+        """Give each draw's sequence its token, and report it."""
         outputs = []
         for draw, token_id, top in zip(batch.draws, token_ids, logprobs, strict=True):
             seq = draw.seq
             seq.num_computed = draw.position  # all before it has been fed
-            seq.append(token_id)
-            seq.logprobs.append(top)
-            # The token that ends a text is not part of it.
-            text = seq.stream.push([] if seq.finish_reason == "stop" else [token_id], last=seq.finished)
-            outputs.append(StepOutput(seq.seq_id, token_id, text, top, seq.finish_reason))
+            outputs.append(self.accept(seq, token_id, top))
             if seq.finished:
                 self.release(seq)
         return outputs
+
+    def accept(self, seq: Sequence, token_id: int, top: dict[int, float] | None) -> StepOutput:
+        """Append a token to a sequence, and say what became certain with it."""
+        seq.append(token_id)
+        seq.logprobs.append(top)
+        # The token that ends a text is not part of it.
+        text = seq.stream.push([] if seq.finish_reason == "stop" else [token_id], last=seq.finished)
+        return StepOutput(
+            request_id=seq.seq_id,
+            token_id=token_id,
+            text=text,
+            logprobs=top,
+            finish_reason=seq.finish_reason,
+        )
 
     def completion(self, seq: Sequence) -> Completion:
         """The finished sequence, as the caller sees it."""

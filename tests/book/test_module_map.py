@@ -1,5 +1,8 @@
-"""The map: a row for each module, from what it says of itself and who calls it."""
+"""The map: a row for each module, from what it says of itself and who calls it; and commands that texts name."""
+import re
+
 from shared.book.claims.module_map import make_targets, module_map
+from shared.book.claims.sync import texts
 from shared.chapters import BOOK, python_files
 
 TOOL = '"""Does this. And more.\n\nReads: a.json. Writes: b.svg.\n"""\n\n\ndef main():\n    pass\n\n\nif __name__ == "__main__":\n    main()\n'
@@ -30,3 +33,21 @@ def test_every_module_is_on_the_map_of_this_book_and_every_command_of_make():
     commands = " ".join(lines)
     for targets in make_targets(BOOK.root / "Makefile").values():
         assert all(f"`make {target}`" in commands for target in targets), targets
+
+
+def test_every_command_that_a_text_names_is_there():
+    """The modules after `python -m`, and the targets after `make`."""
+    targets = set(re.findall(r"^([a-z][a-z-]*)(?=:| )", (BOOK.root / "Makefile").read_text(), flags=re.M))
+    families = set(re.findall(r"\$\(CHAPTERS:%=([a-z]+)-%\)", (BOOK.root / "Makefile").read_text()))
+    named = 0
+    for page in texts(BOOK):
+        text = page.read_text()
+        for module in re.findall(r"python3? -m ((?:shared|milestones)(?:\.\w+)+)", text):
+            path = BOOK.root.joinpath(*module.split("."))
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), f"{page.name}: python -m {module}"
+            named += 1
+        for target in re.findall(r"(?:`|^ {4}|^)make (?:PYTHON=\S+ )?([a-z][\w-]*)", text, flags=re.M):
+            family = re.fullmatch(r"([a-z]+)-v(?:\d\d|NN)", target)
+            assert family and family[1] in families | {"new"} or target in targets, f"{page.name}: make {target}"
+            named += 1
+    assert named > 100
