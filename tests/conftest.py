@@ -85,9 +85,14 @@ def pytest_configure(config):
         raise pytest.UsageError(str(error)) from None
     config.distances, config.seen, config.left_out = {}, set(), 0
     config.changes = changes() if full else None
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter and reporter.isatty and reporter.verbosity <= 0 and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(OneLine(reporter))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session):
+    """Now there is a reporter to write through."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and reporter.isatty and reporter.verbosity <= 0 and not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(OneLine(reporter))
 
 
 # Options with which not all tests are run.

@@ -1,4 +1,7 @@
 """The harness's own guards: what was seen, what is written down of it, and the line that says how far it is."""
+import contextlib
+import os
+import pty
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -65,6 +68,20 @@ def test_what_workers_measured_and_saw_is_put_together(harness):
         harness.pytest_testnodedown(SimpleNamespace(config=config, workeroutput=said), None)
     assert config.seen == {"a", "b", "c"} and config.left_out == 7
     assert config.distances["x"]["where"] == "b", "nothing is worse than what is no number"
+
+
+def test_pytest_in_a_terminal_draws_one_line_and_no_dots():
+    ours, its = pty.openpty()
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_layers.py"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=its, stdout=its, stderr=subprocess.STDOUT)
+    os.close(its)
+    said = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that nobody writes any more
+        while part := os.read(ours, 4096):
+            said += part
+    os.close(ours)
+    assert process.wait() == 0
+    assert b"of 2 tests, 0:0" in said and b"%]" not in said, said
 
 
 def test_on_a_terminal_one_line_says_how_far_it_is():
