@@ -11,7 +11,7 @@
 All of it on the CPU, also where there is a GPU: that is what `shared.bench.gpu` and `shared.bench.attention` are for.
 `timing` tells how runs are timed.
 
-Reads: shared/workloads.py, the chapters. Writes: docs/results/{growth,batch,decode,overhead,staircase,suite,large}.json.
+Reads: shared/workloads.py, the chapters. Writes: docs/results/{growth, batch, decode, overhead, staircase, suite, large}.json.
 """
 import argparse
 import sys

@@ -1,6 +1,6 @@
 """Requests that share a pass: tokens per second by their number, and a decode step of unequal ones.
 
-Reads: the chapters. Writes: docs/results/{batch,decode}.json, through `python -m shared.bench`.
+Reads: the chapters. Writes: docs/results/{batch, decode}.json, through `python -m shared.bench`.
 """
 import random
 

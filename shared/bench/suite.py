@@ -8,7 +8,7 @@ One thread, float32, greedy. The limit of a single stream is that each token rea
 of many requests, that each position multiplies each weight once. Bandwidth and rate of multiplication are measured
 here, in the same minute. Nothing can be faster than the limit, whatever it is written in; how near it comes is the share.
 
-Reads: shared/workloads.py, the chapters. Writes: docs/results/{suite,large}.json, through `python -m shared.bench`.
+Reads: shared/workloads.py, the chapters. Writes: docs/results/{suite, large}.json, through `python -m shared.bench`.
 """
 import json
 import random

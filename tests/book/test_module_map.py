@@ -5,7 +5,7 @@ from shared.book.claims.module_map import make_targets, module_map
 from shared.book.claims.sync import texts
 from shared.chapters import BOOK, python_files
 
-TOOL = '"""Does this. And more.\n\nReads: a.json. Writes: b.svg.\n"""\n\n\ndef main():\n    pass\n\n\nif __name__ == "__main__":\n    main()\n'
+TOOL = '"""Does this. And more.\n\nReads: a.json. Writes: b*.svg.\n"""\n\n\ndef main():\n    pass\n\n\nif __name__ == "__main__":\n    main()\n'
 MAKEFILE = "tool: $(READY)\n\t@$(PY) -m shared.tool\n\n$(CHAPTERS:%=run-%): run-%:\n\t@$(PY) -m shared.tool $*\n"
 
 
@@ -14,15 +14,16 @@ def test_a_module_has_its_sentence_command_files_and_tests(make_book, first):
         "Makefile": MAKEFILE,
         "shared/__init__.py": '"""Tools."""\n',
         "shared/tool.py": TOOL,
-        "shared/used.py": '"""Is used."""\nfrom shared.tool import main\n',
-        "shared/alone.py": TOOL.replace("Does this", "Stands alone"),
+        "shared/used.py": '"""Is used."""\nfrom shared.tool import (\n    main,\n)\nfrom json import dumps\n',
+        "shared/alone_1.py": TOOL.replace("Does this", "Stands alone"),
         "tests/test_used.py": "from shared import used\n",
     }
     lines = module_map(make_book(first, beside=beside), None)
-    assert "| **shared/** | Tools | | | | |" in lines
-    assert "| [tool.py](shared/tool.py) | Does this | `make tool`, `make run-vNN` | a.json | b.svg | ([used](tests/test_used.py)) |" in lines
-    assert "| [used.py](shared/used.py) | Is used |  |  |  | [used](tests/test_used.py) |" in lines
-    assert "| [alone.py](shared/alone.py) | Stands alone | `python -m shared.alone` | a.json | b.svg |  |" in lines
+    assert "| **shared/** | Tools | |" in lines
+    files, run = "<br>reads a.json<br>writes b\\*.svg", "<br>run by `make tool`, `make run-vNN`"
+    assert f"| [tool.py](shared/tool.py) | Does this{run}{files} | ([used](tests/test_used.py)) |" in lines
+    assert "| [used.py](shared/used.py) | Is used | [used](tests/test_used.py) |" in lines
+    assert f"| [alone\\_1.py](shared/alone_1.py) | Stands alone<br>run by `python -m shared.alone_1`{files} |  |" in lines
 
 
 def test_every_module_is_on_the_map_of_this_book_and_every_command_of_make():

@@ -1,7 +1,7 @@
 """The map of shared/: a row for each module, made of what it says of itself and of who calls it.
 
 What it does is the first sentence of its docstring; what it reads and writes stands in the docstring's last line
-(`Reads: ... Writes: ...`); the command is the make target, or `python -m` where it has none; its tests are those
+(`Reads: ... Writes: ...`); what runs it is a make target, or `python -m` where it has none; its tests are those
 that import it or, in brackets, those nearest to it.
 
 Reads: shared/**/*.py, tests/**/*.py, Makefile.
@@ -22,11 +22,11 @@ def module_map(book: Book, chapter: Chapter | None) -> list[str]:
     shared = book.root / "shared"
     targets = make_targets(book.root / "Makefile")
     users = importers(path for folder in (shared, book.root / "tests") if folder.is_dir() for path in python_files(folder))
-    lines = ["| | what it does | command | reads | writes | tests |", "|---|---|---|---|---|---|"]
+    lines = ["| | what it does, what runs it, what it reads and writes | tests |", "|---|---|---|"]
     for folder in FOLDERS:
         directory = shared / folder
         init = directory / "__init__.py"
-        lines.append(f"| **shared/{folder}** | {first_sentence(init.read_text()) if init.is_file() else ''} | | | | |")
+        lines.append(f"| **shared/{folder}** | {first_sentence(init.read_text()) if init.is_file() else ''} | |")
         for path in sorted(directory.glob("*.py")):
             if path.name != "__init__.py" and (path.name != "__main__.py" or "def main" in path.read_text()):
                 lines.append(row(path, shared.parent, targets, users))
@@ -38,15 +38,10 @@ def row(path: Path, root: Path, targets: dict[str, list[str]], users: dict[str, 
     place, source = path.relative_to(root), path.read_text()
     module = dotted(place)
     reads, writes = files_told(source)
-    cells = [
-        f"[{path.name}]({place.as_posix()})",
-        first_sentence(source),
-        command_of(module, source, targets),
-        reads,
-        writes,
-        tests_of(module, root, users),
-    ]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    told = {"run by": command_of(module, source, targets), "reads": reads, "writes": writes}
+    about = "<br>".join([first_sentence(source), *(f"{what} {value}" for what, value in told.items() if value)])
+    name = path.name.replace("_", "\\_")
+    return f"| [{name}]({place.as_posix()}) | {about.replace('*', BACKSLASH + '*')} | {tests_of(module, root, users)} |"
 
 
 def dotted(place: Path) -> str:
@@ -55,6 +50,7 @@ def dotted(place: Path) -> str:
 
 
 FEW = 4
+BACKSLASH = "\\"
 
 
 def tests_of(module: str, root: Path, users: dict[str, set[Path]]) -> str:
@@ -122,14 +118,15 @@ def make_targets(makefile: Path) -> dict[str, list[str]]:
     return targets
 
 
-IMPORT = re.compile(r"^\s*from (shared[\w.]*) import \(?([\w.,\s]+)", re.MULTILINE)
+IMPORT = re.compile(r"^\s*from (shared[\w.]*) import (?:\(([^)]*)\)|(.*)$)", re.MULTILINE)
 
 
 def importers(paths: Iterable[Path]) -> dict[str, set[Path]]:
     """The files that import each module of shared/; also where the import stands in a text that a test runs."""
     found = {}
     for path in paths:
-        for package, names in IMPORT.findall(path.read_text()):
-            for name in (package, *(f"{package}.{each.split(' as ')[0].strip()}" for each in names.split(","))):
+        for package, several, one_line in IMPORT.findall(path.read_text()):
+            names = (several or one_line).split(",")
+            for name in (package, *(f"{package}.{each.split()[0]}" for each in names if each.strip())):
                 found.setdefault(name, set()).add(path)
     return found

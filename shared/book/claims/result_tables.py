@@ -9,7 +9,7 @@
     changes         lines added and removed from chapter to chapter, by file
     damage          random changes to the code, and whether a test notices
 
-Reads: docs/results/{suite,large,decode,overhead,attention,mutants}.json.
+Reads: docs/results/{suite, large, decode, overhead, attention, mutants}.json.
 """
 from collections import Counter
 
