@@ -232,7 +232,8 @@ def run_tests(book: Book, chapters: tuple[Chapter, ...]) -> int:
     """The tests of every chapter that was touched; 0 if all pass."""
     options = [option for chapter in chapters for option in ("--chapter", chapter.id)]
     print(f"testing {', '.join(each.id for each in chapters)}", flush=True)
-    return subprocess.run([sys.executable, "-m", "pytest", "tests", "-q", *options], cwd=book.root).returncode
+    command = [sys.executable, "-m", "pytest", "tests", "-q", "-n", "logical", "--dist", "worksteal", *options]
+    return subprocess.run(command, cwd=book.root).returncode
 
 
 def main(argv: list[str], book: Book | None = None) -> int:
