@@ -14,10 +14,10 @@ Reads: docs/results/{suite, large, decode, overhead, attention, mutants}.json.
 from collections import Counter
 
 from shared import results
+from shared.bench.suite import PEERS
 from shared.book.diff import lines_changed
 from shared.chapters import Book, Chapter
 
-PEERS = ("HF generate", "HF continuous")
 # Less is not worth a line, whoever is right.
 NOTED = 0.02
 MODELS = {
