@@ -51,24 +51,6 @@ def test_every_module_gives_what_hugging_faces_gives(engine, hf, length, Params,
         assert distance <= TOLERANCE[kind], f"{name} is {distance:.1e} away"
 
 
-@pytest.mark.parametrize("size", [0, 2**60])
-@pytest.mark.parametrize("name", ["qwen2", "mistral"])
-def test_both_libraries_multiply_alike(make_engine, module, monkeypatch, name, size, Params, rng):
-    """The checkpoints of the tests are too small for oneDNN, unless it is told to take all."""
-    layers, calls = module("layers"), []
-    monkeypatch.setattr(layers, "ONEDNN_SIZE", size)
-    plain = torch.nn.Linear.forward
-    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: calls.append(self) or plain(self, x))
-    engine = make_engine(name, dtype="float32", device="cpu")
-    prompt_ids = random_ids(13, engine.config.vocab_size, rng)
-    ours = prefill(engine, prompt_ids, Params)
-    assert bool(calls) == (size > 0 or not layers.HAS_ONEDNN)
-    monkeypatch.undo()
-    want = reference(checkpoint(name)).module_outputs(prompt_ids)
-    for each, got in ours.items():
-        assert relative(got, aligned(each, want[each], got)) <= TOLERANCE[kind_of(each)], each
-
-
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
 def test_modules_in_bfloat16_differ_by_its_rounding(make_engine, name, Params, measure, rng):
     """bfloat16 keeps 8 bits: one rounding is 2 ** -8. A norm or a softmax taken in it would cost many.

@@ -155,7 +155,7 @@ def test_a_tensor_of_the_wrong_shape(refused, copy_of):
 def test_a_tensor_with_a_value_that_is_no_finite_number(refused, copy_of, value):
     path = copy_of("llama")
     rewrite(path, lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"].view(-1)[7:8].fill_(value))
-    assert refused(path).startswith("tensor model.layers.2.mlp.up_proj.weight has values that are no finite numbers")
+    assert refused(path).startswith("tensor model.layers.2.mlp.up_proj.weight has values that are not finite numbers")
 
 
 def test_the_largest_finite_numbers_of_float16_are_accepted(copy_of, chapter):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .config import ModelConfig
-from .layers import Linear, RMSNorm, rotate
+from .layers import Projection, Returning, RMSNorm, products, rotate
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
@@ -39,10 +39,10 @@ class Attention(nn.Module):
         self.layer_id = layer_id
         self.head_dim = config.head_dim
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_size, bias=config.qkv_bias)
-        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.o_proj = Linear(q_size, config.hidden_size, bias=False)
+        self.q_proj = Projection(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = Projection(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = Projection(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = Returning(q_size, config.hidden_size, bias=False)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
@@ -51,9 +51,10 @@ class Attention(nn.Module):
     def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of each token, queries and keys turned to its position."""
         num_tokens = hidden.shape[0]
-        q = self.q_proj(hidden).view(num_tokens, -1, self.head_dim)  # [N, H, D]
-        k = self.k_proj(hidden).view(num_tokens, -1, self.head_dim)  # [N, KV, D]
-        v = self.v_proj(hidden).view(num_tokens, -1, self.head_dim)  # [N, KV, D]
+        q, k, v = products(hidden, self.q_proj, self.k_proj, self.v_proj)
+        q = q.view(num_tokens, -1, self.head_dim)  # [N, H, D]
+        k = k.view(num_tokens, -1, self.head_dim)  # [N, KV, D]
+        v = v.view(num_tokens, -1, self.head_dim)  # [N, KV, D]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
