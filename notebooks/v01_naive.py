@@ -46,7 +46,7 @@ from matplotlib.patches import Patch
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, where Jupyter has no widgets
 
 from milestones.v01_naive import Engine, SamplingParams
-from milestones.v01_naive.batch import Batch
+from milestones.v01_naive.batch import Batch, causal_mask
 from milestones.v01_naive.sampling import filter_logits
 from shared.bench.recorder import record
 from shared.chapters import find
@@ -79,7 +79,8 @@ assert len(prompt_ids) == 8
 #
 # ## 2. Numbers become logits
 #
-# The model is a function. What goes in is a `Batch`: the tokens, their positions, and the rows whose logits are wanted.
+# The model is a function. What goes in is a `Batch`: the tokens, their positions, the rows whose logits are wanted, and a
+# mask that says which tokens each token attends to.
 # What comes out is one number for every token there is.
 #
 # > **Predict.** Eight tokens go in, and the logits of the last are asked for. How many numbers come out? And which
@@ -88,11 +89,13 @@ assert len(prompt_ids) == 8
 # %%
 @torch.inference_mode()
 def next_logits(token_ids):
+    positions = torch.arange(len(token_ids))
     batch = Batch(
         token_ids=torch.tensor(token_ids),
-        positions=torch.arange(len(token_ids)),
+        positions=positions,
         logit_rows=torch.tensor([len(token_ids) - 1]),  # the last token alone
         draws=[],  # nothing is drawn here: that is done by hand
+        mask=causal_mask(positions, len(token_ids)),  # itself and what comes before
     )
     return engine.model.compute_logits(engine.model(batch))  # [1, V]
 

@@ -163,11 +163,11 @@ hook.remove()
 batch = batches[3]
 print("cache rows:", batch.cache_rows.tolist())
 print("positions: ", batch.positions.tolist())
-for rectangle in batch.rectangles:
+for rectangle in batch.view:
     print(f"attention takes tokens {rectangle.tokens.tolist()} together, and reads {rectangle.context_len} positions back")
 
 rows = {part.request: part.rows for each in again.passes[:4] for part in each.parts}
-assert [len(rectangle.tokens) for rectangle in batch.rectangles] == [3, 4]
+assert [len(rectangle.tokens) for rectangle in batch.view] == [3, 4]
 assert rows[4] == rows[3]  # E lies where D lay
 
 # %% [markdown]

@@ -140,7 +140,7 @@ print(inspect.getsource(type(engine.cache).read))
 # %%
 batch, tables = seen[7]
 table, num_held = tables[b]
-rectangle = batch.rectangles[0]
+rectangle = batch.view[0]
 keys, values = engine.cache.read(0, rectangle)  # [S, n, KV, D]
 row = [draw.seq.seq_id for draw in batch.draws].index(b)
 slots = [table[p // 4] * 4 + p % 4 for p in range(num_held)]

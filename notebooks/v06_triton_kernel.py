@@ -58,7 +58,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from milestones.v05_paged_cache import Engine as GatheringEngine
 from milestones.v06_triton_kernel import Engine
 from milestones.v06_triton_kernel.attention import attend
-from milestones.v06_triton_kernel.batch import Rectangle
+from milestones.v06_triton_kernel.batch import Rectangle, causal_mask
 from milestones.v06_triton_kernel.cache import KVCache
 from milestones.v06_triton_kernel.config import load_config
 from milestones.v06_triton_kernel.kernels.paged_attention import TILE_KEYS, _attend_kernel
@@ -210,9 +210,14 @@ torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 # **Predict.** On this poisoned memory, for which of the four sequences does the path of v05 give NaN?
 
 # %%
-rectangle = Rectangle(tokens=torch.arange(len(contexts)), block_tables=tables.long(), context_len=max(contexts))
+rectangle = Rectangle(
+    tokens=torch.arange(len(contexts)),
+    block_tables=tables,
+    context_len=max(contexts),
+    mask=causal_mask(lens[:, None, None] - 1, max(contexts)),
+)
 keys, gathered_values = cache.read(0, rectangle)  # [S, n, KV, D]
-gathered = attend(q, keys, gathered_values, positions=lens.long() - 1)
+gathered = attend(q, keys, gathered_values, rectangle.mask)
 for name, out in (("gathered, as in v05", gathered), ("in place, by the kernel", got)):
     spoilt = ["NaN" if each.isnan().any() else "fine" for each in out]
     print(f"{name:24}", *(f"{n:3}: {state:4}" for n, state in zip(contexts, spoilt)), sep="   ")
@@ -285,7 +290,7 @@ for contexts in ([90, 90, 90, 90], [300, 20, 20, 20]):
         paged_attention(q, cache.k[0], cache.v[0], tables, starts, lens, 1, max(contexts))
     loaded = 4 * sum(map(len, of_keys + of_values))  # float32
     assert loaded == 2 * sum(contexts) * 2 * 32 * 4, "each key and value once, and nothing else"
-    keys, gathered_values = cache.read(0, Rectangle(torch.arange(4), tables.long(), max(contexts)))
+    keys, gathered_values = cache.read(0, rectangle._replace(block_tables=tables, context_len=max(contexts)))
     copied = 2 * tables.numel() * BLOCK_SIZE * 2 * 32 * 4  # keys and values of whole blocks
     by_v05 = [copied, copied, keys.nbytes + gathered_values.nbytes]
     moved[str(contexts)] = dict(zip(("v05 reads", "v05 writes", "v05 reads the copy", "v06 reads"), (*by_v05, loaded)))

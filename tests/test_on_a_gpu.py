@@ -148,6 +148,7 @@ def test_the_pretended_gpu_allows_what_a_real_one_allows():
         there = torch.arange(3.0, device="cuda")
         assert there.device.type == "cuda"
         assert (there + torch.tensor(1.0)).tolist() == [1, 2, 3]
+        assert torch.arange(3.0).pin_memory().to(torch.device("cuda"), non_blocking=True).device.type == "cuda"
         assert there[torch.tensor([2, 0])].tolist() == [2, 0]
         there[torch.tensor([1])] = torch.tensor(7.0)
         there[:1] = torch.tensor([3.0])

@@ -1,4 +1,5 @@
 """What stands in the source is true: shape comments and the examples in docstrings, both by running them."""
+import itertools
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from shared.book.doctests import check_package
 from shared.book.shapes import check_shapes
 from shared.checkpoints import checkpoint
+from shared.commands.doctor import interpreter_fault
 
 pytestmark = pytest.mark.needs("generate", "sample", "logprobs")
 
@@ -13,8 +15,12 @@ pytestmark = pytest.mark.needs("generate", "sample", "logprobs")
 def exercise(chapter):
     """Runs that between them reach every line with a shape comment: all families, all filters."""
     package = chapter.load()
-    for name in ("llama3", "qwen2", "qwen3"):
-        engine = package.Engine(checkpoint(name))
+    has_kernels = (chapter.path / "kernels").is_dir()
+    if has_kernels and interpreter_fault():
+        pytest.skip(interpreter_fault())
+    ways = [{"attention": "torch"}, {"attention": "triton"}] if has_kernels else [{}]
+    for name, options in itertools.product(("llama3", "qwen2", "qwen3"), ways):
+        engine = package.Engine(checkpoint(name), **options)
         params = [
             package.SamplingParams(max_tokens=3, temperature=0.8, top_k=5, top_p=0.9, logprobs=2),
             package.SamplingParams(max_tokens=2),

@@ -12,22 +12,21 @@ from .config import ModelConfig
 from .layers import Projection, Returning, RMSNorm, products, rotate
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    """Mix, for each query, the values of the keys at or before its position.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Mix, for each query, the values of the keys that its mask lets it see.
 
     Args:
         q: [N, H, D].
-        k, v: [n, KV, D]; key i is at position i. Query heads i * G to (i + 1) * G - 1 share KV head i.
-        positions: [N] of the queries.
+        k, v: [n, KV, D]. Query heads i * G to (i + 1) * G - 1 share KV head i.
+        mask: [N, n] bool; True where a query attends to a key.
     Returns:
         [N, H, D]; the softmax is taken in float32.
     Source: https://arxiv.org/abs/1706.03762; grouped heads, https://arxiv.org/abs/2305.13245.
     """
-    num_keys, num_kv_heads, head_dim = k.shape
+    _, num_kv_heads, head_dim = k.shape
     q = q.unflatten(1, (num_kv_heads, -1))  # [N, KV, G, D]
     scores = torch.einsum("qhgd,khd->hgqk", q, k) / math.sqrt(head_dim)  # [KV, G, N, n]
-    future = torch.arange(num_keys, device=k.device) > positions[:, None]  # [N, n]
-    scores = scores.masked_fill(future, -math.inf)  # [KV, G, N, n]
+    scores = scores.masked_fill(~mask, -math.inf)  # [KV, G, N, n]
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)  # [KV, G, N, n]
     return torch.einsum("hgqk,khd->qhgd", weights, v).flatten(1, 2)
 
@@ -62,5 +61,5 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
         q, k, v = self.project(hidden, cos, sin)
-        out = attend(q, k, v, batch.positions)  # [N, H, D]
+        out = attend(q, k, v, batch.mask)  # [N, H, D]
         return self.o_proj(out.flatten(1))

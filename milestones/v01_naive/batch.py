@@ -1,8 +1,8 @@
 """What one forward pass works on.
 
-N tokens of this step   R rows whose logits are wanted
+N tokens of this step   R rows whose logits are wanted   n keys
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,20 +20,42 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of one step, all sequences end to end; built once, read by every layer."""
+    """The tokens of one step, all sequences end to end; built once on the CPU, read by every layer."""
 
     token_ids: Tensor  # [N]
     positions: Tensor  # [N]
     logit_rows: Tensor  # [R] which of the N tokens' logits are wanted
     draws: list[Draw]  # [R] what each of those rows decides
+    mask: Tensor  # [N, n] which keys each token attends to
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on device."""
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            logit_rows=self.logit_rows.to(device),
+            mask=self.mask.to(device),
+        )
 
 
-def build_batch(seqs: list[Sequence], device: torch.device) -> Batch:
+def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
+    """Which keys each query attends to, [..., n] bool for queries at positions [...]: its own and those before it.
+
+    >>> causal_mask(torch.tensor([1, 2]), num_keys=3).int().tolist()
+    [[1, 1, 0], [1, 1, 1]]
+    """
+    return torch.arange(num_keys) <= positions[..., None]
+
+
+def build_batch(seqs: list[Sequence]) -> Batch:
     """Feed the one sequence whole."""
     [seq] = seqs
+    positions = torch.arange(seq.num_tokens)
     return Batch(
-        token_ids=torch.tensor(seq.token_ids, device=device),
-        positions=torch.arange(seq.num_tokens, device=device),
-        logit_rows=torch.tensor([seq.num_tokens - 1], device=device),
+        token_ids=torch.tensor(seq.token_ids),
+        positions=positions,
+        logit_rows=torch.tensor([seq.num_tokens - 1]),
         draws=[Draw(seq, seq.num_tokens)],
+        mask=causal_mask(positions, seq.num_tokens),
     )

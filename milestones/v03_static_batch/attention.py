@@ -3,7 +3,6 @@
 N tokens of this step   S sequences   Q queries each   H query heads   KV key/value heads   G = H / KV
 D head_dim   n keys
 """
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,22 +11,20 @@ from .config import ModelConfig
 from .layers import Projection, Returning, RMSNorm, products, rotate
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    """Mix, for each query, the values of the keys at or before its position.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Mix, for each query, the values of the keys that its mask lets it see.
 
     Args:
         q: [S * Q, H, D], a rectangle: Q of each sequence, one sequence after the other.
-        k, v: [S, n, KV, D]; key i is at position i. Query heads i * G to (i + 1) * G - 1 share KV head i.
-        positions: [S * Q] of the queries.
+        k, v: [S, n, KV, D]. Query heads i * G to (i + 1) * G - 1 share KV head i.
+        mask: [S, 1, Q, n] bool; True where a query attends to a key.
     Returns:
         [S * Q, H, D]; the softmax is taken in float32.
     Source: https://arxiv.org/abs/1706.03762; grouped heads, https://arxiv.org/abs/2305.13245.
     """
-    num_seqs, num_keys = k.shape[:2]
-    past = torch.arange(num_keys, device=k.device) <= positions.view(num_seqs, 1, -1, 1)  # [S, 1, Q, n]
-    q = q.unflatten(0, (num_seqs, -1))  # [S, Q, H, D]
+    q = q.unflatten(0, (len(k), -1))  # [S, Q, H, D]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=past, enable_gqa=True)  # [S, H, Q, D]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [S, H, Q, D]
     return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -63,5 +60,5 @@ class Attention(nn.Module):
         q, k, v = self.project(hidden, cos, sin)
         batch.cache.write(self.layer_id, k, v, batch)
         k, v = batch.cache.read(self.layer_id, batch)
-        out = attend(q, k, v, batch.positions)  # [N, H, D]
+        out = attend(q, k, v, batch.mask)  # [N, H, D]
         return self.o_proj(out.flatten(1))

@@ -1,8 +1,8 @@
 """What one forward pass works on.
 
-N tokens of this step   R rows whose logits are wanted
+N tokens of this step   R rows whose logits are wanted   S sequences   Q queries each   n keys
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -24,19 +24,40 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of one step, all sequences end to end; built once, read by every layer."""
+    """The tokens of one step, all sequences end to end; built once on the CPU, read by every layer."""
 
     token_ids: Tensor  # [N]
     positions: Tensor  # [N]
     logit_rows: Tensor  # [R] which of the N tokens' logits are wanted
     draws: list[Draw]  # [R] what each of those rows decides
+    mask: Tensor  # [S, 1, Q, n] which keys each token attends to
     cache: KVCache  # read and written by attention
     context_len: int  # positions that attention reads, this step's included
     num_seqs: int  # rows of the rectangle, equally many tokens each
     cache_rows: Tensor  # [N] the row of the cache in which each token's key and value are kept
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on device."""
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            logit_rows=self.logit_rows.to(device),
+            mask=self.mask.to(device),
+            cache_rows=self.cache_rows.to(device),
+        )
 
-def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> Batch:
+
+def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
+    """Which keys each query attends to, [..., n] bool for queries at positions [...]: its own and those before it.
+
+    >>> causal_mask(torch.tensor([1, 2]), num_keys=3).int().tolist()
+    [[1, 1, 0], [1, 1, 1]]
+    """
+    return torch.arange(num_keys) <= positions[..., None]
+
+
+def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
     """Feed each sequence what the cache does not hold yet, padded on the right to the longest."""
     width = max(len(seq.new_ids) for seq in seqs if not seq.finished)
     token_ids, positions, logit_rows, draws, cache_rows = [], [], [], [], []
@@ -49,13 +70,16 @@ def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> B
         cache_rows += [row] * width
         token_ids += new_ids + [PAD_ID] * (width - len(new_ids))
         positions += range(seq.num_computed, seq.num_computed + width)
+    context_len = max(positions) + 1
+    positions = torch.tensor(positions)
     return Batch(
-        token_ids=torch.tensor(token_ids, device=device),
-        positions=torch.tensor(positions, device=device),
-        logit_rows=torch.tensor(logit_rows, device=device, dtype=torch.int64),
+        token_ids=torch.tensor(token_ids),
+        positions=positions,
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         draws=draws,
+        mask=causal_mask(positions.view(len(seqs), 1, width), context_len),
         cache=cache,
-        context_len=max(positions) + 1,
+        context_len=context_len,
         num_seqs=len(seqs),
-        cache_rows=torch.tensor(cache_rows, device=device),
+        cache_rows=torch.tensor(cache_rows),
     )

@@ -196,7 +196,7 @@ class Engine:
         seqs = self.scheduler.schedule()
         if not seqs:
             return []
-        batch = build_batch(seqs, self.cache, self.device)
+        batch = build_batch(seqs, self.cache).to(self.device)
         logits = self.model.compute_logits(self.model(batch))  # [R, V]
         token_ids = sample(logits, batch.draws).tolist()  # [R]
         self.num_steps += 1

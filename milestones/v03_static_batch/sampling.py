@@ -80,8 +80,9 @@ def filter_logits(logits: Tensor, params: list[SamplingParams]) -> Tensor:
         vocab_size = logits.shape[-1]
         ranks = [min(p.top_k or vocab_size, vocab_size) for p in params]
         ordered = logits.topk(max(ranks)).values
-        last_kept = ordered[range(len(ranks)), [rank - 1 for rank in ranks]]  # [A]
-        logits = logits.masked_fill(logits < last_kept[:, None], -math.inf)  # [A, V]
+        rank = torch.tensor(ranks, device=logits.device)[:, None]  # [A, 1]
+        last_kept = ordered.gather(1, rank - 1)  # [A, 1]
+        logits = logits.masked_fill(logits < last_kept, -math.inf)  # [A, V]
     if any(p.top_p < 1 for p in params):
         ordered = ascending(logits)  # [A, V]
         # The likeliest token is always kept, and so is the one that crosses p; -1 drops nothing.
@@ -148,7 +149,8 @@ def top_logprobs(logits: Tensor, draws: list, token_ids: list[int]) -> list[dict
     rows = [row for row, (seq, _) in enumerate(draws) if seq.params.logprobs is not None]
     if rows:
         logprobs = logits[rows].log_softmax(-1)  # [A, V]
-        chosen = logprobs[range(len(rows)), [token_ids[row] for row in rows]].tolist()
+        own_ids = torch.tensor([token_ids[row] for row in rows], device=logits.device)[:, None]  # [A, 1]
+        chosen = logprobs.gather(1, own_ids)[:, 0].tolist()
         top = logprobs.topk(max(draws[row].seq.params.logprobs for row in rows))
         for row, own, values, ids in zip(rows, chosen, top.values.tolist(), top.indices.tolist(), strict=True):
             count = draws[row].seq.params.logprobs

@@ -1,9 +1,9 @@
 """What one forward pass works on.
 
-N tokens of this step   R rows whose logits are wanted
+N tokens of this step   R rows whose logits are wanted   S sequences   Q queries each   n keys
 """
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -26,11 +26,20 @@ class Rectangle(NamedTuple):
     tokens: Tensor  # [S * Q] where their tokens stand among the N, one sequence after the other
     rows: Tensor  # [S] of the cache
     context_len: int  # positions that attention reads, this step's included
+    mask: Tensor  # [S, 1, Q, n] which keys each token attends to
+
+    def to(self, device: torch.device) -> "Rectangle":
+        """The same rectangle with its tensors on device."""
+        return self._replace(
+            tokens=self.tokens.to(device),
+            rows=self.rows.to(device),
+            mask=self.mask.to(device),
+        )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of one step, all sequences end to end; built once, read by every layer."""
+    """The tokens of one step, all sequences end to end; built once on the CPU, read by every layer."""
 
     token_ids: Tensor  # [N]
     positions: Tensor  # [N]
@@ -38,37 +47,71 @@ class Batch:
     draws: list[Draw]  # [R] what each of those rows decides
     cache: KVCache  # read and written by attention
     cache_rows: Tensor  # [N] the row of the cache in which each token's key and value are kept
-    rectangles: list[Rectangle]  # each sequence is in one
+    view: list[Rectangle]  # how attention sees the sequences: each is in one
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on device."""
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            logit_rows=self.logit_rows.to(device),
+            cache_rows=self.cache_rows.to(device),
+            view=[part.to(device) for part in self.view],
+        )
 
 
-def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> Batch:
+def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
+    """Which keys each query attends to, [..., n] bool for queries at positions [...]: its own and those before it.
+
+    >>> causal_mask(torch.tensor([1, 2]), num_keys=3).int().tolist()
+    [[1, 1, 0], [1, 1, 1]]
+    """
+    return torch.arange(num_keys) <= positions[..., None]
+
+
+def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
     """Feed each sequence what the cache does not hold yet, one sequence after the other."""
     token_ids, positions, logit_rows, draws, cache_rows = [], [], [], [], []
-    equally_long = defaultdict(list)
     for seq in seqs:
         new_ids = seq.new_ids
         end = seq.num_computed + len(new_ids)
-        equally_long[len(new_ids)].append((len(token_ids), seq))
         logit_rows.append(len(token_ids) + len(new_ids) - 1)
         draws.append(Draw(seq, seq.num_tokens))
         cache_rows += [seq.row] * len(new_ids)
         token_ids += new_ids
         positions += range(seq.num_computed, end)
     return Batch(
-        token_ids=torch.tensor(token_ids, device=device),
-        positions=torch.tensor(positions, device=device),
-        logit_rows=torch.tensor(logit_rows, device=device, dtype=torch.int64),
+        token_ids=torch.tensor(token_ids),
+        positions=torch.tensor(positions),
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         draws=draws,
         cache=cache,
-        cache_rows=torch.tensor(cache_rows, device=device),
-        rectangles=[build_rectangle(width, members, device) for width, members in equally_long.items()],
+        cache_rows=torch.tensor(cache_rows),
+        view=build_rectangles(seqs),
     )
 
 
-def build_rectangle(width: int, members: list[tuple[int, Sequence]], device: torch.device) -> Rectangle:
-    """Attention's view of sequences that bring width tokens each; members say where their first token stands."""
+def build_rectangles(seqs: list[Sequence]) -> list[Rectangle]:
+    """The sequences in as few rectangles as there are different numbers of tokens that they bring."""
+    equally_long = defaultdict(list)
+    first = 0
+    for seq in seqs:
+        width = len(seq.new_ids)
+        equally_long[width].append((first, seq))
+        first += width
+    return [build_rectangle(width, members) for width, members in equally_long.items()]
+
+
+def build_rectangle(width: int, members: list[tuple[int, Sequence]]) -> Rectangle:
+    """Sequences that bring width tokens each; members say where their first token stands."""
+    columns = torch.arange(width)  # [Q]
+    first = torch.tensor([first for first, _ in members])  # [S]
+    start = torch.tensor([seq.num_computed for _, seq in members])  # [S]
+    context_len = max(seq.num_computed for _, seq in members) + width
     return Rectangle(
-        tokens=torch.tensor([first + i for first, _ in members for i in range(width)], device=device),
-        rows=torch.tensor([seq.row for _, seq in members], device=device),
-        context_len=max(seq.num_computed for _, seq in members) + width,
+        tokens=(first[:, None] + columns).flatten(),
+        rows=torch.tensor([seq.row for _, seq in members]),
+        context_len=context_len,
+        mask=causal_mask(start[:, None, None] + columns, context_len),
     )

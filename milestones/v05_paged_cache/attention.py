@@ -12,22 +12,20 @@ from .config import ModelConfig
 from .layers import Projection, Returning, RMSNorm, products, rotate
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    """Mix, for each query, the values of the keys at or before its position.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Mix, for each query, the values of the keys that its mask lets it see.
 
     Args:
         q: [S * Q, H, D], a rectangle: Q of each sequence, one sequence after the other.
-        k, v: [S, n, KV, D]; key i is at position i. Query heads i * G to (i + 1) * G - 1 share KV head i.
-        positions: [S * Q] of the queries.
+        k, v: [S, n, KV, D]. Query heads i * G to (i + 1) * G - 1 share KV head i.
+        mask: [S, 1, Q, n] bool; True where a query attends to a key.
     Returns:
         [S * Q, H, D]; the softmax is taken in float32.
     Source: https://arxiv.org/abs/1706.03762; grouped heads, https://arxiv.org/abs/2305.13245.
     """
-    num_seqs, num_keys = k.shape[:2]
-    past = torch.arange(num_keys, device=k.device) <= positions.view(num_seqs, 1, -1, 1)  # [S, 1, Q, n]
-    q = q.unflatten(0, (num_seqs, -1))  # [S, Q, H, D]
+    q = q.unflatten(0, (len(k), -1))  # [S, Q, H, D]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=past, enable_gqa=True)  # [S, H, Q, D]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [S, H, Q, D]
     return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -35,10 +33,10 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, layer_id: int, batch: Batch) 
     """Store the step's keys and values, [N, KV, D], then attend over the cache: q [N, H, D] to [N, H, D]."""
     batch.cache.write(layer_id, k, v, batch)
     out = torch.empty_like(q)
-    for rectangle in batch.rectangles:
+    for rectangle in batch.view:
         tokens = rectangle.tokens
         keys, values = batch.cache.read(layer_id, rectangle)
-        out[tokens] = attend(q[tokens], keys, values, batch.positions[tokens])
+        out[tokens] = attend(q[tokens], keys, values, rectangle.mask)
     return out
 
 

@@ -1,11 +1,16 @@
 """What one forward pass works on.
 
-N tokens of this step   R rows whose logits are wanted
+N tokens of this step   R rows whose logits are wanted   S sequences   Q queries each   n keys
+M blocks of the longest sequence   BS block_size
 """
+from array import array
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,13 +29,48 @@ class Rectangle(NamedTuple):
     """Sequences that bring equally many tokens, so that one call attends for all of them."""
 
     tokens: Tensor  # [S * Q] where their tokens stand among the N, one sequence after the other
-    block_tables: Tensor  # [S, M] the blocks of each, in order; 0 behind the end of a shorter table
+    block_tables: Tensor  # [S, M] int32, the blocks of each, in order; 0 past the end of a shorter table
     context_len: int  # positions that attention reads, this step's included
+    mask: Tensor  # [S, 1, Q, n] which keys each token attends to
+
+    def to(self, device: torch.device) -> "Rectangle":
+        """The same rectangle with its tensors on device."""
+        return self._replace(
+            tokens=self.tokens.to(device),
+            block_tables=self.block_tables.to(device),
+            mask=self.mask.to(device),
+        )
+
+
+class Ranges(NamedTuple):
+    """All sequences, each as a range of the N tokens: for kernels, which find a sequence's queries and keys themselves."""
+
+    block_tables: Tensor  # [S, M] int32
+    query_starts: Tensor  # [S + 1] int32; sequence s brings tokens query_starts[s] to query_starts[s + 1] of the N
+    context_lens: Tensor  # [S] int32, positions of each sequence, this step's included
+    max_query_len: int  # the most tokens that a sequence brings
+    max_context_len: int
+
+    def to(self, device: torch.device) -> "Ranges":
+        """The same ranges with their tensors on device."""
+        return self._replace(
+            block_tables=self.block_tables.to(device),
+            query_starts=self.query_starts.to(device),
+            context_lens=self.context_lens.to(device),
+        )
+
+
+class Backend(NamedTuple):
+    """A way to attend. An engine has one, and every batch carries it to the layers."""
+
+    name: str
+    view: Callable  # sequences to what attend reads of them, once a step: a list of parts that have `to`
+    attend: Callable  # (q, k, v, layer_id, batch): stores keys and values, and gives the result, [N, H, D], in each layer
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of one step, all sequences end to end; built once, read by every layer."""
+    """The tokens of one step, all sequences end to end; built once on the CPU, read by every layer."""
 
     token_ids: Tensor  # [N]
     positions: Tensor  # [N]
@@ -38,62 +78,110 @@ class Batch:
     draws: list[Draw]  # [R] what each of those rows decides
     cache: KVCache  # read and written by attention
     slot_mapping: Tensor  # [N] the slot of the cache in which each token's key and value are kept: block * BS + offset
-    rectangles: list[Rectangle]  # each sequence is in one
-    block_tables: Tensor  # [S, M] int32, of all sequences, in the order of their tokens
-    query_starts: Tensor  # [S + 1] int32; sequence s brings tokens query_starts[s] to query_starts[s + 1] of the N
-    context_lens: Tensor  # [S] int32, positions of each sequence, this step's included
-    max_query_len: int  # the most tokens that a sequence brings
-    max_context_len: int
+    backend: Backend  # attends
+    view: list[Rectangle] | list[Ranges]  # how the backend sees the sequences: each is in one
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on device."""
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            logit_rows=self.logit_rows.to(device),
+            slot_mapping=self.slot_mapping.to(device),
+            view=[part.to(device) for part in self.view],
+        )
 
 
-def build_batch(seqs: list[Sequence], cache: KVCache, device: torch.device) -> Batch:
+def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
+    """Which keys each query attends to, [..., n] bool for queries at positions [...]: its own and those before it.
+
+    >>> causal_mask(torch.tensor([1, 2]), num_keys=3).int().tolist()
+    [[1, 1, 0], [1, 1, 1]]
+    """
+    return torch.arange(num_keys) <= positions[..., None]
+
+
+def build_batch(seqs: list[Sequence], cache: KVCache, backend: Backend) -> Batch:
     """Feed each sequence what the cache does not hold yet, one sequence after the other."""
-    token_ids, positions, logit_rows, draws, slot_mapping = [], [], [], [], []
-    equally_long = defaultdict(list)
-    query_starts, context_lens = [0], []
-    for seq in seqs:
+    token_ids, positions, logit_rows, draws, table_rows = [], [], [], [], []
+    for row, seq in enumerate(seqs):
         new_ids = seq.new_ids
         end = seq.num_computed + len(new_ids)
-        equally_long[len(new_ids)].append((len(token_ids), seq))
         logit_rows.append(len(token_ids) + len(new_ids) - 1)
         draws.append(Draw(seq, seq.num_tokens))
-        for position in range(seq.num_computed, end):
-            block_id = seq.block_table[position // cache.block_size]
-            slot_mapping.append(block_id * cache.block_size + position % cache.block_size)
+        table_rows += [row] * len(new_ids)
         token_ids += new_ids
         positions += range(seq.num_computed, end)
-        query_starts.append(len(token_ids))
-        context_lens.append(end)
+    tables = pad_tables([seq.block_table for seq in seqs])
+    positions = torch.tensor(positions)
     return Batch(
-        token_ids=torch.tensor(token_ids, device=device),
-        positions=torch.tensor(positions, device=device),
-        logit_rows=torch.tensor(logit_rows, device=device, dtype=torch.int64),
+        token_ids=torch.tensor(token_ids),
+        positions=positions,
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         draws=draws,
         cache=cache,
-        slot_mapping=torch.tensor(slot_mapping, device=device),
-        rectangles=[build_rectangle(width, members, device) for width, members in equally_long.items()],
-        block_tables=pad_tables([seq.block_table for seq in seqs], device).int(),
-        query_starts=torch.tensor(query_starts, device=device, dtype=torch.int32),
-        context_lens=torch.tensor(context_lens, device=device, dtype=torch.int32),
-        max_query_len=max(equally_long),
+        slot_mapping=find_slots(tables, torch.tensor(table_rows), positions, cache.block_size),
+        backend=backend,
+        view=backend.view(seqs),
+    )
+
+
+def build_rectangles(seqs: list[Sequence]) -> list[Rectangle]:
+    """The sequences in as few rectangles as there are different numbers of tokens that they bring."""
+    equally_long = defaultdict(list)
+    first = 0
+    for seq in seqs:
+        width = len(seq.new_ids)
+        equally_long[width].append((first, seq))
+        first += width
+    return [build_rectangle(width, members) for width, members in equally_long.items()]
+
+
+def build_rectangle(width: int, members: list[tuple[int, Sequence]]) -> Rectangle:
+    """Sequences that bring width tokens each; members say where their first token stands."""
+    columns = torch.arange(width)  # [Q]
+    first = torch.tensor([first for first, _ in members])  # [S]
+    start = torch.tensor([seq.num_computed for _, seq in members])  # [S]
+    context_len = max(seq.num_computed for _, seq in members) + width
+    return Rectangle(
+        tokens=(first[:, None] + columns).flatten(),
+        block_tables=pad_tables([seq.block_table for _, seq in members]),
+        context_len=context_len,
+        mask=causal_mask(start[:, None, None] + columns, context_len),
+    )
+
+
+def build_ranges(seqs: list[Sequence]) -> list[Ranges]:
+    """One part, which has them all."""
+    query_lens = [len(seq.new_ids) for seq in seqs]
+    context_lens = [seq.num_computed + query_len for seq, query_len in zip(seqs, query_lens, strict=True)]
+    ranges = Ranges(
+        block_tables=pad_tables([seq.block_table for seq in seqs]),
+        query_starts=torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32),
+        context_lens=torch.tensor(context_lens, dtype=torch.int32),
+        max_query_len=max(query_lens),
         max_context_len=max(context_lens),
     )
+    return [ranges]
 
 
-def build_rectangle(width: int, members: list[tuple[int, Sequence]], device: torch.device) -> Rectangle:
-    """Attention's view of sequences that bring width tokens each; members say where their first token stands."""
-    return Rectangle(
-        tokens=torch.tensor([first + i for first, _ in members for i in range(width)], device=device),
-        block_tables=pad_tables([seq.block_table for _, seq in members], device),
-        context_len=max(seq.num_computed for _, seq in members) + width,
-    )
+def pad_tables(tables: list[array]) -> Tensor:
+    """Tables of unequal length as one tensor, [S, M] int32.
 
-
-def pad_tables(tables: list[list[int]], device: torch.device) -> Tensor:
-    """Tables of unequal length as one tensor.
-
-    >>> pad_tables([[5], [7, 2]], torch.device("cpu")).tolist()
+    >>> pad_tables([array("i", [5]), array("i", [7, 2])]).tolist()
     [[5, 0], [7, 2]]
     """
-    width = max(map(len, tables))
-    return torch.tensor([table + [0] * (width - len(table)) for table in tables], device=device)
+    padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+    for row, table in zip(padded, tables, strict=True):
+        row[: len(table)] = table
+    return torch.from_numpy(padded)
+
+
+def find_slots(tables: Tensor, rows: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """The slots, [N] int64, of positions [N], each in the sequence whose table is that row of tables [S, M].
+
+    >>> find_slots(torch.tensor([[5, 0], [7, 2]]), torch.tensor([1, 1]), torch.tensor([3, 5]), block_size=4).tolist()
+    [31, 9]
+    """
+    return tables[rows, positions // block_size] * block_size + positions % block_size

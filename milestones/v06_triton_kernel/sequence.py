@@ -1,5 +1,6 @@
 """A request under way."""
 import random
+from array import array
 
 from .sampling import SamplingParams
 from .text import TextStream
@@ -28,7 +29,7 @@ class Sequence:
         self.logprobs = []
         self.finish_reason = None
         self.num_computed = 0
-        self.block_table = []
+        self.block_table = array("i")  # the blocks of its positions, in order
 
     @property
     def num_tokens(self) -> int:

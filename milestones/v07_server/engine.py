@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import choose_attention
+from .attention import choose_backend
 from .batch import Batch, Draw, build_batch
 from .cache import BlockPool, KVCache, kv_bytes_per_token, memory_bytes
 from .config import load_config
@@ -124,10 +124,8 @@ class Engine:
         checkpoint = Checkpoint(model_dir)
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device, checkpoint)
-        attend_cached = choose_attention(attention, self.device)
+        self.backend = choose_backend(attention, self.device)
         self.model = load_model(checkpoint, self.config, self.device, self.dtype)
-        for layer in self.model.model.layers:
-            layer.self_attn.attend_cached = attend_cached
         self.tokenizer = load_tokenizer(model_dir)
         block_bytes = block_size * kv_bytes_per_token(self.config, self.dtype)
         most_blocks = max_num_seqs * -(-self.max_model_len // block_size)
@@ -156,7 +154,7 @@ class Engine:
             f"max_model_len {self.max_model_len}",
             f"max_num_seqs {self.max_num_seqs}",
             f"{self.pool.num_blocks} blocks of {self.pool.block_size} tokens",
-            f"attention by {self.model.model.layers[0].self_attn.attend_cached.__name__}",
+            f"attention by {self.backend.name}",
             f"{self.cache.kv_bytes / 2**20:.1f} MiB of keys and values",
         ]
         return ", ".join(chosen)
@@ -293,7 +291,7 @@ class Engine:
         self.in_step = seqs = self.scheduler.schedule()
         if not seqs:
             return []
-        batch = build_batch(seqs, self.cache, self.device)
+        batch = build_batch(seqs, self.cache, self.backend).to(self.device)
         hidden = self.model(batch)  # [R, E]
         token_ids, logprobs = [], []
         for start in range(0, len(batch.draws), HEAD_ROWS):

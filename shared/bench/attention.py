@@ -62,17 +62,20 @@ def ways(heads: Heads, context: int, batch_size: int, device, dtype, num_layers:
     cache = cache_module.KVCache(config, num_blocks, BLOCK_SIZE, device, dtype)
     cache.k.normal_()
     cache.v.normal_()
-    tables = torch.randperm(num_blocks, device=device).view(batch_size, blocks_each)
-    rectangle = batch.Rectangle(torch.arange(batch_size, device=device), tables, context)
-    positions = torch.full((batch_size,), context - 1, device=device)
+    tables = torch.randperm(num_blocks, device=device, dtype=torch.int32).view(batch_size, blocks_each)
+    rectangle = batch.Rectangle(
+        tokens=torch.arange(batch_size),
+        block_tables=tables,
+        context_len=context,
+        mask=batch.causal_mask(torch.full((batch_size, 1, 1), context - 1), context),
+    ).to(device)
     q = torch.randn(batch_size, heads.num_heads, heads.head_dim, device=device, dtype=dtype)
     starts = torch.arange(batch_size + 1, device=device, dtype=torch.int32)
     contexts = torch.full((batch_size,), context, device=device, dtype=torch.int32)
-    tables32 = tables.int()
     in_order = [[each.transpose(1, 2).contiguous() for each in cache.read(i, rectangle)] for i in range(num_layers)]
 
     def kernel(layer: int):
-        return kernels.paged_attention(q, cache.k[layer], cache.v[layer], tables32, starts, contexts, 1, context)
+        return kernels.paged_attention(q, cache.k[layer], cache.v[layer], tables, starts, contexts, 1, context)
 
     def contiguous(layer: int):
         k, v = in_order[layer]  # [S, KV, n, D]
@@ -80,7 +83,7 @@ def ways(heads: Heads, context: int, batch_size: int, device, dtype, num_layers:
 
     return {
         "kernel": kernel,
-        "torch": lambda layer: attention.attend(q, *cache.read(layer, rectangle), positions),
+        "torch": lambda layer: attention.attend(q, *cache.read(layer, rectangle), rectangle.mask),
         "contiguous": contiguous,
     }
 

@@ -2,7 +2,7 @@
 
 A chapter that forgets `device=` somewhere runs on a CPU and fails on a GPU. Under `pretend_gpu` it fails on a CPU too, and
 what does not fail gives the CPU's numbers. It says nothing about kernels, speed, or the arithmetic of a real GPU, and knows
-no more of PyTorch than an engine uses: no gradients, streams, pinned memory or second GPU.
+no more of PyTorch than an engine uses: no gradients, streams or second GPU. Pinned memory is the CPU's own.
 """
 import contextlib
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MOVE = ("aten::to", "aten::_to_copy", "aten::copy_")
 # What is done at once, on what the tensors hold: PyTorch would look for a real GPU before it comes to operations.
 READ = (Tensor.tolist, Tensor.__int__, Tensor.__float__, Tensor.__bool__, Tensor.__index__)
-DIRECT = (F.scaled_dot_product_attention, Tensor.__getitem__, Tensor.__setitem__, Tensor.copy_, *READ)
+DIRECT = (F.scaled_dot_product_attention, Tensor.__getitem__, Tensor.__setitem__, Tensor.__invert__, Tensor.copy_, *READ)
 # PyTorch lets these alone take indices that are on the CPU.
 TAKE_CPU_INDICES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
@@ -109,6 +109,9 @@ class Calls(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == GPU:
             crossings.append(func.__name__)
             return OnGpu(func(*args, **kwargs | {"device": CPU}))
+        if func is Tensor.pin_memory:
+            assert not isinstance(args[0], OnGpu), "only the CPU's memory can be pinned"
+            return args[0]
         tensors = tensors_of((args, kwargs))
         if func not in DIRECT or not any(isinstance(tensor, OnGpu) for tensor in tensors):
             return func(*args, **kwargs)

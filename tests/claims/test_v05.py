@@ -198,7 +198,7 @@ def test_who_cannot_be_given_blocks_is_told_so_and_holds_what_it_held(chapter, m
     seq = engine.make_sequence([9] * 11, Params(max_tokens=1), name="prompt")
     others = engine.pool.allocate(3)
     assert engine.scheduler.grow(seq) is False
-    assert seq.block_table == [] and engine.pool.num_free == 2
+    assert not seq.block_table and engine.pool.num_free == 2
     engine.pool.free(others[:1])
     assert engine.scheduler.grow(seq) is True
     assert len(seq.block_table) == 3 and engine.pool.num_free == 0

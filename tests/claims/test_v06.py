@@ -29,7 +29,7 @@ SHARED_KIB = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_90": 227}
 
 @pytest.fixture
 def kernels(module):
-    module("attention").choose_attention("triton", DEVICE)
+    module("attention").choose_backend("triton", DEVICE)
     return module("kernels.paged_attention")
 
 
@@ -214,7 +214,7 @@ def test_the_same_tokens_with_the_kernels_in_the_loop(chapter, Params, rng, name
 @needs_triton
 def test_kernels_are_launched_where_the_tensors_are(module, monkeypatch):
     """On the second of two GPUs the current one is the first; which one it is, is said around every launch."""
-    module("attention").choose_attention("triton", torch.device("cpu"))
+    module("attention").choose_backend("triton", torch.device("cpu"))
     kernels, entered = module("kernels"), []
 
     @contextlib.contextmanager
@@ -230,17 +230,17 @@ def test_kernels_are_launched_where_the_tensors_are(module, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(kernels, "write_slots", launch)
     monkeypatch.setattr(kernels, "paged_attention", launch)
-    q, batch = torch.zeros(1, 2, 4), mock.MagicMock()
-    assert kernels.attend_in_place(q, q, q, 0, batch) is q
+    q, batch = torch.zeros(1, 2, 4), mock.MagicMock(view=[mock.MagicMock()])
+    assert kernels.TRITON.attend(q, q, q, 0, batch) is q
     assert not entered
 
 
 def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu(module):
     attention = module("attention")
-    assert attention.choose_attention("auto", torch.device("cpu")) is attention.attend_cached
-    assert attention.choose_attention("torch", torch.device("cuda")) is attention.attend_cached
+    assert attention.choose_backend("auto", torch.device("cpu")) is attention.TORCH
+    assert attention.choose_backend("torch", torch.device("cuda")) is attention.TORCH
     if FAULT is None:
-        assert attention.choose_attention("auto", torch.device("cuda")) is module("kernels").attend_in_place
+        assert attention.choose_backend("auto", torch.device("cuda")) is module("kernels").TRITON
 
 
 def test_another_attention_is_refused(chapter):
@@ -252,14 +252,14 @@ def test_without_triton_it_says_so(module, monkeypatch):
     attention = module("attention")
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="'triton' on cpu, but Triton is not installed; use torch"):
-        attention.choose_attention("triton", torch.device("cpu"))
+        attention.choose_backend("triton", torch.device("cpu"))
 
 
 def test_too_late_for_the_interpreter_it_says_so(module, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setitem(sys.modules, "triton", sys)
     with pytest.raises(ValueError, match="set TRITON_INTERPRET=1 in the environment before Python starts"):
-        module("attention").choose_attention("triton", torch.device("cpu"))
+        module("attention").choose_backend("triton", torch.device("cpu"))
 
 
 @needs_triton

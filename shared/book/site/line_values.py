@@ -8,6 +8,7 @@ requests share a pass, both), and in the second, which feeds a token of each; 0 
 """
 import ast
 import contextlib
+import math
 import os
 import sys
 from collections import Counter
@@ -148,7 +149,7 @@ def describe(value) -> str | None:
     """
     if hasattr(value, "shape") and hasattr(value, "flatten"):
         values = [spelled(each) for each in value.flatten()[:SHOWN].tolist()]
-        more = " ..." if value.numel() > SHOWN else ""
+        more = " ..." if math.prod(value.shape) > SHOWN else ""
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}: {' '.join(values)}{more}"
     if isinstance(value, (bool, int, float, str)):
         return spelled(value)
