@@ -214,7 +214,7 @@ rectangle = Rectangle(
     tokens=torch.arange(len(contexts)),
     block_tables=tables,
     context_len=max(contexts),
-    mask=causal_mask(lens[:, None, None] - 1, max(contexts)),
+    mask=causal_mask(lens - 1, max(contexts)),
 )
 keys, gathered_values = cache.read(0, rectangle)  # [S, n, KV, D]
 gathered = attend(q, keys, gathered_values, rectangle.mask)

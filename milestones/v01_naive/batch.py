@@ -30,32 +30,33 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on device."""
-        return replace(
-            self,
-            token_ids=self.token_ids.to(device),
-            positions=self.positions.to(device),
-            logit_rows=self.logit_rows.to(device),
-            mask=self.mask.to(device),
-        )
+        moved = on_device(vars(self), device)
+        return replace(self, **moved)
+
+
+def on_device(fields: dict, device: torch.device) -> dict:
+    """Those of the fields that are tensors, moved to device."""
+    return {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
 
 
 def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
-    """Which keys each query attends to, [..., n] bool for queries at positions [...]: its own and those before it.
+    """Which keys each query attends to, [N, n] bool for queries at positions [N]: its own and those before it.
 
     >>> causal_mask(torch.tensor([1, 2]), num_keys=3).int().tolist()
     [[1, 1, 0], [1, 1, 1]]
     """
-    return torch.arange(num_keys) <= positions[..., None]
+    return torch.arange(num_keys) <= positions[:, None]
 
 
 def build_batch(seqs: list[Sequence]) -> Batch:
     """Feed the one sequence whole."""
     [seq] = seqs
-    positions = torch.arange(seq.num_tokens)
+    end = seq.num_tokens
+    positions = torch.arange(end)
     return Batch(
         token_ids=torch.tensor(seq.token_ids),
         positions=positions,
-        logit_rows=torch.tensor([seq.num_tokens - 1]),
-        draws=[Draw(seq, seq.num_tokens)],
-        mask=causal_mask(positions, seq.num_tokens),
+        logit_rows=torch.tensor([end - 1]),
+        draws=[Draw(seq, end)],
+        mask=causal_mask(positions, end),
     )

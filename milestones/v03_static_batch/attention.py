@@ -17,12 +17,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     Args:
         q: [S * Q, H, D], a rectangle: Q of each sequence, one sequence after the other.
         k, v: [S, n, KV, D]. Query heads i * G to (i + 1) * G - 1 share KV head i.
-        mask: [S, 1, Q, n] bool; True where a query attends to a key.
+        mask: [S * Q, n] bool; True where a query attends to a key.
     Returns:
         [S * Q, H, D]; the softmax is taken in float32.
     Source: https://arxiv.org/abs/1706.03762; grouped heads, https://arxiv.org/abs/2305.13245.
     """
-    q = q.unflatten(0, (len(k), -1))  # [S, Q, H, D]
+    num_seqs, num_keys = k.shape[:2]
+    mask = mask.view(num_seqs, 1, -1, num_keys)  # [S, 1, Q, n]
+    q = q.unflatten(0, (num_seqs, -1))  # [S, Q, H, D]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # [S, H, Q, D]
     return out.transpose(1, 2).flatten(0, 1)

@@ -1,6 +1,6 @@
 """What one forward pass works on.
 
-N tokens of this step   R rows whose logits are wanted   S sequences   Q queries each   n keys
+N tokens of this step   R rows whose logits are wanted   n keys
 """
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class Batch:
     positions: Tensor  # [N]
     logit_rows: Tensor  # [R] which of the N tokens' logits are wanted
     draws: list[Draw]  # [R] what each of those rows decides
-    mask: Tensor  # [S, 1, Q, n] which keys each token attends to
+    mask: Tensor  # [N, n] which keys each token attends to
     cache: KVCache  # read and written by attention
     context_len: int  # positions that attention reads, this step's included
     num_seqs: int  # rows of the rectangle, equally many tokens each
@@ -38,23 +38,22 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on device."""
-        return replace(
-            self,
-            token_ids=self.token_ids.to(device),
-            positions=self.positions.to(device),
-            logit_rows=self.logit_rows.to(device),
-            mask=self.mask.to(device),
-            cache_rows=self.cache_rows.to(device),
-        )
+        moved = on_device(vars(self), device)
+        return replace(self, **moved)
+
+
+def on_device(fields: dict, device: torch.device) -> dict:
+    """Those of the fields that are tensors, moved to device."""
+    return {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
 
 
 def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
-    """Which keys each query attends to, [..., n] bool for queries at positions [...]: its own and those before it.
+    """Which keys each query attends to, [N, n] bool for queries at positions [N]: its own and those before it.
 
     >>> causal_mask(torch.tensor([1, 2]), num_keys=3).int().tolist()
     [[1, 1, 0], [1, 1, 1]]
     """
-    return torch.arange(num_keys) <= positions[..., None]
+    return torch.arange(num_keys) <= positions[:, None]
 
 
 def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
@@ -70,16 +69,16 @@ def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
         cache_rows += [row] * width
         token_ids += new_ids + [PAD_ID] * (width - len(new_ids))
         positions += range(seq.num_computed, seq.num_computed + width)
-    context_len = max(positions) + 1
+    end = max(positions) + 1
     positions = torch.tensor(positions)
     return Batch(
         token_ids=torch.tensor(token_ids),
         positions=positions,
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         draws=draws,
-        mask=causal_mask(positions.view(len(seqs), 1, width), context_len),
+        mask=causal_mask(positions, end),
         cache=cache,
-        context_len=context_len,
+        context_len=end,
         num_seqs=len(seqs),
         cache_rows=torch.tensor(cache_rows),
     )

@@ -26,15 +26,11 @@ class Rectangle(NamedTuple):
     tokens: Tensor  # [S * Q] where their tokens stand among the N, one sequence after the other
     rows: Tensor  # [S] of the cache
     context_len: int  # positions that attention reads, this step's included
-    mask: Tensor  # [S, 1, Q, n] which keys each token attends to
+    mask: Tensor  # [S * Q, n] which keys each of them attends to
 
     def to(self, device: torch.device) -> "Rectangle":
         """The same rectangle with its tensors on device."""
-        return self._replace(
-            tokens=self.tokens.to(device),
-            rows=self.rows.to(device),
-            mask=self.mask.to(device),
-        )
+        return self._replace(**on_device(self._asdict(), device))
 
 
 @dataclass(frozen=True)
@@ -51,23 +47,23 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on device."""
-        return replace(
-            self,
-            token_ids=self.token_ids.to(device),
-            positions=self.positions.to(device),
-            logit_rows=self.logit_rows.to(device),
-            cache_rows=self.cache_rows.to(device),
-            view=[part.to(device) for part in self.view],
-        )
+        moved = on_device(vars(self), device)
+        moved["view"] = [part.to(device) for part in self.view]
+        return replace(self, **moved)
+
+
+def on_device(fields: dict, device: torch.device) -> dict:
+    """Those of the fields that are tensors, moved to device."""
+    return {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
 
 
 def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
-    """Which keys each query attends to, [..., n] bool for queries at positions [...]: its own and those before it.
+    """Which keys each query attends to, [N, n] bool for queries at positions [N]: its own and those before it.
 
     >>> causal_mask(torch.tensor([1, 2]), num_keys=3).int().tolist()
     [[1, 1, 0], [1, 1, 1]]
     """
-    return torch.arange(num_keys) <= positions[..., None]
+    return torch.arange(num_keys) <= positions[:, None]
 
 
 def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
@@ -81,9 +77,10 @@ def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
         cache_rows += [seq.row] * len(new_ids)
         token_ids += new_ids
         positions += range(seq.num_computed, end)
+    positions = torch.tensor(positions)
     return Batch(
         token_ids=torch.tensor(token_ids),
-        positions=torch.tensor(positions),
+        positions=positions,
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         draws=draws,
         cache=cache,
@@ -106,12 +103,12 @@ def build_rectangles(seqs: list[Sequence]) -> list[Rectangle]:
 def build_rectangle(width: int, members: list[tuple[int, Sequence]]) -> Rectangle:
     """Sequences that bring width tokens each; members say where their first token stands."""
     columns = torch.arange(width)  # [Q]
-    first = torch.tensor([first for first, _ in members])  # [S]
-    start = torch.tensor([seq.num_computed for _, seq in members])  # [S]
+    first = torch.tensor([[first] for first, _ in members])  # [S, 1]
+    start = torch.tensor([[seq.num_computed] for _, seq in members])  # [S, 1]
     context_len = max(seq.num_computed for _, seq in members) + width
     return Rectangle(
-        tokens=(first[:, None] + columns).flatten(),
+        tokens=(first + columns).flatten(),
         rows=torch.tensor([seq.row for _, seq in members]),
         context_len=context_len,
-        mask=causal_mask(start[:, None, None] + columns, context_len),
+        mask=causal_mask((start + columns).flatten(), context_len),
     )

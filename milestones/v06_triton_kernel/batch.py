@@ -31,15 +31,11 @@ class Rectangle(NamedTuple):
     tokens: Tensor  # [S * Q] where their tokens stand among the N, one sequence after the other
     block_tables: Tensor  # [S, M] int32, the blocks of each, in order; 0 past the end of a shorter table
     context_len: int  # positions that attention reads, this step's included
-    mask: Tensor  # [S, 1, Q, n] which keys each token attends to
+    mask: Tensor  # [S * Q, n] which keys each of them attends to
 
     def to(self, device: torch.device) -> "Rectangle":
         """The same rectangle with its tensors on device."""
-        return self._replace(
-            tokens=self.tokens.to(device),
-            block_tables=self.block_tables.to(device),
-            mask=self.mask.to(device),
-        )
+        return self._replace(**on_device(self._asdict(), device))
 
 
 class Ranges(NamedTuple):
@@ -53,11 +49,7 @@ class Ranges(NamedTuple):
 
     def to(self, device: torch.device) -> "Ranges":
         """The same ranges with their tensors on device."""
-        return self._replace(
-            block_tables=self.block_tables.to(device),
-            query_starts=self.query_starts.to(device),
-            context_lens=self.context_lens.to(device),
-        )
+        return self._replace(**on_device(self._asdict(), device))
 
 
 class Backend(NamedTuple):
@@ -83,34 +75,34 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on device."""
-        return replace(
-            self,
-            token_ids=self.token_ids.to(device),
-            positions=self.positions.to(device),
-            logit_rows=self.logit_rows.to(device),
-            slot_mapping=self.slot_mapping.to(device),
-            view=[part.to(device) for part in self.view],
-        )
+        moved = on_device(vars(self), device)
+        moved["view"] = [part.to(device) for part in self.view]
+        return replace(self, **moved)
+
+
+def on_device(fields: dict, device: torch.device) -> dict:
+    """Those of the fields that are tensors, moved to device."""
+    return {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
 
 
 def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
-    """Which keys each query attends to, [..., n] bool for queries at positions [...]: its own and those before it.
+    """Which keys each query attends to, [N, n] bool for queries at positions [N]: its own and those before it.
 
     >>> causal_mask(torch.tensor([1, 2]), num_keys=3).int().tolist()
     [[1, 1, 0], [1, 1, 1]]
     """
-    return torch.arange(num_keys) <= positions[..., None]
+    return torch.arange(num_keys) <= positions[:, None]
 
 
 def build_batch(seqs: list[Sequence], cache: KVCache, backend: Backend) -> Batch:
     """Feed each sequence what the cache does not hold yet, one sequence after the other."""
-    token_ids, positions, logit_rows, draws, table_rows = [], [], [], [], []
-    for row, seq in enumerate(seqs):
+    token_ids, positions, logit_rows, draws, query_lens = [], [], [], [], []
+    for seq in seqs:
         new_ids = seq.new_ids
         end = seq.num_computed + len(new_ids)
         logit_rows.append(len(token_ids) + len(new_ids) - 1)
         draws.append(Draw(seq, seq.num_tokens))
-        table_rows += [row] * len(new_ids)
+        query_lens.append(len(new_ids))
         token_ids += new_ids
         positions += range(seq.num_computed, end)
     tables = pad_tables([seq.block_table for seq in seqs])
@@ -121,7 +113,7 @@ def build_batch(seqs: list[Sequence], cache: KVCache, backend: Backend) -> Batch
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         draws=draws,
         cache=cache,
-        slot_mapping=find_slots(tables, torch.tensor(table_rows), positions, cache.block_size),
+        slot_mapping=find_slots(tables, torch.tensor(query_lens), positions, cache.block_size),
         backend=backend,
         view=backend.view(seqs),
     )
@@ -141,14 +133,14 @@ def build_rectangles(seqs: list[Sequence]) -> list[Rectangle]:
 def build_rectangle(width: int, members: list[tuple[int, Sequence]]) -> Rectangle:
     """Sequences that bring width tokens each; members say where their first token stands."""
     columns = torch.arange(width)  # [Q]
-    first = torch.tensor([first for first, _ in members])  # [S]
-    start = torch.tensor([seq.num_computed for _, seq in members])  # [S]
+    first = torch.tensor([[first] for first, _ in members])  # [S, 1]
+    start = torch.tensor([[seq.num_computed] for _, seq in members])  # [S, 1]
     context_len = max(seq.num_computed for _, seq in members) + width
     return Rectangle(
-        tokens=(first[:, None] + columns).flatten(),
+        tokens=(first + columns).flatten(),
         block_tables=pad_tables([seq.block_table for _, seq in members]),
         context_len=context_len,
-        mask=causal_mask(start[:, None, None] + columns, context_len),
+        mask=causal_mask((start + columns).flatten(), context_len),
     )
 
 
@@ -178,10 +170,11 @@ def pad_tables(tables: list[array]) -> Tensor:
     return torch.from_numpy(padded)
 
 
-def find_slots(tables: Tensor, rows: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """The slots, [N] int64, of positions [N], each in the sequence whose table is that row of tables [S, M].
+def find_slots(tables: Tensor, query_lens: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """The slot of each token, [N] int64: of sequence s the next query_lens[s] of positions [N], by row s of tables [S, M].
 
-    >>> find_slots(torch.tensor([[5, 0], [7, 2]]), torch.tensor([1, 1]), torch.tensor([3, 5]), block_size=4).tolist()
-    [31, 9]
+    >>> find_slots(torch.tensor([[5, 0], [7, 2]]), torch.tensor([1, 2]), torch.tensor([3, 4, 5]), block_size=4).tolist()
+    [23, 8, 9]
     """
+    rows = torch.arange(len(tables)).repeat_interleave(query_lens)  # [N]
     return tables[rows, positions // block_size] * block_size + positions % block_size

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .attention import choose_backend
+from .backends import choose_backend
 from .batch import Batch, build_batch
 from .cache import BlockPool, KVCache, kv_bytes_per_token, memory_bytes
 from .config import load_config

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import choose_backend
+from .backends import choose_backend
 from .batch import Batch, Draw, build_batch
 from .cache import BlockPool, KVCache, kv_bytes_per_token, memory_bytes
 from .config import load_config

@@ -67,7 +67,7 @@ def ways(heads: Heads, context: int, batch_size: int, device, dtype, num_layers:
         tokens=torch.arange(batch_size),
         block_tables=tables,
         context_len=context,
-        mask=batch.causal_mask(torch.full((batch_size, 1, 1), context - 1), context),
+        mask=batch.causal_mask(torch.full((batch_size,), context - 1), context),
     ).to(device)
     q = torch.randn(batch_size, heads.num_heads, heads.head_dim, device=device, dtype=dtype)
     starts = torch.arange(batch_size + 1, device=device, dtype=torch.int32)

@@ -29,7 +29,7 @@ SHARED_KIB = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_90": 227}
 
 @pytest.fixture
 def kernels(module):
-    module("attention").choose_backend("triton", DEVICE)
+    module("backends").choose_backend("triton", DEVICE)
     return module("kernels.paged_attention")
 
 
@@ -214,7 +214,7 @@ def test_the_same_tokens_with_the_kernels_in_the_loop(chapter, Params, rng, name
 @needs_triton
 def test_kernels_are_launched_where_the_tensors_are(module, monkeypatch):
     """On the second of two GPUs the current one is the first; which one it is, is said around every launch."""
-    module("attention").choose_backend("triton", torch.device("cpu"))
+    module("backends").choose_backend("triton", torch.device("cpu"))
     kernels, entered = module("kernels"), []
 
     @contextlib.contextmanager
@@ -236,11 +236,11 @@ def test_kernels_are_launched_where_the_tensors_are(module, monkeypatch):
 
 
 def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu(module):
-    attention = module("attention")
-    assert attention.choose_backend("auto", torch.device("cpu")) is attention.TORCH
-    assert attention.choose_backend("torch", torch.device("cuda")) is attention.TORCH
+    backends = module("backends")
+    assert backends.choose_backend("auto", torch.device("cpu")) is backends.TORCH
+    assert backends.choose_backend("torch", torch.device("cuda")) is backends.TORCH
     if FAULT is None:
-        assert attention.choose_backend("auto", torch.device("cuda")) is module("kernels").TRITON
+        assert backends.choose_backend("auto", torch.device("cuda")) is module("kernels").TRITON
 
 
 def test_another_attention_is_refused(chapter):
@@ -249,17 +249,17 @@ def test_another_attention_is_refused(chapter):
 
 
 def test_without_triton_it_says_so(module, monkeypatch):
-    attention = module("attention")
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    backends = module("backends")
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="'triton' on cpu, but Triton is not installed; use torch"):
-        attention.choose_backend("triton", torch.device("cpu"))
+        backends.choose_backend("triton", torch.device("cpu"))
 
 
 def test_too_late_for_the_interpreter_it_says_so(module, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setitem(sys.modules, "triton", sys)
     with pytest.raises(ValueError, match="set TRITON_INTERPRET=1 in the environment before Python starts"):
-        module("attention").choose_backend("triton", torch.device("cpu"))
+        module("backends").choose_backend("triton", torch.device("cpu"))
 
 
 @needs_triton
