@@ -56,8 +56,9 @@ class Backend(NamedTuple):
     """A way to attend. An engine has one, and every batch carries it to the layers."""
 
     name: str
-    view: Callable  # sequences to what attend reads of them, once a step: a list of parts that have `to`
-    attend: Callable  # (q, k, v, layer_id, batch): stores keys and values, and gives the result, [N, H, D], in each layer
+    view: Callable  # (seqs): once a step, what attend reads of the sequences, a list of parts that have `to`
+    attend: Callable  # (q, k, v, layer_id, batch): in each layer, stores keys and values, and gives the result, [N, H, D]
+    warm_up: Callable  # (cache, num_heads, max_model_len): before the first step, compiles what steps may need
 
 
 @dataclass(frozen=True)

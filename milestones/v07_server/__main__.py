@@ -130,6 +130,7 @@ def run_serve(args: argparse.Namespace) -> int:
     # Before the model is loaded, which takes longer than to find that the port is taken.
     bound = bind(args.host, args.port)
     engine = make_engine(args)
+    engine.warm_up()
     service = Service(
         engine,
         args.served_model_name or engine.name,

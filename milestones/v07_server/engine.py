@@ -247,6 +247,14 @@ class Engine:
         self.unreported = [output for output in self.unreported if output.request_id != request_id]
         return True
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile the kernels that steps may need, so that no request waits for it; changes nothing else.
+
+        Takes seconds on a GPU, less when Triton has them in its cache on disk, and nothing with attention by PyTorch.
+        """
+        self.backend.warm_up(self.cache, self.config.num_heads, self.max_model_len)
+
     def release(self, seq: Sequence) -> None:
         """Forget a request that has ended, and give back what it holds: the one way out."""
         del self.seqs[seq.seq_id]

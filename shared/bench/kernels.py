@@ -26,15 +26,15 @@ TARGETS = {"sm_75": 75, "sm_80": 80, "sm_86": 86, "sm_90": 90}
 # Llama 3.2 1B has 32 query heads, 8 KV heads and 64 elements a head; Qwen3 0.6B 16, 8 and 128.
 LLAMA = {"GROUP": 4, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 16, "HEAD_DIM": 64, "PADDED_DIM": 64}
 QWEN = LLAMA | {"GROUP": 2, "HEAD_DIM": 128, "PADDED_DIM": 128}
-# What a launch fixes: a 1 among the integers counts as fixed too.
-DECODE, PREFILL, ONE_SPLIT = {"TILE_ROWS": 16}, {"TILE_ROWS": 64}, {"num_splits": 1}
+DECODE, PREFILL = {"TILE_ROWS": 16}, {"TILE_ROWS": 64}
+# Each with the dtype of the model; for splits, float32 parts are written.
 KERNELS = {
-    "llama_decode": ("_attend_kernel", LLAMA | DECODE | ONE_SPLIT),
-    "llama_decode_split": ("_attend_kernel", LLAMA | DECODE),
-    "llama_prefill": ("_attend_kernel", LLAMA | PREFILL | ONE_SPLIT),
-    "qwen_decode": ("_attend_kernel", QWEN | DECODE | ONE_SPLIT),
-    "qwen_prefill": ("_attend_kernel", QWEN | PREFILL | ONE_SPLIT),
-    "qwen_prefill_float32": ("_attend_kernel", QWEN | {"TILE_ROWS": 32} | ONE_SPLIT, "fp32"),
+    "llama_decode": ("_attend_kernel", LLAMA | DECODE),
+    "llama_decode_split": ("_attend_kernel", LLAMA | DECODE, "bf16", "fp32"),
+    "llama_prefill": ("_attend_kernel", LLAMA | PREFILL),
+    "qwen_decode": ("_attend_kernel", QWEN | DECODE),
+    "qwen_prefill": ("_attend_kernel", QWEN | PREFILL),
+    "qwen_prefill_float32": ("_attend_kernel", QWEN | {"TILE_ROWS": 32}, "fp32"),
     "llama_combine": ("_combine_kernel", {"HEAD_DIM": 64, "PADDED_DIM": 64, "PADDED_SPLITS": 16}),
     "llama_write": ("_write_kernel", {"HEAD_DIM": 64, "SIZE": 512, "PADDED_SIZE": 512}),
 }
@@ -49,11 +49,13 @@ TYPES = {
 }
 
 
-def compiled(chapter: Chapter, target: int, kernel: str, constants: dict, dtype: str = "bf16") -> dict:
+def compiled(
+    chapter: Chapter, target: int, kernel: str, constants: dict, dtype: str = "bf16", out_dtype: str | None = None
+) -> dict:
     """What a kernel takes on a GPU of this compute capability, compiled for what a launch passes it.
 
-    Tensors begin at multiples of 16 bytes, and their strides are multiples of 16 elements; with num_splits left
-    open, the attention kernel writes the float32 parts of a split.
+    Tensors begin at multiples of 16 bytes, and strides that a model fixes are multiples of 16 elements.
+    out_dtype is that of what is written; None: dtype.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -66,11 +68,11 @@ def compiled(chapter: Chapter, target: int, kernel: str, constants: dict, dtype:
         tile_keys = module.choose_tile(constants["PADDED_DIM"], tile_dtype.primitive_bitwidth // 8)
         constants = constants | {"TILE_KEYS": tile_keys, "TILE_DTYPE": tile_dtype}
     types = {name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in function.arg_names} | TYPES
-    if kernel == "_attend_kernel" and "num_splits" not in constants:
-        types["out_ptr"] = "*fp32"
+    if out_dtype is not None:
+        types["out_ptr"] = f"*{out_dtype}"
     types |= {name: "constexpr" for name in constants}
     signature = {name: types[name] for name in function.arg_names}
-    aligned = [name.endswith("_ptr") or name.startswith(("stride_q", "stride_k")) for name in function.arg_names]
+    aligned = [name.endswith("_ptr") or name.startswith(("stride_q", "stride_k", "stride_v")) for name in function.arg_names]
     attrs = {(i,): [["tt.divisibility", 16]] for i, is_aligned in enumerate(aligned) if is_aligned}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
     binary = triton.compile(source, target=GPUTarget("cuda", target, 32))

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from unittest import mock
@@ -15,6 +16,7 @@ from shared.bench import attention as bench_attention
 from shared.chapters import ROOT
 from shared.checkpoints import TWO_LAYERS, checkpoint
 from shared.commands.doctor import interpreter_fault
+from shared.verify.pretend_gpu import pretend_gpu
 from shared.workloads import random_ids
 
 # Without --gpu none is to be seen.
@@ -233,6 +235,69 @@ def test_kernels_are_launched_where_the_tensors_are(module, monkeypatch):
     q, batch = torch.zeros(1, 2, 4), mock.MagicMock(view=[mock.MagicMock()])
     assert kernels.TRITON.attend(q, q, q, 0, batch) is q
     assert not entered
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_warming_up_changes_nothing_in_the_cache(kernels):
+    k_cache, v_cache = torch.randn(2, 3, 4, 2, 14, device=DEVICE)
+    before = k_cache.clone(), v_cache.clone()
+    kernels.warm_up(k_cache, v_cache, num_heads=6, max_context_len=1000)
+    assert k_cache.equal(before[0]) and v_cache.equal(before[1])
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU is pretended")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_step_launches_a_variant_that_warming_up_has_not_compiled(chapter, module, monkeypatch, Params, rng, dtype):
+    """A variant is a kernel with the values of its constants and the types of its tensors."""
+    launched = set()
+
+    class Launch:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return self.launch
+
+        def launch(self, *args, **constants):
+            types = tuple(each.dtype for each in args if isinstance(each, torch.Tensor))
+            launched.add((self.name, types, *constants.values()))
+            if self.name != "_write_kernel":
+                args[0].zero_()
+
+    with pretend_gpu():
+        engine = chapter.load().Engine(checkpoint("llama"), device="cuda", dtype=dtype, max_model_len=300)
+        for name in ("_write_kernel", "_attend_kernel", "_combine_kernel"):
+            monkeypatch.setattr(module("kernels.paged_attention"), name, Launch(name))
+        monkeypatch.setattr(module("kernels.paged_attention"), "MIN_SPLIT_KEYS", 8)
+        engine.warm_up()
+        compiled, _ = set(launched), launched.clear()
+        assert engine.num_steps == 0 and not engine.has_unfinished_requests()
+        for length in (1, 2, 5, 9, 30, 250):
+            prompts = [random_ids(length, 401, rng) for _ in range(rng.choice([1, 3, 20]))]
+            engine.generate(prompts, Params(max_tokens=3, ignore_eos=True))
+    assert {name for name, *_ in launched} == {"_write_kernel", "_attend_kernel", "_combine_kernel"}
+    assert launched <= compiled
+
+
+@needs_triton
+def test_no_scalar_that_changes_from_step_to_step_is_compiled_in(chapter):
+    """Triton would compile a variant for 1, one for multiples of 16, and one for any other value."""
+    program = f"""
+import importlib
+
+module = importlib.import_module("milestones.{chapter.name}.kernels.paged_attention")
+for name in ("_write_kernel", "_attend_kernel", "_combine_kernel"):
+    for param in getattr(module, name).params:
+        if not param.is_constexpr and not param.do_not_specialize and not param.name.endswith("_ptr"):
+            print(param.name)
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    # Of these, a model has one value each.
+    of_model = {"stride_k_n", "stride_k_kv", "stride_v_n", "stride_v_kv", "stride_q_n", "stride_q_h", "scale"}
+    assert set(said.stdout.split()) == of_model
 
 
 def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu(module):
