@@ -219,7 +219,7 @@ assert completion.token_ids == token_ids[len(prompt_ids) :]
 # model, which token (`sample`), and append (`commit`).
 
 # %%
-print(inspect.getsource(Engine.advance))
+print(inspect.getsource(Engine.step))
 
 # %% [markdown]
 # ## 5. What is computed

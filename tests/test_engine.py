@@ -69,15 +69,16 @@ def test_abort_knows_neither_strangers_nor_the_finished(make_engine, Params):
     assert engine.abort_request(10**9) is False
 
 
-def test_generate_while_others_are_queued_loses_nothing_of_theirs(make_engine, Params):
+def test_generate_while_others_are_queued_is_refused_and_loses_nothing_of_theirs(make_engine, Params):
     engine = make_engine("llama")
     params = Params(max_tokens=6, ignore_eos=True, seed=1)
-    expected, own = engine.generate([[21, 22], [31, 32, 33]], params)
+    [expected] = engine.generate([[21, 22]], params)
     queued = engine.add_request([21, 22], params)
-    begun = engine.step()
-    assert engine.generate([[31, 32, 33]], params) == [own]
-    assert engine.has_unfinished_requests()
-    outputs = begun + drain(engine)
+    outputs = engine.step()
+    with pytest.raises(ValueError, match="prompts cannot run while 1 requests are unfinished; step until they end") as caught:
+        engine.generate([[31, 32, 33]], params)
+    assert caught.value.param == "prompts"
+    outputs += drain(engine)
     assert [output.token_id for output in outputs] == expected.token_ids
     assert {output.request_id for output in outputs} == {queued}
     assert outputs[-1].finish_reason == "length"
@@ -128,22 +129,15 @@ def test_a_failed_first_pass_costs_the_others_nothing(make_engine, Params, monke
     params = Params(max_tokens=200, ignore_eos=True)
     [alone] = engine.generate([[9] * 5], params)
     stays = engine.add_request([9] * 5, params)
+    wide = engine.add_request([10] * 150, Params(max_tokens=1))
     fail_once(engine, monkeypatch)
     with pytest.raises(RuntimeError, match="the machine is full"):
-        engine.generate([[10] * 150], Params(max_tokens=1))
+        engine.step()
+    assert engine.abort_request(wide)
     later = engine.add_request([11], Params(max_tokens=1, ignore_eos=True))
     tokens = [output.token_id for output in drain(engine) if output.request_id == stays]
     assert tokens == alone.token_ids
     assert later not in engine.seqs
-
-
-def test_nothing_of_an_aborted_request_is_reported_not_even_what_generate_computed(make_engine, Params):
-    engine = make_engine("llama")
-    gone = engine.add_request([9, 10], Params(max_tokens=50, ignore_eos=True))
-    engine.step()
-    engine.generate([[11]], Params(max_tokens=3, ignore_eos=True))
-    aborted = engine.abort_request(gone)
-    assert [output.request_id for output in drain(engine)] == ([] if aborted else [gone] * 49)
 
 
 def test_the_end_token_is_in_the_ids_and_not_in_the_text(make_engine, Params):
@@ -210,3 +204,51 @@ def test_a_new_engine_has_done_nothing_and_then_counts_its_passes(chapter, Param
     assert (engine.num_steps, engine.num_positions) == (0, 0)
     engine.generate([[9, 8, 7]], Params(max_tokens=1))
     assert (engine.num_steps, engine.num_positions) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("param", "wrong"),
+    [
+        ("max_tokens", {"max_tokens": 0}),
+        ("temperature", {"temperature": -0.1}),
+        ("temperature", {"temperature": 1e-31}),
+        ("top_k", {"top_k": 1.5}),
+        ("top_p", {"top_p": 0}),
+        ("seed", {"seed": 2**63}),
+        ("stop_token_ids", {"stop_token_ids": 7}),
+        ("stop_token_ids", {"stop_token_ids": (7, -1)}),
+        ("ignore_eos", {"ignore_eos": 1}),
+        ("logprobs", {"logprobs": -1}),
+    ],
+)
+def test_an_error_names_the_parameter_for_programs_too(chapter, Params, param, wrong):
+    with pytest.raises(chapter.load().RequestError) as caught:
+        Params(**wrong)
+    assert (caught.value.param, caught.value.code) == (param, "invalid_value")
+    assert param in str(caught.value) and isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("param", "code", "prompt", "params"),
+    [
+        ("prompt", "invalid_value", [], {}),
+        ("prompt", "invalid_value", [9, 401], {}),
+        ("prompt", "invalid_value", [9, -1], {}),
+        ("prompt", "invalid_value", [9, True], {}),
+        ("prompt", "invalid_value", [9, 10.0], {}),
+        ("prompt", "invalid_value", "\ud800", {}),
+        ("prompt", "context_length_exceeded", [9] * 10, {"max_tokens": 10**6}),
+        ("stop_token_ids", "invalid_value", [9], {"stop_token_ids": (401,)}),
+        ("logprobs", "invalid_value", [9], {"logprobs": 402}),
+    ],
+)
+def test_a_request_that_can_never_run_says_what_is_wrong_with_it(make_engine, chapter, Params, param, code, prompt, params):
+    engine = make_engine("llama")
+    with pytest.raises(chapter.load().RequestError) as caught:
+        engine.add_request(prompt, Params(**params))
+    assert (caught.value.param, caught.value.code) == (param, code)
+    if param == "prompt" and code == "invalid_value" and isinstance(prompt, list):
+        with pytest.raises(chapter.load().RequestError) as caught:
+            engine.generate([[9], prompt], Params(**params))
+        assert caught.value.param == "prompts[1]"
+    assert not engine.has_unfinished_requests()

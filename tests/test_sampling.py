@@ -91,6 +91,7 @@ def sequence(module, prompt_ids, params, seed):
     """A sequence as `sample` sees it: its parameters, its seed, and where its output begins."""
     seq = object.__new__(module("sequence").Sequence)
     seq.params, seq.seed, seq.num_prompt = params, seed, len(prompt_ids)
+    seq.token_ids = list(prompt_ids)
     return seq
 
 

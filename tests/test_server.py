@@ -86,7 +86,7 @@ def test_n_answers_each_with_its_own_die_and_the_first_as_without_n(client, alon
     done = client.completions.create(model="pocket", prompt=texts, max_tokens=8, n=3, seed=4, temperature=1.2)
     assert [choice.index for choice in done.choices] == list(range(6))
     params = chapter.load().SamplingParams(max_tokens=8, seed=4, temperature=1.2)
-    choices = importlib.import_module(f"milestones.{chapter.name}.sampling").choices
+    choices = importlib.import_module(f"milestones.{chapter.name}.params").choices
     wanted = [alone.engine.generate([text], choice)[0] for text in texts for choice in choices(params, 3)]
     assert [choice.text for choice in done.choices] == [want.text for want in wanted]
     assert done.usage.completion_tokens == sum(len(want.token_ids) for want in wanted)

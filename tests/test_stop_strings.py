@@ -114,7 +114,7 @@ def test_the_head_runs_over_slices_of_at_most_256_rows(make_engine, Params, rng)
 
 def test_several_answers_draw_with_seeds_of_their_own_and_the_first_is_the_plain_one(make_engine, module, Params):
     engine = make_engine("pocket")
-    choices = module("sampling").choices
+    choices = module("params").choices
     params = Params(max_tokens=12, temperature=1.3, seed=5)
     several = engine.generate(["Once upon a time"] * 4, choices(params, 4))
     [plain] = engine.generate(["Once upon a time"], params)
@@ -164,7 +164,8 @@ def test_after_a_fault_its_requests_are_gone_its_blocks_clean_and_the_rest_goes_
         with pytest.raises(RuntimeError, match="injected"):
             engine.step()
     assert sorted(engine.fail_step()) == ids[:2]
-    assert engine.stats() == (0, 2, 6, 6)
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.free_blocks, stats.total_blocks) == (0, 2, 6, 6)
     tokens = {ids[2]: [], ids[3]: []}
     while engine.has_unfinished_requests():
         for output in engine.step():

@@ -1,7 +1,6 @@
 """The loop: feed, choose, append."""
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,33 +9,12 @@ from .batch import Batch, build_batch
 from .cache import KVCache
 from .config import load_config
 from .loader import Checkpoint, choose_device, choose_dtype, load_model
-from .sampling import SamplingParams, check_integer, sample, top_logprobs
+from .outputs import RequestOutput, StepOutput
+from .params import RequestError, SamplingParams, check_ids, check_integer
+from .sampling import sample, top_logprobs
 from .scheduler import Scheduler
 from .sequence import Sequence
 from .text import TextStream, encode, load_tokenizer
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished request."""
-
-    prompt_ids: list[int]
-    token_ids: list[int]  # the token that ended it included
-    text: str  # without that token
-    finish_reason: str  # stop or length
-    logprobs: list[dict[int, float]] | None  # one dict per token
-    seed: int
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """One new token of one request; a step may give a request none, one or several, in order."""
-
-    request_id: int
-    token_id: int
-    text: str  # what became certain with this token: often less or more than the token alone
-    logprobs: dict[int, float] | None
-    finish_reason: str | None  # on the last token
 
 
 def choose_length(max_model_len: int | None, max_positions: int) -> int:
@@ -61,22 +39,29 @@ class Engine:
         Raises:
             ValueError: if it is not complete, or asks for what this engine does not compute.
         """
+        # what is asked for
         model_dir = Path(model_dir)
         self.config = load_config(model_dir)
         self.max_model_len = choose_length(max_model_len, self.config.max_positions)
         self.config.check_length(self.max_model_len)
+
+        # the model
         checkpoint = Checkpoint(model_dir)
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device, checkpoint)
         self.model = load_model(checkpoint, self.config, self.device, self.dtype)
         self.tokenizer = load_tokenizer(model_dir)
+
+        # its cache
         self.cache = KVCache(self.config, self.max_model_len, self.device, self.dtype)
+
+        # its requests
         self.scheduler = Scheduler()
         self.seqs: dict[int, Sequence] = {}
-        self.unreported: list[StepOutput] = []
         self.num_requests = 0
         self.num_steps = 0
         self.num_positions = 0
+
         print(f"{model_dir.resolve().name}: {self.describe()}", file=sys.stderr)
 
     def describe(self) -> str:
@@ -93,55 +78,63 @@ class Engine:
         self,
         prompts: list[str] | list[list[int]],
         params: SamplingParams | list[SamplingParams] = SamplingParams(),
-    ) -> list[Completion]:
+    ) -> list[RequestOutput]:
         """Complete every prompt; results in the order of prompts.
 
         Args:
             prompts: texts or token ids, mixed as you like.
             params: one for all, or one per prompt.
         Raises:
-            ValueError: if one of them is refused; then none was queued.
+            RequestError: if one of them cannot run, or the engine has unfinished requests; then none was queued.
         """
+        if self.has_unfinished_requests():
+            raise RequestError(f"prompts cannot run while {len(self.seqs)} requests are unfinished; step until they end", "prompts")
         if not isinstance(prompts, (list, tuple)):
-            raise ValueError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
-        each = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
-        if len(each) != len(prompts):
-            raise ValueError(f"params has {len(each)} items for {len(prompts)} prompts; give one, or one per prompt")
-        seqs = [self.make_sequence(*pair, name=f"prompts[{i}]") for i, pair in enumerate(zip(prompts, each))]
-        own = {seq.seq_id for seq in seqs}
+            raise RequestError(f"prompts must be a list of prompts, got {type(prompts).__name__}", "prompts")
+        all_params = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        if len(all_params) != len(prompts):
+            message = f"params has {len(all_params)} items for {len(prompts)} prompts; give one, or one per prompt"
+            raise RequestError(message, "params")
+        seqs = [self.make_sequence(*pair, name=f"prompts[{i}]") for i, pair in enumerate(zip(prompts, all_params))]
         try:
             for seq in seqs:
                 self.enqueue(seq)
-            while not all(seq.finished for seq in seqs):
-                self.unreported += [output for output in self.advance() if output.request_id not in own]
+            while self.has_unfinished_requests():
+                self.step()
         finally:
-            for seq_id in own:
-                self.abort_request(seq_id)
-        return [self.completion(seq) for seq in seqs]
+            for seq in seqs:
+                self.abort_request(seq.seq_id)
+        return [self.request_output(seq) for seq in seqs]
 
     def make_sequence(self, prompt: str | list[int], params: SamplingParams, name: str) -> Sequence:
-        """Tokenize and check a request, and give it its number; ValueError for one that can never run."""
+        """Tokenize and check a request, and give it its number; RequestError for one that can never run."""
         prompt_ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
         vocab_size, limit = self.config.vocab_size, self.max_model_len
         if not isinstance(prompt_ids, list) or not prompt_ids:
-            raise ValueError(f"{name} must be a text or a list of at least one token id, got {prompt!r}")
+            raise RequestError(f"{name} must be a text or a list of at least one token id, got {prompt!r}", name)
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"params must be SamplingParams, got {params!r}")
-        for token_id in prompt_ids:
-            check_integer(f"each token id of {name}", token_id, 0, vocab_size - 1)
-        for token_id in params.stop_token_ids:
-            check_integer("each of stop_token_ids", token_id, 0, vocab_size - 1)
+            raise RequestError(f"params must be SamplingParams, got {params!r}", "params")
+        check_ids(f"each token id of {name}", prompt_ids, vocab_size, param=name)
+        check_ids("each of stop_token_ids", params.stop_token_ids, vocab_size, param="stop_token_ids")
         check_integer("logprobs", params.logprobs, 0, vocab_size, optional=True)
         num_prompt = len(prompt_ids)
         max_tokens = limit - num_prompt if params.max_tokens is None else params.max_tokens
         if max_tokens < 1 or num_prompt + max_tokens > limit:
-            raise ValueError(
+            raise RequestError(
                 f"{name} has {num_prompt} tokens and max_tokens is {params.max_tokens}, but prompt and output together "
-                f"have at most max_model_len = {limit} tokens; shorten the prompt or lower max_tokens"
+                f"have at most max_model_len = {limit} tokens; shorten the prompt or lower max_tokens",
+                param=name,
+                code="context_length_exceeded",
             )
         self.num_requests += 1
-        stream = TextStream(self.tokenizer)
-        return Sequence(self.num_requests, prompt_ids, params, max_tokens, self.config.end_ids, stream)
+        return Sequence(
+            seq_id=self.num_requests,
+            prompt_ids=prompt_ids,
+            params=params,
+            max_tokens=max_tokens,
+            end_ids=self.config.end_ids,
+            stream=TextStream(self.tokenizer),
+        )
 
     def add_request(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> int:
         """Queue a request and return its id, never used again; it takes part from the next step that has room."""
@@ -154,8 +147,8 @@ class Engine:
         self.scheduler.add(seq)
 
     def has_unfinished_requests(self) -> bool:
-        """Whether `step` has anything left to do or to report."""
-        return bool(self.seqs or self.unreported)
+        """Whether `step` has anything left to do."""
+        return bool(self.seqs)
 
     def abort_request(self, request_id: int) -> bool:
         """End a request now, wherever it stands; False if it has ended already or never was.
@@ -165,9 +158,8 @@ class Engine:
         if request_id not in self.seqs:
             return False
         seq = self.seqs[request_id]
-        seq.finish_reason = "abort"
+        seq.finish("abort")
         self.release(seq)
-        self.unreported = [output for output in self.unreported if output.request_id != request_id]
         return True
 
     def release(self, seq: Sequence) -> None:
@@ -175,18 +167,9 @@ class Engine:
         del self.seqs[seq.seq_id]
         self.scheduler.release(seq)
 
-    def step(self) -> list[StepOutput]:
-        """Give each scheduled request its next token; empty if there is none.
-
-        What `generate` computed for requests that are not its own comes first.
-        """
-        outputs = self.advance()
-        earlier, self.unreported = self.unreported, []
-        return earlier + outputs
-
     @torch.inference_mode()
-    def advance(self) -> list[StepOutput]:
-        """Advance every scheduled sequence by one forward pass."""
+    def step(self) -> list[StepOutput]:
+        """Advance every scheduled sequence by one forward pass, and return the tokens that it gave: none if nothing is queued."""
         seqs = self.scheduler.schedule()
         if not seqs:
             return []
@@ -222,9 +205,9 @@ class Engine:
             finish_reason=seq.finish_reason,
         )
 
-    def completion(self, seq: Sequence) -> Completion:
+    def request_output(self, seq: Sequence) -> RequestOutput:
         """The finished sequence, as the caller sees it."""
-        return Completion(
+        return RequestOutput(
             prompt_ids=seq.token_ids[: seq.num_prompt],
             token_ids=seq.output_ids,
             text=seq.stream.text,

@@ -1,7 +1,7 @@
 """A request under way."""
 import random
 
-from .sampling import SamplingParams
+from .params import SamplingParams
 from .text import TextStream
 
 
@@ -51,9 +51,13 @@ class Sequence:
         return self.finish_reason is not None
 
     def append(self, token_id: int) -> None:
-        """Add one generated token and decide whether it is the last."""
+        """Add one generated token, and finish if it is the last."""
         self.token_ids.append(token_id)
         if token_id in self.stop_ids:
-            self.finish_reason = "stop"
+            self.finish("stop")
         elif self.num_output == self.max_tokens:
-            self.finish_reason = "length"
+            self.finish("length")
+
+    def finish(self, reason: str) -> None:
+        """Say why it ends: stop, length, abort or error."""
+        self.finish_reason = reason

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .engine import Engine
 from .loader import DTYPES
-from .sampling import SamplingParams
+from .params import SamplingParams
 from .text import encode_chat
 
 POCKET = Path(__file__).resolve().parents[2] / "shared" / "models" / "pocket"

@@ -4,63 +4,12 @@ R rows of logits, one per draw   V vocab_size   A rows among them that ask for s
 """
 import hashlib
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to choose tokens, and when to stop.
-
-    >>> SamplingParams(temperature=-1)
-    Traceback (most recent call last):
-    ValueError: temperature must be a number from 0 (greedy) up, got -1
-    """
-
-    max_tokens: int | None = 16  # new tokens at most; None: as many as there is room for
-    temperature: float = 0.0  # 0: the likeliest token, always
-    top_k: int = 0  # only the k likeliest; 0: all
-    top_p: float = 1.0  # only the likeliest that together reach this probability
-    seed: int | None = None  # None: fresh for each request
-    stop_token_ids: tuple[int, ...] = ()  # end the text, besides the checkpoint's own
-    ignore_eos: bool = False  # go on after the checkpoint's own
-    logprobs: int | None = None  # how many of the likeliest tokens to report; None: off
-
-    def __post_init__(self):
-        check_integer("max_tokens", self.max_tokens, 1, optional=True)
-        check_integer("top_k", self.top_k, 0)
-        check_integer("seed", self.seed, -(2**63), 2**63 - 1, optional=True)
-        check_integer("logprobs", self.logprobs, 0, optional=True)
-        if not isinstance(self.stop_token_ids, (tuple, list)):
-            raise ValueError(f"stop_token_ids must be a tuple of token ids, got {self.stop_token_ids!r}")
-        for token_id in self.stop_token_ids:
-            check_integer("each of stop_token_ids", token_id, 0)
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
-        if not is_number(self.temperature) or self.temperature < 0:
-            raise ValueError(f"temperature must be a number from 0 (greedy) up, got {self.temperature!r}")
-        # Logits divided by less than this may overflow float32.
-        if 0 < self.temperature < 1e-30:
-            raise ValueError(f"temperature {self.temperature!r} is too small to divide by; use 0 for greedy")
-        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1 (off), got {self.top_p!r}")
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_integer(name: str, value: object, low: int, high: int | None = None, optional: bool = False) -> None:
-    """Raise ValueError unless value is an integer from low to high, or None where that is allowed."""
-    if value is None and optional:
-        return
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or value < low or (high is not None and value > high):
-        upper = "up" if high is None else f"to {high}"
-        raise ValueError(f"{name} must be an integer from {low} {upper}{' or None' * optional}, got {value!r}")
+from .params import SamplingParams
 
 
 def filter_logits(logits: Tensor, params: list[SamplingParams]) -> Tensor:

@@ -3,6 +3,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .params import RequestError
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -22,7 +24,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"prompt must be valid Unicode: {error}") from None
+        raise RequestError(f"prompt must be valid Unicode: {error}", "prompt") from None
     return tokenizer(text).input_ids
 
 
@@ -32,12 +34,12 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
     Encode it with `add_special_tokens=False`: the template brings its own BOS.
     """
     if not tokenizer.chat_template:
-        raise ValueError("this checkpoint has no chat template; send the prompt as plain text")
+        raise RequestError("this checkpoint has no chat template; send the prompt as plain text", "messages")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # A template is a program, its author's; many of them refuse an order of roles that they do not know.
     except Exception as error:
-        raise ValueError(f"the checkpoint's chat template refuses these messages: {error}") from error
+        raise RequestError(f"the checkpoint's chat template refuses these messages: {error}", "messages") from error
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .engine import Engine
 from .loader import DTYPES
-from .sampling import SamplingParams, check_integer
+from .params import SamplingParams, check_integer
 from .text import encode_chat
 
 POCKET = Path(__file__).resolve().parents[2] / "shared" / "models" / "pocket"

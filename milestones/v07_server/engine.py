@@ -1,9 +1,7 @@
 """The loop: feed, choose, append."""
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,48 +11,12 @@ from .batch import Batch, Draw, build_batch
 from .cache import BlockPool, KVCache, kv_bytes_per_token, memory_bytes
 from .config import load_config
 from .loader import Checkpoint, choose_device, choose_dtype, load_model
-from .sampling import SamplingParams, check_integer, sample, top_logprobs
+from .outputs import RequestOutput, Stats, StepOutput
+from .params import RequestError, SamplingParams, check_ids, check_integer
+from .sampling import sample, top_logprobs
 from .scheduler import Scheduler
 from .sequence import Sequence
 from .text import TextStream, encode, load_tokenizer
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished request."""
-
-    prompt_ids: list[int]
-    token_ids: list[int]  # the token that ended it included
-    text: str  # without that token
-    finish_reason: str  # stop or length
-    logprobs: list[dict[int, float]] | None  # one dict per token
-    seed: int
-    prompt_logprobs: list[dict[int, float] | None] | None = None  # one per token of the prompt; the first has none
-    stop_reason: int | str | None = None  # the token or the string that ended it
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """One new token of one request; a step may give a request none, one or several, in order."""
-
-    request_id: int
-    token_id: int
-    text: str  # what became certain with this token: often less or more than the token alone
-    logprobs: dict[int, float] | None
-    finish_reason: str | None  # on the last token
-    prompt_logprobs: list[dict[int, float] | None] | None = None  # on the first token
-    stop_reason: int | str | None = None  # on the last token
-    offset: int = 0  # how many characters come before this token's, those that wait included
-
-
-class Stats(NamedTuple):
-    """How busy an engine is."""
-
-    running: int
-    waiting: int
-    free_blocks: int
-    total_blocks: int
-
 
 # Logits are computed for so many tokens at a time: a long prompt has thousands, each with a logit per token of the vocabulary.
 HEAD_ROWS = 256
@@ -109,6 +71,7 @@ class Engine:
         Raises:
             ValueError: if it is not complete, or asks for what this engine does not compute.
         """
+        # what is asked for
         model_dir = Path(model_dir)
         self.name = model_dir.resolve().name
         self.config = load_config(model_dir)
@@ -121,12 +84,16 @@ class Engine:
         check_integer("kv_bytes", kv_bytes, 1, optional=True)
         if num_blocks is not None and kv_bytes is not None:
             raise ValueError(f"num_blocks is {num_blocks} and kv_bytes {kv_bytes}; both size the cache, give one of them")
+
+        # the model
         checkpoint = Checkpoint(model_dir)
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device, checkpoint)
         self.backend = choose_backend(attention, self.device)
         self.model = load_model(checkpoint, self.config, self.device, self.dtype)
         self.tokenizer = load_tokenizer(model_dir)
+
+        # its cache
         block_bytes = block_size * kv_bytes_per_token(self.config, self.dtype)
         most_blocks = max_num_seqs * -(-self.max_model_len // block_size)
         num_blocks = choose_blocks(num_blocks, kv_bytes, block_bytes, most_blocks, self.device)
@@ -134,16 +101,18 @@ class Engine:
         self.pool = BlockPool(num_blocks, block_size)
         if max_model_len is None:
             self.max_model_len = min(self.max_model_len, num_blocks * block_size)
+
+        # its requests
         self.scheduler = Scheduler(
             max_num_seqs,
             self.pool,
         )
         self.seqs: dict[int, Sequence] = {}
-        self.unreported: list[StepOutput] = []
         self.in_step: list[Sequence] = []
         self.num_requests = 0
         self.num_steps = 0
         self.num_positions = 0
+
         print(f"{model_dir.resolve().name}: {self.describe()}", file=sys.stderr)
 
     def describe(self) -> str:
@@ -163,62 +132,72 @@ class Engine:
         self,
         prompts: list[str] | list[list[int]],
         params: SamplingParams | list[SamplingParams] = SamplingParams(),
-    ) -> list[Completion]:
+    ) -> list[RequestOutput]:
         """Complete every prompt; results in the order of prompts.
 
         Args:
             prompts: texts or token ids, mixed as you like.
             params: one for all, or one per prompt.
         Raises:
-            ValueError: if one of them is refused; then none was queued.
+            RequestError: if one of them cannot run, or the engine has unfinished requests; then none was queued.
         """
+        if self.has_unfinished_requests():
+            raise RequestError(f"prompts cannot run while {len(self.seqs)} requests are unfinished; step until they end", "prompts")
         if not isinstance(prompts, (list, tuple)):
-            raise ValueError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
-        each = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
-        if len(each) != len(prompts):
-            raise ValueError(f"params has {len(each)} items for {len(prompts)} prompts; give one, or one per prompt")
-        seqs = [self.make_sequence(*pair, name=f"prompts[{i}]") for i, pair in enumerate(zip(prompts, each))]
-        own = {seq.seq_id for seq in seqs}
+            raise RequestError(f"prompts must be a list of prompts, got {type(prompts).__name__}", "prompts")
+        all_params = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        if len(all_params) != len(prompts):
+            message = f"params has {len(all_params)} items for {len(prompts)} prompts; give one, or one per prompt"
+            raise RequestError(message, "params")
+        seqs = [self.make_sequence(*pair, name=f"prompts[{i}]") for i, pair in enumerate(zip(prompts, all_params))]
         try:
             for seq in seqs:
                 self.enqueue(seq)
-            while not all(seq.finished for seq in seqs):
-                self.unreported += [output for output in self.advance() if output.request_id not in own]
+            while self.has_unfinished_requests():
+                self.step()
         finally:
-            for seq_id in own:
-                self.abort_request(seq_id)
-        return [self.completion(seq) for seq in seqs]
+            for seq in seqs:
+                self.abort_request(seq.seq_id)
+        return [self.request_output(seq) for seq in seqs]
 
     def make_sequence(self, prompt: str | list[int], params: SamplingParams, name: str) -> Sequence:
-        """Tokenize and check a request, and give it its number; ValueError for one that can never run."""
+        """Tokenize and check a request, and give it its number; RequestError for one that can never run."""
         prompt_ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
         vocab_size, limit = self.config.vocab_size, self.max_model_len
         if not isinstance(prompt_ids, list) or not prompt_ids:
-            raise ValueError(f"{name} must be a text or a list of at least one token id, got {prompt!r}")
+            raise RequestError(f"{name} must be a text or a list of at least one token id, got {prompt!r}", name)
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"params must be SamplingParams, got {params!r}")
-        for token_id in prompt_ids:
-            check_integer(f"each token id of {name}", token_id, 0, vocab_size - 1)
-        for token_id in params.stop_token_ids:
-            check_integer("each of stop_token_ids", token_id, 0, vocab_size - 1)
+            raise RequestError(f"params must be SamplingParams, got {params!r}", "params")
+        check_ids(f"each token id of {name}", prompt_ids, vocab_size, param=name)
+        check_ids("each of stop_token_ids", params.stop_token_ids, vocab_size, param="stop_token_ids")
         check_integer("logprobs", params.logprobs, 0, vocab_size, optional=True)
         num_prompt = len(prompt_ids)
         max_tokens = limit - num_prompt if params.max_tokens is None else params.max_tokens
         if max_tokens < 1 or num_prompt + max_tokens > limit:
-            raise ValueError(
+            raise RequestError(
                 f"{name} has {num_prompt} tokens and max_tokens is {params.max_tokens}, but prompt and output together "
-                f"have at most max_model_len = {limit} tokens; shorten the prompt or lower max_tokens"
+                f"have at most max_model_len = {limit} tokens; shorten the prompt or lower max_tokens",
+                param=name,
+                code="context_length_exceeded",
             )
         # The last token is never fed.
         need = self.pool.blocks_for(num_prompt + max_tokens - 1)
         if need > self.pool.num_blocks:
-            raise ValueError(
+            raise RequestError(
                 f"{name} and its output may take {need} blocks of {self.pool.block_size} tokens, but num_blocks is "
-                f"{self.pool.num_blocks}; shorten the prompt, lower max_tokens, or raise num_blocks or kv_bytes"
+                f"{self.pool.num_blocks}; shorten the prompt, lower max_tokens, or raise num_blocks or kv_bytes",
+                param=name,
+                code="context_length_exceeded",
             )
         self.num_requests += 1
-        stream = TextStream(self.tokenizer, tuple(params.stop))
-        return Sequence(self.num_requests, prompt_ids, params, max_tokens, self.config.end_ids, stream)
+        return Sequence(
+            seq_id=self.num_requests,
+            prompt_ids=prompt_ids,
+            params=params,
+            max_tokens=max_tokens,
+            end_ids=self.config.end_ids,
+            stream=TextStream(self.tokenizer, tuple(params.stop)),
+        )
 
     def add_request(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> int:
         """Queue a request and return its id, never used again; it takes part from the next step that has room."""
@@ -231,8 +210,8 @@ class Engine:
         self.scheduler.add(seq)
 
     def has_unfinished_requests(self) -> bool:
-        """Whether `step` has anything left to do or to report."""
-        return bool(self.seqs or self.unreported)
+        """Whether `step` has anything left to do."""
+        return bool(self.seqs)
 
     def abort_request(self, request_id: int) -> bool:
         """End a request now, wherever it stands; False if it has ended already or never was.
@@ -242,9 +221,8 @@ class Engine:
         if request_id not in self.seqs:
             return False
         seq = self.seqs[request_id]
-        seq.finish_reason = "abort"
+        seq.finish("abort")
         self.release(seq)
-        self.unreported = [output for output in self.unreported if output.request_id != request_id]
         return True
 
     @torch.inference_mode()
@@ -268,15 +246,19 @@ class Engine:
         failed = {seq.seq_id: seq for seq in self.in_step + self.scheduler.running}
         for seq in failed.values():
             if seq.seq_id in self.seqs:
-                self.cache.k[:, seq.block_table] = 0
-                self.cache.v[:, seq.block_table] = 0
-                seq.finish_reason = "error"
+                self.cache.clear(seq.block_table)
+                seq.finish("error")
                 self.release(seq)
         self.in_step = []
         return list(failed)
 
+    def close(self) -> None:
+        """End every request, and give back what it holds."""
+        for request_id in list(self.seqs):
+            self.abort_request(request_id)
+
     def stats(self) -> Stats:
-        """How busy it is now."""
+        """How many requests it has, and how many blocks are free, now."""
         return Stats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
@@ -284,18 +266,9 @@ class Engine:
             total_blocks=self.pool.num_blocks,
         )
 
-    def step(self) -> list[StepOutput]:
-        """Give each scheduled request its next token; empty if there is none.
-
-        What `generate` computed for requests that are not its own comes first.
-        """
-        outputs = self.advance()
-        earlier, self.unreported = self.unreported, []
-        return earlier + outputs
-
     @torch.inference_mode()
-    def advance(self) -> list[StepOutput]:
-        """Advance every scheduled sequence by one forward pass."""
+    def step(self) -> list[StepOutput]:
+        """Advance every scheduled sequence by one forward pass, and return the tokens that it gave: none if nothing is queued."""
         self.in_step = seqs = self.scheduler.schedule()
         if not seqs:
             return []
@@ -316,7 +289,7 @@ class Engine:
         logits = self.model.compute_logits(hidden)  # [R, V]
         token_ids = sample(logits, draws).tolist()  # [R]
         for row, (seq, position) in enumerate(draws):
-            if position < seq.num_tokens:
+            if seq.knows(position):
                 token_ids[row] = seq.token_ids[position]
         return token_ids, top_logprobs(logits, draws, token_ids)
 
@@ -325,8 +298,8 @@ class Engine:
         outputs = []
         for draw, token_id, top in zip(batch.draws, token_ids, logprobs, strict=True):
             seq = draw.seq
-            if draw.position < seq.num_tokens:
-                seq.prompt_logprobs.append(top)
+            if seq.knows(draw.position):
+                seq.prompt_logprobs[draw.position] = top
                 continue
             seq.num_computed = draw.position  # all before it has been fed
             outputs.append(self.accept(seq, token_id, top))
@@ -342,7 +315,7 @@ class Engine:
         # The token that ends a text is not part of it.
         text = seq.stream.push([] if seq.finish_reason == "stop" else [token_id], last=seq.finished)
         if seq.stream.stopped_by is not None:
-            seq.finish_reason, seq.stop_reason = "stop", seq.stream.stopped_by
+            seq.finish("stop", by=seq.stream.stopped_by)
         return StepOutput(
             request_id=seq.seq_id,
             token_id=token_id,
@@ -354,9 +327,9 @@ class Engine:
             offset=offset,
         )
 
-    def completion(self, seq: Sequence) -> Completion:
+    def request_output(self, seq: Sequence) -> RequestOutput:
         """The finished sequence, as the caller sees it."""
-        return Completion(
+        return RequestOutput(
             prompt_ids=seq.token_ids[: seq.num_prompt],
             token_ids=seq.output_ids,
             text=seq.stream.text,

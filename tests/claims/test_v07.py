@@ -12,8 +12,8 @@ CHAT = [{"role": "user", "content": "Hello!"}]
 
 
 @pytest.mark.until("v08")
-def test_cache_layers_attention_model_and_kernels_are_the_last_chapters(chapter):
-    names = ["attention.py", "cache.py", "config.py", "layers.py", "loader.py", "model.py", "scheduler.py"]
+def test_layers_attention_model_and_kernels_are_the_last_chapters(chapter):
+    names = ["attention.py", "backends.py", "config.py", "layers.py", "loader.py", "model.py", "scheduler.py"]
     names += ["kernels/__init__.py", "kernels/paged_attention.py"]
     for name in names:
         assert filecmp.cmp(chapter.path / name, chapter.previous.path / name, shallow=False), name

@@ -7,8 +7,9 @@ class FakeEngine:
     """Says the prompt back, a token a step, to as many requests as there are places; holds while `gate` is closed."""
 
     def __init__(self, chapter, tokenizer, places=2, max_model_len=1000):
-        module = importlib.import_module(f"milestones.{chapter.name}.engine")
-        self.StepOutput, self.Stats = module.StepOutput, module.Stats
+        outputs = importlib.import_module(f"milestones.{chapter.name}.outputs")
+        self.StepOutput, self.Stats = outputs.StepOutput, outputs.Stats
+        self.RequestError = chapter.load().RequestError
         self.tokenizer, self.places, self.max_model_len = tokenizer, places, max_model_len
         self.requests, self.num_requests, self.aborted = {}, 0, []
         self.gate = threading.Event()
@@ -17,7 +18,7 @@ class FakeEngine:
 
     def add_request(self, prompt, params):
         if 13 in prompt:
-            raise ValueError("prompt has the token 13, which this engine refuses")
+            raise self.RequestError("prompt has the token 13, which this engine refuses", "prompt")
         self.num_requests += 1
         self.requests[self.num_requests] = [list(prompt), params.max_tokens]
         return self.num_requests
@@ -48,6 +49,9 @@ class FakeEngine:
             if ended:
                 del self.requests[request_id]
         return outputs
+
+    def close(self):
+        self.requests.clear()
 
     def fail_step(self):
         failed = self.running()

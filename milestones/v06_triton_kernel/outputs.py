@@ -1,0 +1,25 @@
+"""What an engine gives back. Nothing here needs torch."""
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A finished request."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]  # the token that ended it included
+    text: str  # without that token
+    finish_reason: str  # stop or length
+    logprobs: list[dict[int, float]] | None  # one dict per token
+    seed: int
+
+
+class StepOutput(NamedTuple):
+    """One new token of one request; a step may give a request none, one or several, in order."""
+
+    request_id: int
+    token_id: int
+    text: str  # what became certain with this token: often less or more than the token alone
+    logprobs: dict[int, float] | None
+    finish_reason: str | None  # on the last token
