@@ -197,7 +197,7 @@ plt.tight_layout()
 plt.show()
 
 again = engine.generate([prompt], SamplingParams(max_tokens=1, temperature=1.0, seed=7, ignore_eos=True))
-assert again[0].token_ids == [drawn[7]]  # a seed is a promise: the same die, the same token
+assert again[0].token_ids == [drawn[7]]  # the same seed, the same random number, the same token
 
 # %% [markdown]
 # ## 4. The loop

@@ -227,7 +227,7 @@ torch.testing.assert_close(gathered[3], got[3], rtol=0, atol=1e-5)
 
 # %% [markdown]
 # A weight of 0 times NaN is NaN. Only the longest context, which fills the rectangle to its edge, is safe. The kernel's
-# mask is at the load: what `live_key` hides is never read, so it may be anything. Both paths multiply the same numbers
+# mask is at the load: what `key_mask` hides is never read, so it may be anything. Both paths multiply the same numbers
 # otherwise.
 #
 # Now see it. The interpreter runs every `tl.load` through its `create_masked_load`, with the addresses and the mask; a

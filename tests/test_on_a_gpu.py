@@ -46,7 +46,7 @@ def test_in_float32_it_says_what_hugging_face_says(chapter, gpu, limits, Params,
 @pytest.mark.gpu
 @pytest.mark.needs("generate", "sample", "logprobs")
 def test_drawn_tokens_and_logprobs_are_the_cpus(chapter, gpu, limits, make_engine, Params):
-    """The dice do not depend on the device."""
+    """Random numbers do not depend on the device."""
     params = [Params(max_tokens=8, temperature=0.8, top_k=50, top_p=0.9, seed=seed, logprobs=seed) for seed in range(3)]
     with gpu:
         engine = chapter.load().Engine(checkpoint("pocket"), device="cuda", dtype="float32", **limits)

@@ -95,7 +95,7 @@ def sequence(module, prompt_ids, params, seed):
     return seq
 
 
-def test_a_sampled_token_is_where_its_die_falls_on_hugging_faces_probabilities(engine, hf, Params, module, checkpoint_name):
+def test_a_sampled_token_is_where_its_random_number_falls_on_hugging_faces_probabilities(engine, hf, Params, module, checkpoint_name):
     """decode and draw at once: every token of a sampled text, from one prefill and one hash."""
     prompt_ids = random_ids(5, engine.config.vocab_size, random.Random(4))
     params = Params(max_tokens=40, temperature=1.2, top_k=100, top_p=0.97, seed=-77)
@@ -103,22 +103,22 @@ def test_a_sampled_token_is_where_its_die_falls_on_hugging_faces_probabilities(e
     logits = hf.logits(prompt_ids + out.token_ids[:-1])[len(prompt_ids) - 1 :]
     for index, token_id in enumerate(out.token_ids):
         reached = hugging_faces_filters(logits[index], params).softmax(-1).double().cumsum(-1)
-        die = module("sampling").uniform(-77, index) * reached[-1]
+        number = module("sampling").uniform(-77, index) * reached[-1]
         below = reached[token_id - 1] if token_id else 0.0
-        assert below - BOUNDARY <= die <= reached[token_id] + BOUNDARY, f"token {index}"
+        assert below - BOUNDARY <= number <= reached[token_id] + BOUNDARY, f"token {index}"
 
 
 def test_dice_are_uniform_and_neighbours_independent(module):
     """Of (seed, index) on a grid: the mean, the spread, and the correlation with each neighbour.
 
-    For 40,000 independent dice a correlation has a standard deviation of 0.005: 0.025 is five of them.
+    For 40,000 independent numbers a correlation has a standard deviation of 0.005: 0.025 is five of them.
     """
     uniform = module("sampling").uniform
-    dice = torch.tensor([[uniform(seed, index) for index in range(200)] for seed in range(200)], dtype=torch.float64)
-    assert 0 <= dice.min() and dice.max() < 1
-    assert abs(dice.mean() - 0.5) < 5 * (1 / 12 / 40_000) ** 0.5
-    assert abs(dice.var() - 1 / 12) < 0.002
-    for a, b in [(dice[1:], dice[:-1]), (dice[:, 1:], dice[:, :-1]), (dice[1:, :-1], dice[:-1, 1:])]:
+    numbers = torch.tensor([[uniform(seed, index) for index in range(200)] for seed in range(200)], dtype=torch.float64)
+    assert 0 <= numbers.min() and numbers.max() < 1
+    assert abs(numbers.mean() - 0.5) < 5 * (1 / 12 / 40_000) ** 0.5
+    assert abs(numbers.var() - 1 / 12) < 0.002
+    for a, b in [(numbers[1:], numbers[:-1]), (numbers[:, 1:], numbers[:, :-1]), (numbers[1:, :-1], numbers[:-1, 1:])]:
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.025
 
 
@@ -149,11 +149,11 @@ def test_greedy_and_sampled_rows_share_a_batch(module, Params):
     assert token_ids[:1] == alone
 
 
-@pytest.mark.parametrize("die", [0.0, 1 - 2**-53])
-def test_the_first_and_the_last_side_of_the_die_choose_a_token_that_is_left(module, Params, monkeypatch, die):
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_least_and_the_greatest_random_number_choose_a_token_that_is_left(module, Params, monkeypatch, number):
     """At 0 the first tokens may be dropped ones; at the other end float32 probabilities may sum to less than 1."""
     sampling = module("sampling")
-    monkeypatch.setattr(sampling, "uniform", lambda seed, index: die)
+    monkeypatch.setattr(sampling, "uniform", lambda seed, index: number)
     logits = torch.randn(50, V, generator=torch.Generator().manual_seed(2))
     logits[:, [0, -1]] = -9.0  # never among the likeliest
     params = Params(temperature=1.0, top_k=100)

@@ -59,7 +59,7 @@ def test_a_full_queue_answers_429_and_later_room_again(chapter, tokenizer):
             streams.append(threading.Thread(target=lambda: list(client.completions.create(**asked))))
             streams[-1].start()
             # The first goes into a step, which lasts; the others have to wait for their turn.
-            wait_until(lambda: len(server.service.engine.live) == number + 1, 3)
+            wait_until(lambda: len(server.service.engine.active_generations) == number + 1, 3)
         wait_until(lambda: server.service.engine.num_waiting >= 2, 3)
         with pytest.raises(openai.RateLimitError, match="at most 2 may") as caught:
             client.completions.create(model="pocket", prompt=[20], max_tokens=1)
@@ -122,7 +122,7 @@ def test_a_client_that_hangs_up_ends_its_request(chapter, engine, path, stream, 
         wait_until(lambda: is_idle(server), 10)
         # To the end it would have been 400 or more.
         assert engine.num_steps - before < 300
-        assert not engine.has_unfinished_requests() and not server.service.engine.live
+        assert not engine.has_unfinished_requests() and not server.service.engine.active_generations
         assert engine.pool.num_free == engine.pool.num_blocks
 
 
@@ -208,7 +208,7 @@ def test_requests_that_waited_outlive_a_fault(chapter, tokenizer):
         for name in ("first", "second"):
             threads.append(threading.Thread(target=ask, args=(name,)))
             threads[-1].start()
-            wait_until(lambda: len(server.service.engine.live) == len(threads))
+            wait_until(lambda: len(server.service.engine.active_generations) == len(threads))
         # Only a request that is in can be in the step that fails; the second one's turn comes later.
         fake.fault = RuntimeError("injected")
         fake.gate.set()

@@ -60,7 +60,7 @@ def test_the_tokens_with_logprobs_are_those_that_begin_in_the_text(make_engine, 
     names = module("text").vocabulary_bytes(engine.tokenizer)
     forced = [names.index(bytes([byte])) for byte in said.encode()]
     ids = iter(forced)
-    monkeypatch.setattr(engine, "decide", lambda _hidden, _draws: ([chosen := next(ids)], [{chosen: 0.0}]))
+    monkeypatch.setattr(engine, "choose_tokens", lambda _hidden, _draws: ([chosen := next(ids)], [{chosen: 0.0}]))
     answer, found = module("protocol").Answer(0), []
     for output in pieces_of(engine, [9], Params(max_tokens=len(forced), stop=("END",), logprobs=0, ignore_eos=True)):
         found += [token_id for token_id, _ in answer.push(output)[1]]

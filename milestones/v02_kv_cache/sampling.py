@@ -55,7 +55,7 @@ def column(values: list[float], like: Tensor) -> Tensor:
 
 
 def uniform(seed: int, index: int) -> float:
-    """The die of a request's index-th token, in [0, 1): a hash of its arguments.
+    """The random number that draws a request's index-th token, in [0, 1): a hash of its arguments.
 
     It depends on nothing else: not on the batch, nor on the device, nor on how often the token is computed.
 
@@ -79,12 +79,12 @@ def sample(logits: Tensor, draws: list) -> Tensor:
     token_ids = logits.argmax(-1)  # [R]
     rows = [row for row, (seq, _) in enumerate(draws) if seq.params.temperature > 0]
     if rows:
-        asked = [draws[row] for row in rows]
-        probs = filter_logits(logits[rows], [seq.params for seq, _ in asked]).softmax(-1)  # [A, V]
+        drawn = [draws[row] for row in rows]
+        probs = filter_logits(logits[rows], [seq.params for seq, _ in drawn]).softmax(-1)  # [A, V]
         # Summed in float64: in float32 the last of many small probabilities would be lost.
-        reached = probs.double().cumsum(-1)  # [A, V]
-        dice = column([uniform(seq.seed, position - seq.num_prompt) for seq, position in asked], reached)  # [A, 1]
-        chosen = torch.searchsorted(reached, dice * reached[:, -1:], right=True)  # [A, 1]
+        cumulative = probs.double().cumsum(-1)  # [A, V]
+        numbers = column([uniform(seq.seed, position - seq.num_prompt) for seq, position in drawn], cumulative)  # [A, 1]
+        chosen = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)  # [A, 1]
         token_ids[rows] = chosen[:, 0]
     return token_ids
 
@@ -94,7 +94,7 @@ def top_logprobs(logits: Tensor, draws: list, token_ids: list[int]) -> list[dict
 
     They are those of the raw logits, [R, V] float32: before temperature and filters.
     """
-    found = [None] * len(draws)
+    reported = [None] * len(draws)
     rows = [row for row, (seq, _) in enumerate(draws) if seq.params.logprobs is not None]
     if rows:
         logprobs = logits[rows].log_softmax(-1)  # [A, V]
@@ -103,5 +103,5 @@ def top_logprobs(logits: Tensor, draws: list, token_ids: list[int]) -> list[dict
         top = logprobs.topk(max(draws[row].seq.params.logprobs for row in rows))
         for row, own, values, ids in zip(rows, chosen, top.values.tolist(), top.indices.tolist(), strict=True):
             count = draws[row].seq.params.logprobs
-            found[row] = {token_ids[row]: own} | dict(zip(ids[:count], values[:count], strict=True))
-    return found
+            reported[row] = {token_ids[row]: own} | dict(zip(ids[:count], values[:count], strict=True))
+    return reported

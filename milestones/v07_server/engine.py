@@ -277,14 +277,14 @@ class Engine:
         token_ids, logprobs = [], []
         for start in range(0, len(batch.draws), HEAD_ROWS):
             rows = slice(start, start + HEAD_ROWS)
-            decided, tops = self.decide(hidden[rows], batch.draws[rows])
-            token_ids += decided
+            chosen, tops = self.choose_tokens(hidden[rows], batch.draws[rows])
+            token_ids += chosen
             logprobs += tops
         self.num_steps += 1
         self.num_positions += len(batch.token_ids)
         return self.commit(batch, token_ids, logprobs)
 
-    def decide(self, hidden: Tensor, draws: list[Draw]) -> tuple[list[int], list]:
+    def choose_tokens(self, hidden: Tensor, draws: list[Draw]) -> tuple[list[int], list]:
         """The token of each draw, and its logprobs; a token of the prompt is what it was."""
         logits = self.model.compute_logits(hidden)  # [R, V]
         token_ids = sample(logits, draws).tolist()  # [R]

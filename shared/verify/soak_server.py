@@ -29,7 +29,7 @@ def audit(server, engine) -> None:
     """AssertionError if anything of any request is left, in the server or in the engine; waits for what is being cleared."""
     wait_until(lambda: is_idle(server) and not server.service.num_active)
     held = server.service.engine
-    assert not engine.has_unfinished_requests() and not held.live and not held.owners and not held.num_calling
+    assert not engine.has_unfinished_requests() and not held.active_generations and not held.owners and not held.num_calling
 
 
 def crowd(chapter, engine, count: int, max_tokens: int = 30) -> int:
