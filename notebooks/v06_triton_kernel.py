@@ -149,7 +149,7 @@ assert abs(at_end[1] - want) > 1e-3
 
 # %%
 source = inspect.getsource(_attend_kernel.fn)
-print(source[source.index("    # running softmax") : source.index("    # an empty split")])
+print(source[source.index("    # running softmax") : source.index("    # a row that saw no key")])
 
 # %% [markdown]
 # A program takes one sequence and one KV head, with all query heads that share it; its tile is `TILE_KEYS` keys,

@@ -148,7 +148,7 @@ def test_more_layers_than_there_are_tensors_are_refused_before_they_are_built(re
 
 def test_a_tensor_of_the_wrong_shape(refused, copy_of):
     path = copy_of("llama", intermediate_size=90)
-    assert "tensor model.layers.0.mlp.gate_proj.weight has shape [88, 60], config.json says [90, 60]" in refused(path)
+    assert "tensor model.layers.0.mlp.gate_proj.weight has shape [88, 60], expected [90, 60]" in refused(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -186,6 +186,8 @@ def test_a_tied_head_that_differs_is_surplus_and_one_that_is_equal_is_accepted(r
     chapter.load().Engine(path)
     rewrite(path, lambda tensors: tensors["lm_head.weight"].add_(1))
     assert "left over: lm_head.weight" in refused(path)
+    rewrite(path, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    assert "missing: model.embed_tokens.weight; left over: lm_head.weight" in refused(path)
 
 
 def test_rotary_frequencies_in_the_file_are_accepted(copy_of, chapter):

@@ -52,7 +52,7 @@ def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
 
 
 def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
-    """Feed the one sequence what the cache does not hold yet."""
+    """Feed the one sequence its new_ids."""
     [seq] = seqs
     end = seq.num_tokens
     new_ids = seq.new_ids

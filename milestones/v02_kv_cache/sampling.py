@@ -29,7 +29,7 @@ def filter_logits(logits: Tensor, params: list[SamplingParams]) -> Tensor:
         vocab_size = logits.shape[-1]
         ranks = [min(p.top_k or vocab_size, vocab_size) for p in params]
         ordered = logits.topk(max(ranks)).values
-        rank = torch.tensor(ranks, device=logits.device)[:, None]  # [A, 1]
+        rank = column(ranks, logits, torch.int64)  # [A, 1]
         last_kept = ordered.gather(1, rank - 1)  # [A, 1]
         logits = logits.masked_fill(logits < last_kept, -math.inf)  # [A, V]
     if any(p.top_p < 1 for p in params):
@@ -49,9 +49,9 @@ def ascending(logits: Tensor) -> Tensor:
     return logits.sort().values
 
 
-def column(values: list[float], like: Tensor) -> Tensor:
-    """One value a row, [A, 1], with like's dtype and device."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+def column(values: list, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """One value per row, [A, 1], on like's device, with like's dtype or another."""
+    return torch.tensor(values, dtype=dtype or like.dtype, device=like.device)[:, None]
 
 
 def uniform(seed: int, index: int) -> float:
@@ -98,7 +98,7 @@ def top_logprobs(logits: Tensor, draws: list, token_ids: list[int]) -> list[dict
     rows = [row for row, (seq, _) in enumerate(draws) if seq.params.logprobs is not None]
     if rows:
         logprobs = logits[rows].log_softmax(-1)  # [A, V]
-        own_ids = torch.tensor([token_ids[row] for row in rows], device=logits.device)[:, None]  # [A, 1]
+        own_ids = column([token_ids[row] for row in rows], logits, torch.int64)  # [A, 1]
         chosen = logprobs.gather(1, own_ids)[:, 0].tolist()
         top = logprobs.topk(max(draws[row].seq.params.logprobs for row in rows))
         for row, own, values, ids in zip(rows, chosen, top.values.tolist(), top.indices.tolist(), strict=True):

@@ -39,7 +39,7 @@ class Sequence:
 
     @property
     def new_ids(self) -> list[int]:
-        """The tokens to feed next: those that the cache does not hold yet."""
+        """The tokens to feed next."""
         return self.token_ids[self.num_computed :]
 
     @property

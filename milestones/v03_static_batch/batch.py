@@ -57,7 +57,7 @@ def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
 
 
 def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
-    """Feed each sequence what the cache does not hold yet, padded on the right to the longest."""
+    """Feed each sequence its new_ids, padded on the right to the longest."""
     width = max(len(seq.new_ids) for seq in seqs if not seq.finished)
     token_ids, positions, logit_rows, draws, cache_rows = [], [], [], [], []
     for row, seq in enumerate(seqs):

@@ -1,6 +1,5 @@
 """The loop: feed, choose, append."""
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -42,6 +41,7 @@ class Engine:
         """
         # what is asked for
         model_dir = Path(model_dir)
+        self.name = model_dir.resolve().name
         self.config = load_config(model_dir)
         self.max_model_len = choose_length(max_model_len, self.config.max_positions)
         self.config.check_length(self.max_model_len)
@@ -52,7 +52,12 @@ class Engine:
         checkpoint = Checkpoint(model_dir)
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device, checkpoint)
-        self.model = load_model(checkpoint, self.config, self.device, self.dtype)
+        self.model = load_model(
+            checkpoint,
+            self.config,
+            self.device,
+            self.dtype,
+        )
         self.tokenizer = load_tokenizer(model_dir)
 
         # its cache
@@ -60,14 +65,14 @@ class Engine:
 
         # its requests
         self.scheduler = Scheduler(
-            max_num_seqs,
+            max_num_seqs=max_num_seqs,
         )
         self.seqs: dict[int, Sequence] = {}
         self.num_requests = 0
         self.num_steps = 0
         self.num_positions = 0
 
-        print(f"{model_dir.resolve().name}: {self.describe()}", file=sys.stderr)
+        print(f"{self.name}: {self.describe()}", file=sys.stderr)
 
     def describe(self) -> str:
         """What was chosen where the caller chose nothing."""
@@ -175,18 +180,19 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """Advance every scheduled sequence by one forward pass, and return the tokens that it gave: none if nothing is queued."""
+        """Advance every scheduled sequence by one forward pass, and return the tokens that it gave, which may be none."""
         seqs = self.scheduler.schedule()
         if not seqs:
             return []
-        batch = build_batch(seqs, self.cache).to(self.device)
-        logits = self.model.compute_logits(self.model(batch))  # [R, V]
+        batch = build_batch(seqs, self.cache)
+        hidden = self.model(batch.to(self.device))  # [R, E]
+        logits = self.model.compute_logits(hidden)  # [R, V]
         token_ids = sample(logits, batch.draws).tolist()  # [R]
         self.num_steps += 1
         self.num_positions += len(batch.token_ids)
         return self.commit(batch, token_ids, top_logprobs(logits, batch.draws, token_ids))
 
-    def commit(self, batch: Batch, token_ids: list[int], logprobs: Iterable) -> list[StepOutput]:
+    def commit(self, batch: Batch, token_ids: list[int], logprobs: list) -> list[StepOutput]:
         """Give each draw's sequence its token, and report it."""
         outputs = []
         for draw, token_id, top in zip(batch.draws, token_ids, logprobs, strict=True):

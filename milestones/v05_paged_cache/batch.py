@@ -70,7 +70,7 @@ def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
 
 
 def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
-    """Feed each sequence what the cache does not hold yet, one sequence after the other."""
+    """Feed each sequence its new_ids, one sequence after the other."""
     token_ids, positions, logit_rows, draws, query_lens = [], [], [], [], []
     for seq in seqs:
         new_ids = seq.new_ids

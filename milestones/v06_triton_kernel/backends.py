@@ -8,7 +8,7 @@ import torch
 from .attention import attend_cached
 from .batch import Backend, build_rectangles
 
-TORCH = Backend(name="torch", view=build_rectangles, attend=attend_cached, warm_up=lambda *_: None)
+TORCH = Backend(name="torch", build_view=build_rectangles, attend=attend_cached, warm_up=lambda *_: None)
 
 
 def choose_backend(attention: str, device: torch.device) -> Backend:

@@ -56,7 +56,7 @@ class Backend(NamedTuple):
     """A way to attend. An engine has one, and every batch carries it to the layers."""
 
     name: str
-    view: Callable  # (seqs): once a step, what attend reads of the sequences, a list of parts that have `to`
+    build_view: Callable  # (seqs): once a step, what attend reads of the sequences, a list of parts that have `to`
     attend: Callable  # (q, k, v, layer_id, batch): in each layer, stores keys and values, and gives the result, [N, H, D]
     warm_up: Callable  # (cache, num_heads, max_model_len): before the first step, compiles what steps may need
 
@@ -96,7 +96,7 @@ def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
 
 
 def build_batch(seqs: list[Sequence], cache: KVCache, backend: Backend) -> Batch:
-    """Feed each sequence what the cache does not hold yet, one sequence after the other."""
+    """Feed each sequence its new_ids, one sequence after the other."""
     token_ids, positions, logit_rows, draws, query_lens = [], [], [], [], []
     for seq in seqs:
         new_ids = seq.new_ids
@@ -116,7 +116,7 @@ def build_batch(seqs: list[Sequence], cache: KVCache, backend: Backend) -> Batch
         cache=cache,
         slot_mapping=find_slots(tables, torch.tensor(query_lens), positions, cache.block_size),
         backend=backend,
-        view=backend.view(seqs),
+        view=backend.build_view(seqs),
     )
 
 

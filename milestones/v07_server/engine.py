@@ -1,6 +1,5 @@
 """The loop: feed, choose, append."""
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -90,7 +89,12 @@ class Engine:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device, checkpoint)
         self.backend = choose_backend(attention, self.device)
-        self.model = load_model(checkpoint, self.config, self.device, self.dtype)
+        self.model = load_model(
+            checkpoint,
+            self.config,
+            self.device,
+            self.dtype,
+        )
         self.tokenizer = load_tokenizer(model_dir)
 
         # its cache
@@ -104,8 +108,8 @@ class Engine:
 
         # its requests
         self.scheduler = Scheduler(
-            max_num_seqs,
-            self.pool,
+            max_num_seqs=max_num_seqs,
+            pool=self.pool,
         )
         self.seqs: dict[int, Sequence] = {}
         self.in_step: list[Sequence] = []
@@ -113,7 +117,7 @@ class Engine:
         self.num_steps = 0
         self.num_positions = 0
 
-        print(f"{model_dir.resolve().name}: {self.describe()}", file=sys.stderr)
+        print(f"{self.name}: {self.describe()}", file=sys.stderr)
 
     def describe(self) -> str:
         """What was chosen where the caller chose nothing."""
@@ -243,12 +247,12 @@ class Engine:
 
         Their blocks are cleared: a NaN that was left there would reach the next owner, whatever its weight.
         """
-        failed = {seq.seq_id: seq for seq in self.in_step + self.scheduler.running}
+        took_part = self.in_step + self.scheduler.running
+        failed = {seq.seq_id: seq for seq in took_part if seq.seq_id in self.seqs}
         for seq in failed.values():
-            if seq.seq_id in self.seqs:
-                self.cache.clear(seq.block_table)
-                seq.finish("error")
-                self.release(seq)
+            self.cache.clear(seq.block_table)
+            seq.finish("error")
+            self.release(seq)
         self.in_step = []
         return list(failed)
 
@@ -268,12 +272,12 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """Advance every scheduled sequence by one forward pass, and return the tokens that it gave: none if nothing is queued."""
+        """Advance every scheduled sequence by one forward pass, and return the tokens that it gave, which may be none."""
         self.in_step = seqs = self.scheduler.schedule()
         if not seqs:
             return []
-        batch = build_batch(seqs, self.cache, self.backend).to(self.device)
-        hidden = self.model(batch)  # [R, E]
+        batch = build_batch(seqs, self.cache, self.backend)
+        hidden = self.model(batch.to(self.device))  # [R, E]
         token_ids, logprobs = [], []
         for start in range(0, len(batch.draws), HEAD_ROWS):
             rows = slice(start, start + HEAD_ROWS)
@@ -293,7 +297,7 @@ class Engine:
                 token_ids[row] = seq.token_ids[position]
         return token_ids, top_logprobs(logits, draws, token_ids)
 
-    def commit(self, batch: Batch, token_ids: list[int], logprobs: Iterable) -> list[StepOutput]:
+    def commit(self, batch: Batch, token_ids: list[int], logprobs: list) -> list[StepOutput]:
         """Give each draw's sequence its token, and report it."""
         outputs = []
         for draw, token_id, top in zip(batch.draws, token_ids, logprobs, strict=True):

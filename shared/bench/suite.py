@@ -96,7 +96,7 @@ def least_seconds(requests: list[Request], model, limits: dict[str, float]) -> f
     There are at least as many passes as the longest output has tokens. The head is needed once a token. Attention is
     left out, which makes the limit a little too good.
     """
-    head = model.lm_head.weight.numel()
+    head = model.lm_head.in_features * model.lm_head.out_features
     body = sum(each.numel() for each in model.model.layers.parameters())
     positions = sum(len(request.prompt_ids) + request.max_tokens - 1 for request in requests)
     operations = 2 * (body * positions + head * num_tokens(requests))

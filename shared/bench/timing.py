@@ -74,9 +74,7 @@ def summary(timings: list[Timing], units: int = 1) -> dict[str, float]:
 
 
 def weight_bytes(model) -> int:
-    """What one pass reads of the weights: all of them, but of an embedding that is not the head a few rows only."""
-    weights = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
-    embedding = model.model.embed_tokens.weight
-    if model.lm_head.weight.data_ptr() != embedding.data_ptr():
-        del weights[embedding.data_ptr()]
-    return sum(weights.values())
+    """What one pass reads of the weights: all of them, but of the embedding a few rows only, unless it is the head's too."""
+    linears = sum(module.nbytes for module in model.modules() if hasattr(module, "nbytes"))
+    norms = sum(parameter.nbytes for name, parameter in model.named_parameters() if "norm" in name)
+    return linears + norms

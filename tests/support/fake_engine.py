@@ -61,4 +61,9 @@ class FakeEngine:
 
     def stats(self):
         running = len(self.running())
-        return self.Stats(running, len(self.requests) - running, self.places - running, self.places)
+        return self.Stats(
+            running=running,
+            waiting=len(self.requests) - running,
+            free_blocks=self.places - running,
+            total_blocks=self.places,
+        )
