@@ -153,7 +153,7 @@ CONTENTS = (
     ),
     Row(
         name="v04_continuous_batch",
-        idea="Schedule by the step and by the token, not by the rectangle: a place freed now is taken in the next step.",
+        idea="Choose anew before every pass who is in it, and lay tokens end to end: a place freed now is taken in the next step.",
         adds=frozenset(),
         races=True,
     ),

@@ -225,3 +225,9 @@ def test_every_function_that_a_step_calls_is_in_one_part():
     """Choosing is both of its functions; what is timed is called by `advance` or what it calls, and does not nest."""
     named = [name for functions in bench_overhead.PARTS.values() for _, name in functions]
     assert sorted(named) == ["build_batch", "commit", "compute_logits", "forward", "sample", "schedule", "top_logprobs"]
+
+
+def test_a_step_of_sixteen_is_not_asked_of_chapters_that_take_one(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["decode", "v02", "v04"])
+    assert "decode is a step of 16 sequences; v02 takes one at a time" in capsys.readouterr().err
