@@ -28,7 +28,7 @@ root = next((path for path in (Path.cwd(), *Path.cwd().parents) if (path / "mile
 if root is None:  # on Colab: fetch the repository and what it needs
     root = Path("stepserve").resolve()
     subprocess.run(["git", "clone", "--depth", "1", "https://github.com/stepserve/stepserve", str(root)], check=True)
-    subprocess.run([sys.executable, str(root / "shared" / "install.py"), "here"], check=True)
+    subprocess.run([sys.executable, str(root / "shared" / "commands" / "install.py"), "here"], check=True)
 sys.path.insert(0, str(root))
 
 # %%

@@ -28,7 +28,7 @@ root = next((path for path in (Path.cwd(), *Path.cwd().parents) if (path / "mile
 if root is None:  # on Colab: fetch the repository and what it needs
     root = Path("stepserve").resolve()
     subprocess.run(["git", "clone", "--depth", "1", "https://github.com/stepserve/stepserve", str(root)], check=True)
-    subprocess.run([sys.executable, str(root / "shared" / "install.py"), "here"], check=True)
+    subprocess.run([sys.executable, str(root / "shared" / "commands" / "install.py"), "here"], check=True)
 sys.path.insert(0, str(root))
 
 # %% [markdown]
@@ -61,8 +61,12 @@ from milestones.v06_triton_kernel.attention import attend
 from milestones.v06_triton_kernel.batch import Rectangle, causal_mask
 from milestones.v06_triton_kernel.cache import KVCache
 from milestones.v06_triton_kernel.config import load_config
-from milestones.v06_triton_kernel.kernels.paged_attention import TILE_KEYS, _attend_kernel
-from milestones.v06_triton_kernel.kernels.paged_attention import paged_attention, paged_attention_ref
+from milestones.v06_triton_kernel.kernels.paged_attention import (
+    TILE_KEYS,
+    _attend_kernel,
+    paged_attention,
+    paged_attention_ref,
+)
 from shared.bench.recorder import record
 from shared.chapters import find
 from shared.checkpoints import POCKET

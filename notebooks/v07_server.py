@@ -10,13 +10,13 @@
 #     name: python3
 # ---
 # %% [markdown]
-# # v07, followed along: speak OpenAI
+# # v07, followed along: a thread steps, messages cross
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stepserve/stepserve/blob/main/notebooks/v07_server.ipynb)
 #
-# You start the chapter's server on a free port of this machine, measure what a client feels, watch four clients share
-# the engine, hang up in the middle of an answer, and fill the queue until the server says 429. About twenty minutes.
-# Before each run there is a question: write your answer down first.
+# You read the messages that cross between the engine's thread and the event loop, abort a request while its step is
+# running, make a step fail, block an event loop on purpose, read a stream as the bytes on the wire, and hang up in the
+# middle of an answer. About twenty-five minutes. Before each run there is a question: write your answer down first.
 
 # %%
 import subprocess
@@ -27,16 +27,21 @@ root = next((path for path in (Path.cwd(), *Path.cwd().parents) if (path / "mile
 if root is None:  # on Colab: fetch the repository and what it needs
     root = Path("stepserve").resolve()
     subprocess.run(["git", "clone", "--depth", "1", "https://github.com/stepserve/stepserve", str(root)], check=True)
-    subprocess.run([sys.executable, str(root / "shared" / "install.py"), "here"], check=True)
+    subprocess.run([sys.executable, str(root / "shared" / "commands" / "install.py"), "here"], check=True)
 sys.path.insert(0, str(root))
 
 # %%
+import asyncio
 import io
 import json
+import logging
+import socket
 import threading
 import time
 import warnings
 from contextlib import ExitStack, contextmanager, redirect_stderr
+from itertools import count, groupby
+from typing import NamedTuple
 
 import httpx
 import matplotlib.pyplot as plt
@@ -44,25 +49,269 @@ import torch
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, where Jupyter has no widgets
+logging.getLogger("milestones").setLevel(logging.CRITICAL)  # part 3 fails a step on purpose, which logs a traceback
 
 from milestones.v07_server import Engine, SamplingParams
+from milestones.v07_server.engine_thread import Abort, Aborted, Add, EngineThread, Failed, Refused, Stepped, Stop
+from milestones.v07_server.outputs import Stats
 from shared.chapters import find
 from shared.checkpoints import POCKET
 from shared.verify.serving import serving, wait_until
 
 # %% [markdown]
-# `serving` puts an engine behind the chapter's server, on a socket, in a thread of this process. Each experiment below
-# has its server in a `with`, so that it is shut down when the cell ends, however it ends. (A started server prints its
-# address, which is another one at every run; here it is swallowed.)
+# ## 1. Messages cross
+#
+# `EngineThread` owns the engine. Another thread leaves messages in its inbox; the thread reads all of them, takes one
+# step, and posts what came of it. Here is what will be in the inbox before the thread starts:
+#
+# | message | request | prompt | `max_tokens` |
+# |---|---|---|---:|
+# | `Add`, call 1 | 1.0 | Once upon a time | 3 |
+# | `Add`, call 2 | 2.0 | Once upon a time | 5 |
+# | | 2.1 | The fox | 5 |
+#
+# A *call* is what one HTTP request asks of the engine. It may hold several requests, numbered from 0 (this chapter's
+# server always sends one, the next chapter's may send more). In the server, the event loop gets what the thread posts.
+# Here a list gets it, so that you can read it. `replies` are messages that are sent as soon as a certain `Stepped` has
+# come back; part 2 needs them.
+#
+# **Predict.** Three requests get 3 + 5 + 5 = 13 tokens. How many messages does the thread post for them, and how many
+# outputs are in the last one? On which thread does `receive` run?
 
 # %%
+engine = Engine(POCKET, device="cpu", max_num_seqs=4)
+STORY, FOX = engine.tokenizer("Once upon a time").input_ids, engine.tokenizer("The fox").input_ids
+
+
+def tokens(number):
+    """Parameters of a request that takes exactly this many tokens."""
+    return SamplingParams(max_tokens=number, ignore_eos=True)
+
+
+class Posted(NamedTuple):
+    """A message from the engine's thread, the engine's stats at that moment, and the thread that posted it."""
+
+    message: tuple
+    stats: Stats
+    thread: str
+
+
 @contextmanager
-def a_client(engine, **options):
-    """A client of the chapter's server on a free port; both are there for as long as the block lasts."""
+def an_engine_thread(engine, inbox, replies):
+    """The chapter's EngineThread with this inbox, and the growing list of what it posts."""
+    posted = []
+
+    def receive(message, stats):
+        posted.append(Posted(message, stats, threading.current_thread().name))
+        if isinstance(message, Stepped):
+            steps = sum(isinstance(each.message, Stepped) for each in posted)
+            for reply in replies.get(steps, []):
+                thread.send(reply)
+
+    thread = EngineThread(engine, receive)
+    for message in inbox:
+        thread.send(message)
+    thread.start()
+    try:
+        yield thread, posted
+    finally:
+        thread.send(Stop())
+        thread.join(20)
+
+
+def run_to_the_end(engine, inbox, replies=None):
+    """What the thread posts until the engine is idle."""
+    with an_engine_thread(engine, inbox, replies or {}) as (_, posted):
+        wait_until(lambda: posted and posted[-1].stats.running + posted[-1].stats.waiting == 0)
+    return posted
+
+
+def show(posted):
+    """A line per message."""
+    for message, stats, _ in posted:
+        if isinstance(message, Stepped):
+            ends = ("" if output.finish_reason is None else "." for _, _, output in message.outputs)
+            pairs = zip(message.outputs, ends)
+            said = "  ".join(f"{call}.{i} {output.text!r}{end}" for (call, i, output), end in pairs)
+        else:
+            said = "  ".join(map(str, message))
+        print(f"{type(message).__name__:8} {said:52} running {stats.running}, waiting {stats.waiting}")
+
+# %%
+posted = run_to_the_end(engine, [Add(1, [(STORY, tokens(3))]), Add(2, [(STORY, tokens(5)), (FOX, tokens(5))])])
+show(posted)
+print("received on:", {each.thread for each in posted})
+steps = [each.message for each in posted if isinstance(each.message, Stepped)]
+assert len(posted) == 2 + 5 and [len(step.outputs) for step in steps] == [3, 3, 3, 2, 2]
+assert {each.thread for each in posted} == {"engine"}
+
+# %% [markdown]
+# Seven: one answer to each `Add`, and one `Stepped` per step with the new tokens of every request that took part. A dot
+# marks a request's last token. Thirteen messages, one per token, would say the same and wake the event loop thirteen
+# times.
+#
+# Both calls were added before the first step, because the thread reads its whole inbox before it steps. `receive` runs
+# on the engine's thread, so whatever it does delays the next step. The server's `receive` only asks the event loop to
+# call a function (`call_soon_threadsafe`).
+#
+# ## 2. A newcomer, and an abort
+#
+# | when | message |
+# |---|---|
+# | before the thread starts | `Add`, call 1: ten tokens |
+# | | `Add`, call 2: six tokens |
+# | when the second `Stepped` arrives | `Add`, call 3: four tokens |
+# | when the fourth `Stepped` arrives | `Abort`, call 1 |
+#
+# **Predict.** Which `Stepped` is the first with call 3 in it? How many tokens does call 1 get? Between which two
+# `Stepped` is the `Aborted`?
+
+# %%
+inbox = [Add(1, [(STORY, tokens(10))]), Add(2, [(STORY, tokens(6))])]
+posted = run_to_the_end(engine, inbox, replies={2: [Add(3, [(FOX, tokens(4))])], 4: [Abort(1)]})
+show(posted)
+calls = [[call for call, _, _ in each.message.outputs] for each in posted if isinstance(each.message, Stepped)]
+assert calls == [[1, 2], [1, 2], [1, 2, 3], [1, 2, 3], [2, 3], [2, 3]]
+assert posted[-1].stats.free_blocks == engine.pool.num_blocks
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 2.4))
+colours = {1: "tab:blue", 2: "tab:orange", 3: "tab:green"}
+for place, (message, _, _) in enumerate(posted):
+    if isinstance(message, Stepped):
+        for call, _, _ in message.outputs:
+            axes.plot(place, call, "o", color=colours[call])
+    else:
+        marker = "x" if isinstance(message, Aborted) else ">"
+        axes.plot(place, message.call_id, marker, color=colours[message.call_id], markersize=10)
+axes.set_xticks(range(len(posted)), [type(message).__name__ for message, _, _ in posted], rotation=40, fontsize=8)
+axes.set(title="What the engine's thread posts, in order", ylabel="call")
+axes.set_yticks([1, 2, 3])
+axes.invert_yaxis()
+plt.show()
+
+# %% [markdown]
+# A message that arrives during a step is read after it, so call 3 is in the third step, and call 1 ends with four of
+# its ten tokens. `Aborted` means that no token of that call will follow.
+#
+# In this run the abort came exactly between two steps. A client can hang up at any moment. Below, a hook holds the
+# forward pass of a step until the abort is in the inbox.
+#
+# **Predict.** The step is already running when the abort is sent. What does the thread post: `Aborted` alone, or
+# something before it?
+
+# %%
+begun, go_on = threading.Event(), threading.Event()
+
+
+def hold(_model, _inputs):
+    begun.set()
+    go_on.wait(20)
+
+
+hook = engine.model.register_forward_pre_hook(hold)
+with an_engine_thread(engine, [Add(1, [(STORY, tokens(9))])], replies={}) as (thread, posted):
+    begun.wait(20)
+    thread.send(Abort(1))  # during the step
+    go_on.set()
+    wait_until(lambda: isinstance(posted[-1].message, Aborted))
+hook.remove()
+show(posted)
+assert [type(each.message).__name__ for each in posted] == ["Added", "Stepped", "Aborted"]
+
+# %% [markdown]
+# A step cannot be interrupted: its token is posted although the client has gone. The event loop's side therefore drops
+# outputs of a call that it has aborted (`AsyncEngine.deliver`), and never uses a call's number again.
+#
+# ## 3. Refused, and failed
+#
+# An engine with two places. Call 4 has two requests; token 100,000 is not in the vocabulary.
+#
+# | message | requests |
+# |---|---|
+# | `Add`, calls 1, 2 and 3 | one each, four tokens: two run, one waits |
+# | `Add`, call 4 | one that is fine, one with the token 100,000 |
+#
+# The second forward pass raises an exception.
+#
+# **Predict.** What becomes of call 4's first request? Which calls fail with the step, and what does call 3 say in the
+# end?
+
+# %%
+two_places = Engine(POCKET, device="cpu", max_num_seqs=2)
+passes = count(1)
+
+
+def fail_the_second(_model, _inputs):
+    if next(passes) == 2:
+        raise RuntimeError("injected")
+
+
+hook = two_places.model.register_forward_pre_hook(fail_the_second)
+one_each = [Add(call_id, [(STORY, tokens(4))]) for call_id in (1, 2, 3)]
+posted = run_to_the_end(two_places, [*one_each, Add(4, [(FOX, tokens(4)), ([100_000], tokens(4))])])
+hook.remove()
+show(posted)
+[refused] = [each.message for each in posted if isinstance(each.message, Refused)]
+[failed] = [each.message for each in posted if isinstance(each.message, Failed)]
+assert refused.call_id == 4 and refused.param == "prompt" and failed.call_ids == [1, 2]
+[alone] = two_places.generate([STORY], tokens(4))
+said = {call: "" for call in (1, 2, 3, 4)}
+for message in (each.message for each in posted if isinstance(each.message, Stepped)):
+    for call, _, output in message.outputs:
+        said[call] += output.text
+print(said)
+assert said[3] == alone.text and said[4] == ""
+assert posted[-1].stats.free_blocks == two_places.pool.num_blocks
+
+# %% [markdown]
+# A call is queued as a whole or not at all: its first request had been added and was aborted again. The failed step
+# ended the two calls that took part in it, with their first token delivered and no second one. Call 3 waited, took no
+# part, and says exactly what it says alone. In the server, calls 1 and 2 would get a 500, or an error as the last event
+# of a stream that has begun.
+#
+# ## 4. An event loop that is held up
+#
+# Now the whole server. `serving` puts an engine behind it, on a free port, in a thread of this process. A coroutine
+# called `tick` runs on the server's own event loop: it sleeps for 10 ms, and notes how late it was woken. While it
+# sleeps, the loop is given four kinds of work:
+#
+# | work | where it runs |
+# |---|---|
+# | a request with a prompt of 1,800 tokens: one long step | the engine's thread, as in the chapter |
+# | the same step of another engine | the event loop |
+# | a text of half a million characters, which is tokenized and refused | the tokenizer's thread, as in the chapter |
+# | the same text | the event loop |
+#
+# **Predict.** How late is the worst tick in each of the four: about 0, or about as long as the work takes?
+
+# %%
+async def tick(late_by, stop):
+    """Until stop is set: sleep for 10 ms, and note when and how late it ended, in seconds."""
+    first = time.perf_counter()
+    while not stop.is_set():
+        begin = time.perf_counter()
+        await asyncio.sleep(0.01)
+        late_by.append((time.perf_counter() - first, time.perf_counter() - begin - 0.01))
+
+
+def ticks_during(loop, work):
+    """Run work in this thread while a tick runs on a loop; how late the tick was, each time."""
+    late_by, stop = [], threading.Event()
+    ticking = asyncio.run_coroutine_threadsafe(tick(late_by, stop), loop)
+    work()
+    stop.set()
+    ticking.result(60)
+    return late_by
+
+
+@contextmanager
+def a_server(engine):
+    """The chapter's server on a free port, and a client of it. (The address that it prints is swallowed.)"""
     with ExitStack() as stack:
         with redirect_stderr(io.StringIO()):
-            server = stack.enter_context(serving(find("v07"), engine, **options))
-        yield stack.enter_context(httpx.Client(base_url=server.url, timeout=60))
+            server = stack.enter_context(serving(find("v07"), engine))
+        yield server, stack.enter_context(httpx.Client(base_url=server.url, timeout=60))
 
 
 def body_of(prompt, max_tokens, **more):
@@ -70,240 +319,172 @@ def body_of(prompt, max_tokens, **more):
     return {"model": "pocket", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0} | more
 
 
-engine = Engine(POCKET, device="cpu", max_num_seqs=4)
-PROMPT = "Once upon a time"
+# %%
+long_prompt = "Once upon a time there was a fox. " * 200
+too_long = "Once upon a time there was a fox. " * 15_000
+statuses = {}
+with a_server(engine) as (server, client):
+    async_engine = server.service.async_engine
 
-# %% [markdown]
-# ## 1. One answer, as a stream
-#
-# With `"stream": true` the answer comes as server-sent events, lines that begin with `data:`.
-#
-# **Predict.** `max_tokens` is 12, and the model is told not to stop before (`ignore_eos`, which is not OpenAI's). How
-# many lines with `data:` arrive? What is in the last one?
+    def ask(prompt):
+        statuses[len(prompt)] = client.post("/v1/completions", json=body_of(prompt, 1)).status_code
+
+    async def step_here():
+        two_places.add_request(long_prompt, tokens(1))
+        while two_places.has_unfinished_requests():
+            two_places.step()
+
+    async def tokenize_here(function, *args):
+        return function(async_engine.tokenizer, *args)
+
+    loop = async_engine.loop
+    late = {"a step, on the engine's thread": ticks_during(loop, lambda: ask(long_prompt))}
+    late["a step, on the event loop"] = ticks_during(
+        loop, lambda: asyncio.run_coroutine_threadsafe(step_here(), loop).result(60)
+    )
+    late["half a million characters, on the tokenizer's thread"] = ticks_during(loop, lambda: ask(too_long))
+    async_engine.tokenize = tokenize_here
+    late["half a million characters, on the event loop"] = ticks_during(loop, lambda: ask(too_long))
+worst = [max(by for _, by in late_by) for late_by in late.values()]
+for name, seconds in zip(late, worst):
+    print(f"{name:52} the worst tick was late by {1000 * seconds:.1f} ms")
+assert statuses == {len(long_prompt): 200, len(too_long): 400}
+assert worst[1] > 2 * worst[0] and worst[3] > 2 * worst[2]
 
 # %%
-with a_client(engine) as client:
-    answer = client.post("/v1/completions", json=body_of(PROMPT, 12, stream=True, ignore_eos=True))
-data = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
-pieces = [json.loads(each)["choices"][0] for each in data[:-1]]
-print(answer.status_code, answer.headers["content-type"], "  lines with data:", len(data))
-for each in (*pieces[:3], pieces[-1]):
-    print(each)
-print(data[-1])
-
-# %% [markdown]
-# A chunk for each token whose text is certain, the last one with a `finish_reason`, and `[DONE]`. A token that holds
-# only a part of a character would wait for the rest of it, and there would be a chunk less. Put together, the chunks
-# are what the engine says when it is called without a server:
-
-# %%
-[alone] = engine.generate([PROMPT], SamplingParams(max_tokens=12, ignore_eos=True))
-assert "".join(each["text"] for each in pieces) == alone.text
-assert data[-1] == "[DONE]" and pieces[-1]["finish_reason"] == "length" and len(pieces) <= 12
-print(repr(alone.text))
-
-# %% [markdown]
-# ## 2. What a client feels
-#
-# The *time to the first token* (TTFT), and the times between tokens after it. The function below notes the moment at
-# which each chunk arrives.
-#
-# **Predict.** First a prompt of a few words, then one of about eight hundred tokens. Which of the two times grows, and
-# by how much?
-
-# %%
-def listen(client, prompt, max_tokens, arrivals, begin):
-    """Stream an answer; note the seconds after begin at which its chunks arrive."""
-    asked = body_of(prompt, max_tokens, stream=True, ignore_eos=True)
-    with client.stream("POST", "/v1/completions", json=asked) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                arrivals.append(time.perf_counter() - begin)
-
-
-felt = {}
-with a_client(engine) as client:
-    listen(client, PROMPT, 8, [], 0.0)  # the first request pays for what is made once, a connection among others
-    for name, prompt in (("a few words", PROMPT), ("a long prompt", PROMPT + " there was a fox" * 200)):
-        felt[name] = []
-        listen(client, prompt, 32, felt[name], time.perf_counter())
-        gaps = [late - early for early, late in zip(felt[name], felt[name][1:])]
-        median_ms = 1000 * sorted(gaps)[len(gaps) // 2]
-        print(f"{name:14} {len(engine.tokenizer.encode(prompt)):5} tokens: "
-              f"TTFT {1000 * felt[name][0]:6.1f} ms, then {median_ms:.1f} ms a token (median)")
-
-# %%
-figure, axes = plt.subplots(figsize=(8, 3))
-for name, arrivals in felt.items():
-    axes.plot([1000 * each for each in arrivals], range(1, len(arrivals) + 1), ".-", label=name)
-axes.set(title="When the chunks of one answer arrive", xlabel="ms after the request was sent", ylabel="chunks so far")
-axes.set_xlim(0)
-axes.legend(fontsize=8)
-plt.show()
-
-# %% [markdown]
-# The distance from the left edge to the first dot is the TTFT: tokenizing, the queue, and one pass over the whole
-# prompt. It grows with the prompt. After it a step brings one token, whatever the prompt was; that each of them attends
-# over more keys costs this small model little. (Dots on top of each other: the reader was busy, and found several
-# chunks at once.)
-#
-# ## 3. Four clients at once
-#
-# Each client is a thread with a connection of its own. A hook before the model counts the sequences in each forward
-# pass.
-#
-# **Predict.** Four answers of 60 tokens. How many passes does an engine with four places need for all of them? And one
-# with two? When does the third client get its first token there?
-
-# %%
-def four_clients(engine):
-    """When the chunks of four streams arrive, and how many sequences were in each pass."""
-    sizes, arrivals = [], [[] for _ in range(4)]
-    hook = engine.model.register_forward_pre_hook(lambda model, args: sizes.append(len(args[0].draws)))
-    with a_client(engine) as client:
-        begin = time.perf_counter()
-        threads = [threading.Thread(target=listen, args=(client, PROMPT, 60, each, begin)) for each in arrivals]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    hook.remove()
-    return arrivals, sizes
-
-
-# %% tags=["varies"]
-two_places = Engine(POCKET, device="cpu", max_num_seqs=2)
-figure, panels = plt.subplots(2, 1, figsize=(8, 4), sharex=True)
-for panel, places, each in zip(panels, (4, 2), (engine, two_places)):
-    arrivals, sizes = four_clients(each)
-    print(f"{places} places: {len(sizes)} passes, together in a pass: {max(sizes)}, tokens: {sum(sizes)}")
-    assert sum(sizes) == 4 * 60 and max(sizes) <= places
-    arrivals.sort()
-    panel.eventplot([[1000 * moment for moment in line] for line in arrivals], linelengths=0.7, colors="tab:blue")
-    panel.set(title=f"{places} places", ylabel="client")
-    panel.set_yticks(range(4), range(1, 5))
-panel.set(xlabel="ms after the first request was sent; a line is a chunk", xlim=0)
+figure, panels = plt.subplots(2, 2, figsize=(9, 4), sharey=True, sharex="row")
+for panel, (name, late_by) in zip(panels.flat, late.items()):
+    panel.plot([1000 * moment for moment, _ in late_by], [1000 * by for _, by in late_by], ".-", linewidth=0.8)
+    panel.set_title(name, fontsize=9)
+panels[0, 0].set(ylabel="late by, ms")
+panels[1, 0].set(ylabel="late by, ms", xlabel="ms since the work began")
+panels[1, 1].set(xlabel="ms since the work began")
 figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# With four places all four advance together: a pass gives each of them a token, so 60 are enough, and one more if they
-# were not all there for the first. With two, the other two wait until the
-# first have ended, and then run as the first did; all of their delay is in the TTFT. The connections of those who wait
-# are open all the time: the event loop keeps them, and the engine's thread knows nothing of connections.
+# On the right, one tick waits for as long as the work takes. It stands for everything else that the loop has to do:
+# every other stream stands still, `/health` does not answer, no new request is read. On the left the ticks are
+# almost on time. Python has one interpreter lock for all threads, but torch and the tokenizer release it while they
+# compute. (The tokenizer's thread is busy all the same, and other requests wait for it. The next chapter refuses a text
+# of this size before it is tokenized.)
 #
-# ## 4. Somebody hangs up
+# ## 5. Bytes on the wire
 #
-# A client asks for 1,500 tokens, reads five chunks, and leaves. `/health` says how busy the engine is.
+# A client that is only a socket. It asks for three tokens as a stream, with usage, and prints whatever arrives.
 #
-# **Predict.** How many of the 1,500 tokens does the engine compute: five, some more, or all?
+# **Predict.** The text is about twelve bytes long. How many lines begin with `data:`? How many bytes arrive in all:
+# about 100, 1,000 or 10,000?
 
 # %% tags=["varies"]
-def health(client):
-    return client.get("/health").json()
+def raw_answer(url, body):
+    """All bytes that a server sends in answer to a body."""
+    raw = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    with socket.create_connection(("127.0.0.1", int(url.rsplit(":")[-1]))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-steps_before = engine.num_steps
-with a_client(engine) as client:
-    asked = body_of(PROMPT, 1500, stream=True, ignore_eos=True)
-    with client.stream("POST", "/v1/completions", json=asked) as response:
-        lines = (line for line in response.iter_lines() if line.startswith("data: {"))
-        for _ in range(5):
-            next(lines)
-        print("five chunks read:", health(client))
-        steps_at_exit = engine.num_steps
-    wait_until(lambda: health(client)["running"] == 0)
-    print("hung up:         ", health(client))
-    assert health(client)["free_blocks"] == engine.pool.num_blocks
-print(f"computed: {steps_at_exit - steps_before} tokens before it left, {engine.num_steps - steps_at_exit} after")
-assert engine.num_steps - steps_before < 1500
+asked = body_of("Once upon a time", 3, ignore_eos=True, stream=True, stream_options={"include_usage": True})
+with a_server(engine) as (server, client):
+    answer = raw_answer(server.url, asked)
+print(answer.decode())
+
+# %%
+data = [line.removeprefix("data: ") for line in answer.decode().split("\n") if line.startswith("data: ")]
+chunks = [json.loads(each) for each in data[:-1]]
+pieces = [piece for chunk in chunks for piece in chunk["choices"]]
+text = "".join(piece["text"] for piece in pieces)
+print(f"lines with data: {len(data)}; the text: {text!r}; usage: {chunks[-1]['usage']}")
+print(f"{len(answer) / len(text):.1f} bytes for each byte of text")
+assert [piece["finish_reason"] for piece in pieces] == [None, None, "length"] and data[-1] == "[DONE]"
+assert len(data) == 5 and len({chunk["id"] for chunk in chunks}) == 1
+assert text == engine.generate([STORY], tokens(3))[0].text
 
 # %% [markdown]
-# Some more than five, as a rule: the engine does not wait for readers, and went on while `/health` was asked. The
-# closed connection is noticed on the event loop, which puts an abort into the queue of calls; the engine's thread takes
-# it between two steps, and the blocks are free again. Nothing is sent to the client in all this: there is nobody there.
+# The numbers on lines of their own are HTTP's: the length of the next chunk in hexadecimal, and 0 at the end. Inside
+# the chunks are *server-sent events*: a line `data: ...`, then an empty line. Three tokens are three events here; the
+# fourth has the usage and no choices, the fifth is `[DONE]`, which is not JSON. (A token that holds only part of a
+# character brings no event of its own.) The status 200 is sent before the first token, so an error later can only be
+# one more event.
 #
-# ## 5. A full queue
+# ## 6. A client hangs up
 #
-# The engine has four places. The server is told that at most two may wait (`max_waiting=2`). Six clients take long
-# answers.
+# Below, each message that crosses in the server is noted on its way. The first client reads five events of a stream of
+# 1,500 tokens and closes its connection. The second does not stream: it waits for 1,500 tokens and gives up after
+# 300 ms.
 #
-# **Predict.** What does the seventh get, and how soon: when a place is free, or at once?
+# **Predict.** Which messages cross for each of them? The second client has received nothing yet: how can the server
+# know that it has gone?
 
-# %%
-with a_client(engine, max_waiting=2) as client, ExitStack() as open_streams:
-    asked = body_of(PROMPT, 1500, stream=True, ignore_eos=True)
-    readers = []  # kept: a reader that is thrown away closes its connection
-    for number in range(6):
-        response = open_streams.enter_context(client.stream("POST", "/v1/completions", json=asked))
-        readers.append(response.iter_raw())
-        if number < 4:
-            next(readers[number])  # it has said something, so it runs and does not wait
-    wait_until(lambda: health(client)["waiting"] == 2)
-    print("six are in:  ", {key: health(client)[key] for key in ("running", "waiting")})
-    refused = client.post("/v1/completions", json=body_of(PROMPT, 1))
-    print("the seventh: ", refused.status_code, "Retry-After:", refused.headers["retry-after"])
-    print("             ", refused.json()["error"]["message"])
-    open_streams.close()  # all six hang up
-    wait_until(lambda: health(client)["running"] + health(client)["waiting"] == 0)
-    again = client.post("/v1/completions", json=body_of(PROMPT, 4))
-    print("and now:     ", again.status_code, repr(again.json()["choices"][0]["text"]))
-assert (refused.status_code, again.status_code) == (429, 200)
+# %% tags=["varies"]
+def crossings(server):
+    """A list of the messages that cross from now on, in both directions."""
+    thread, crossed = server.service.async_engine.engine_thread, []
+    send, receive = thread.send, thread.receive
 
-# %% [markdown]
-# At once: a queue with an end can say no while the client still has time to go elsewhere. All six streams got their
-# `200` when they were queued; the two that waited had heard nothing else yet.
-#
-# ## 6. What is wrong with a request
-#
-# **Predict.** Six requests, each with one mistake. Which status does each get, and does the answer name the parameter?
-# One of them is answered as if nothing were wrong: which?
+    def sent(message):
+        crossed.append(("to the engine's thread  ", message))
+        send(message)
 
-# %%
-mistakes = {
-    "temperature 3": body_of(PROMPT, 4, temperature=3),
-    "a penalty of 0.5": body_of(PROMPT, 4, presence_penalty=0.5),
-    "a misspelt parameter": body_of(PROMPT, 4, temprature=1),
-    "more tokens than the context has": body_of(PROMPT, 5000),
-    "another model": body_of(PROMPT, 4) | {"model": "gpt-4"},
-    "an empty stop string": body_of(PROMPT, 4, stop=[""]),
-}
-got = {}
-with a_client(engine) as client:
-    for name, body in mistakes.items():
-        answer = client.post("/v1/completions", json=body)
-        error = answer.json().get("error", {"param": None, "message": "(an answer)"})
-        got[name] = answer.status_code, error["param"]
-        print(f"{name}: {answer.status_code}, param {error['param']}\n    {error['message']}")
+    def received(message, stats):
+        crossed.append(("from the engine's thread", message))
+        receive(message, stats)
 
-# %%
-assert got["temperature 3"] == (400, "temperature") and got["a penalty of 0.5"] == (400, "presence_penalty")
-assert got["another model"] == (404, "model") and got["a misspelt parameter"] == (200, None)
-assert got["more tokens than the context has"][0] == got["an empty stop string"][0] == 400
+    thread.send, thread.receive = sent, received
+    return crossed
+
+
+def leave(server, client, stream):
+    """Ask for 1,500 tokens, leave early, and say what crossed."""
+    crossed, before = crossings(server), engine.num_steps
+    asked = body_of("Once upon a time", 1500, ignore_eos=True, stream=stream)
+    if stream:
+        with client.stream("POST", "/v1/completions", json=asked) as response:
+            lines = (line for line in response.iter_lines() if line.startswith("data: {"))
+            for _ in range(5):
+                next(lines)
+    else:
+        try:
+            client.post("/v1/completions", json=asked, timeout=0.3)
+        except httpx.ReadTimeout:
+            pass
+    wait_until(lambda: isinstance(crossed[-1][1], Aborted))
+    print(f"a stream: {stream}; {engine.num_steps - before} of 1500 tokens were computed")
+    for (direction, name), group in groupby(crossed, lambda pair: (pair[0], type(pair[1]).__name__)):
+        print(f"    {direction} {name} x {len(list(group))}")
+    names = [type(message).__name__ for _, message in crossed]
+    assert [name for name in names if name != "Stepped"] == ["Add", "Added", "Abort", "Aborted"]
+    assert engine.num_steps - before < 1500 and engine.pool.num_free == engine.pool.num_blocks
+
+
+with a_server(engine) as (server, client):
+    leave(server, client, stream=True)
+    leave(server, client, stream=False)
 
 # %% [markdown]
-# Each refusal names what is wrong and what would be right, and no refused request reached a step. A parameter that
-# OpenAI documents and this server does not compute is refused, unless its value changes nothing. A name that nobody
-# documents is ignored: clients send fields of their own, and a misspelt one cannot be told from them.
+# The same four messages for both, and steps until the abort is read. For a client that does not stream, the server
+# waits for two things at once: the answer, and the end of the connection (`unless_gone` in `streaming.py`). Whichever
+# comes first cancels the other. (The status 499 that it returns then goes nowhere: the connection is closed.)
 #
-# All servers are gone by now. The last cell makes sure of it.
+# The last cell checks that no thread is left over and that both engines are idle.
 
 # %%
-left = [thread.name for thread in threading.enumerate() if thread.name == "engine"]
-assert not left, "an engine's thread is still alive"
-assert engine.stats().running == engine.stats().waiting == 0
-print(engine.stats())
+assert not [thread.name for thread in threading.enumerate() if thread.name == "engine"]
+for each in (engine, two_places):
+    print(each.stats())
+    assert each.stats().running == each.stats().waiting == 0
 
 # %% [markdown]
 # ## To try
 #
-# 1. In part 2, make the long prompt twice as long (`* 400`), and predict both times. Then send `* 600` with
-#    `client.post` and without `stream`: what is the answer to a prompt that is too long for the context?
-# 2. In part 3, give the second engine three places (and the loop a 3). Sketch the picture first: who waits for whom?
-# 3. In part 4, ask without a stream: `client.post` with `body_of(PROMPT, 1500, ignore_eos=True)` and `timeout=0.2`, and
-#    catch `httpx.ReadTimeout`. Does the engine notice that this client has gone? (`unless_gone` in `server.py` says
-#    how.)
+# 1. In part 2, send `Abort(3)` together with its `Add`: `2: [Add(3, ...), Abort(3)]`. Which messages come back, and
+#    does the engine compute a token for call 3?
+# 2. In part 3, let every forward pass fail. How many `Failed` are posted, and which calls does each name?
+# 3. In part 5, ask for 40 tokens after the prompt `🙂`, with `temperature=2` and `seed=8`, and count the lines with
+#    `data:`. Why are there fewer than 42?
 #
 # The chapter's text is [milestones/v07_server/README.md](../milestones/v07_server/README.md), and `make serve` starts
-# this server for any client of OpenAI's. `make test-v07` tests it over a real socket, `make traps-v07` plants its
-# seeded bugs, `make diff-v07` shows all that the chapter changed.
+# the last chapter's server. `make test-v07` tests this one over a real socket, `make traps-v07` plants its seeded bugs,
+# `make diff-v07` shows all that the chapter changed.

@@ -170,8 +170,18 @@ CONTENTS = (
     ),
     Row(
         name="v07_server",
-        idea="One thread steps the engine, the event loop keeps the connections, and queues lie between them.",
-        adds=frozenset({"stop_strings", "prompt_logprobs", "serve"}),
+        idea="One thread steps the engine, the event loop keeps the connections, and messages cross between them.",
+        adds=frozenset({"serve"}),
+    ),
+    Row(
+        name="v08_openai",
+        idea="An API is a promise: whatever a client may send is answered as documented, or refused by name.",
+        adds=frozenset({"stop_strings", "prompt_logprobs", "openai"}),
+    ),
+    Row(
+        name="v09_responses",
+        idea="Completions forget, responses remember: what is kept, for how long, and what a cancelled one leaves behind.",
+        adds=frozenset({"responses"}),
     ),
 )
 

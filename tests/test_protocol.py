@@ -1,21 +1,23 @@
 """The service's manners, which need no model: an engine that computes nothing is behind them."""
 import importlib
+import json
+import time
+import tomllib
 import typing
 
 import openai
-import pydantic
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
-from openai.types.responses import response_create_params
 from transformers import AutoTokenizer
 
+from shared.chapters import ROOT
 from shared.checkpoints import POCKET
 from shared.verify.serving import serving
 from tests.support.fake_engine import FakeEngine
 from tests.support.http import HTTP, assert_names, post
 
-pytestmark = pytest.mark.needs("serve")
+pytestmark = pytest.mark.needs("openai")
 
 CHAT = [{"role": "user", "content": "What is a KV cache?"}]
 PROMPT = "Once upon a time"
@@ -48,39 +50,41 @@ def test_models_are_listed_and_an_unknown_one_is_404(client):
         lambda: client.models.retrieve("gpt-4"),
         lambda: client.completions.create(model="gpt-4", prompt="x"),
         lambda: client.chat.completions.create(model="gpt-4", messages=CHAT),
-        lambda: client.responses.create(model="gpt-4", input="x"),
     ):
         with pytest.raises(openai.NotFoundError, match="'gpt-4' is not served here") as caught:
             call()
         assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
-def test_with_a_key_nobody_without_it_gets_in(chapter, fake):
-    with serving(chapter, fake, api_key="s3cret") as server:
-        invitation = importlib.import_module(f"milestones.{chapter.name}.server").invitation(server.url, server.service)
-        assert "Bearer $API_KEY" in invitation and "s3cret" not in invitation
+def test_with_keys_nobody_without_one_gets_in(chapter, fake):
+    with serving(chapter, fake, api_keys=("s3cret", "an0ther")) as server:
+        invitation = importlib.import_module(f"milestones.{chapter.name}.process").invitation(server.url, server.service)
+        assert "Bearer $API_KEY" in invitation and "s3cret" not in invitation and "an0ther" not in invitation
         for key in ("wrong", "s3cret2", ""):
             headers = {"authorization": f"Bearer {key}"} if key else {}
             response = HTTP.get(f"{server.url}/v1/models", headers=headers)
             assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
-        assert HTTP.get(f"{server.url}/health").status_code == 200
+        # Whatever costs something is closed; nothing else is.
+        assert post(server, "/tokenize", {"prompt": "x"}).status_code == 401
+        assert post(server, "/detokenize", {"tokens": [20]}).status_code == 401
+        for path in ("/health", "/version", "/docs", "/openapi.json"):
+            assert HTTP.get(f"{server.url}{path}").status_code == 200
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError):
                 client.models.list()
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret") as client:
-            assert client.models.list().data[0].id == "pocket"
+        for key in ("s3cret", "an0ther"):
+            with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key) as client:
+                assert client.models.list().data[0].id == "pocket"
 
 
 ENDPOINTS = {
     "/v1/completions": ("CompletionRequest", {"prompt": PROMPT, "max_tokens": 1}, completion_create_params.CompletionCreateParamsBase),
     "/v1/chat/completions": ("ChatRequest", {"messages": CHAT, "max_tokens": 1}, chat_create_params.CompletionCreateParamsBase),
-    "/v1/responses": ("ResponseRequest", {"input": "Hi", "max_output_tokens": 1}, response_create_params.ResponseCreateParamsBase),
 }
 
 
 def request_model(chapter, path):
-    where = "responses" if path.endswith("responses") else "protocol"
-    return getattr(importlib.import_module(f"milestones.{chapter.name}.{where}"), ENDPOINTS[path][0])
+    return getattr(importlib.import_module(f"milestones.{chapter.name}.protocol"), ENDPOINTS[path][0])
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
@@ -149,17 +153,6 @@ BAD = [
     ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ("/v1/chat/completions", {"max_tokens": 0}, "max_tokens"),
     ("/v1/chat/completions", {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
-    ("/v1/responses", {"input": ""}, "input"),
-    ("/v1/responses", {"input": [{"type": "item_reference", "id": "x"}]}, "input"),
-    ("/v1/responses", {"max_output_tokens": 0}, "max_output_tokens"),
-    ("/v1/responses", {"include": ["file_search_call.results"]}, "include[0]"),
-    ("/v1/responses", {"top_logprobs": 3}, "top_logprobs"),
-    ("/v1/responses", {"background": True, "stream": True}, "background"),
-    ("/v1/responses", {"background": True, "store": False}, "background"),
-    ("/v1/responses", {"previous_response_id": "resp_nobody"}, "previous_response_id"),
-    ("/v1/responses", {"metadata": {"k": 3}}, "metadata"),
-    ("/v1/responses", {"metadata": {"k" * 65: "v"}}, "metadata"),
-    ("/v1/responses", {"metadata": {"k": "v" * 513}}, "metadata"),
 ]
 
 
@@ -213,11 +206,12 @@ def test_a_body_that_is_not_called_json_is_refused_as_that(server, content_type,
         assert response.json()["error"]["message"] == "the body is not JSON; send Content-Type: application/json"
 
 
-def test_half_a_character_is_refused_where_it_would_be_said_back_and_ignored_where_the_field_is(server):
-    raw = b'{"model": "pocket", "input": "x", "max_output_tokens": 1, "%s": {"\\ud800": ""}}'
-    response = post(server, "/v1/responses", raw % b"metadata")
-    assert response.status_code == 400 and response.json()["error"]["param"] == "metadata"
-    assert post(server, "/v1/responses", raw % b"nobodys").status_code == 200
+def test_half_a_character_is_refused_where_it_would_be_used_and_ignored_where_the_field_is(server):
+    raw = b'{"model": "pocket", "messages": [{"role": "user", "content": "x", "name": "\\ud800"}], "max_tokens": 1}'
+    response = post(server, "/v1/chat/completions", raw)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "messages"
+    raw = b'{"model": "pocket", "prompt": "x", "max_tokens": 1, "nobodys": {"\\ud800": ""}}'
+    assert post(server, "/v1/completions", raw).status_code == 200
 
 
 def test_other_paths_and_methods_have_the_same_body(server):
@@ -226,8 +220,6 @@ def test_other_paths_and_methods_have_the_same_body(server):
         (HTTP.get(f"{server.url}/nothing"), 404),
         (HTTP.get(f"{server.url}/v1/completions"), 405),
         (HTTP.delete(f"{server.url}/v1/models"), 405),
-        (HTTP.get(f"{server.url}/v1/responses/resp_nobody"), 404),
-        (HTTP.post(f"{server.url}/v1/responses/resp_nobody/cancel"), 404),
     ):
         assert response.status_code == status
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
@@ -245,28 +237,45 @@ def test_a_million_wrong_items_are_one_complaint(server):
     assert len(post(server, "/v1/completions", many).json()["error"]["message"]) < 500
     response = post(server, "/v1/completions", {"model": "pocket", "prompt": "hello wor " * 300_000})
     assert response.status_code == 400 and "3000000 bytes, too many for max_model_len = 512" in response.text
-    turn = {"role": "user", "content": "hello wor " * 300_000}
-    for path, name, value in (("/v1/chat/completions", "messages", [turn]), ("/v1/responses", "input", turn["content"])):
-        error = post(server, path, {"model": "pocket", name: value}).json()["error"]
-        assert (error["param"], error["code"]) == (name, "context_length_exceeded")
-        assert "3000000 bytes, too many" in error["message"]
+    messages = [{"role": "user", "content": "hello wor " * 300_000}]
+    error = post(server, "/v1/chat/completions", {"model": "pocket", "messages": messages}).json()["error"]
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+    assert "3000000 bytes, too many" in error["message"]
     response = post(server, "/v1/completions", {"model": "pocket", "prompt": [5] * 1_000_000})
     assert response.status_code == 400 and "prompt has 1000000 tokens, more than max_model_len = 512" in response.text
 
 
-def test_a_list_of_wrong_items_is_one_complaint(chapter):
-    with pytest.raises(pydantic.ValidationError) as caught:
-        request_model(chapter, "/v1/responses").model_validate({"model": "pocket", "input": "a", "include": [1] * 1000})
-    assert len(caught.value.errors()) == 1
+TURN = {"role": "user", "content": "x"}
+PART = {"type": "text", "text": "x"}
 
 
-def test_nulls_within_values_are_nulls(server):
-    inert = {
-        "reasoning": {"effort": None, "summary": None},
-        "text": {"format": {"type": "text"}, "verbosity": None},
-        "stream_options": {"include_obfuscation": None},
-    }
-    assert post(server, "/v1/responses", {"model": "pocket", "input": "Hi", "max_output_tokens": 1} | inert).status_code == 200
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [TURN] * 50_000}, "messages"),
+        ("/v1/chat/completions", {"messages": [TURN | {"content": [PART] * 50_000}]}, "messages"),
+        ("/v1/chat/completions", {"messages": [TURN | {"content": [PART] * 1000}] * 10}, "messages"),
+        ("/v1/completions", {"prompt": ["x"] * 300_000}, "prompt"),
+        ("/tokenize", {"messages": [TURN] * 50_000}, "messages"),
+    ],
+)
+def test_items_are_counted_before_they_are_validated(server, chapter, path, body, param, monkeypatch):
+    protocol = importlib.import_module(f"milestones.{chapter.name}.protocol")
+    monkeypatch.setattr(protocol.Strict, "refuse", None)  # of a message, or a part
+    error = assert_names(post(server, path, {"model": "pocket"} | body), param)
+    assert "but a body has at most 4096; send fewer" in error["message"]
+
+
+def test_a_conversation_of_as_many_turns_as_may_be_is_read_quickly(chapter):
+    """On the event loop: what it takes, all streams wait."""
+    protocol = importlib.import_module(f"milestones.{chapter.name}.protocol")
+    raw = json.dumps({"model": "pocket", "messages": [TURN] * protocol.MAX_ITEMS})
+    times = []
+    for _ in range(5):
+        begun = time.thread_time()
+        protocol.ChatRequest.model_validate(json.loads(raw))
+        times.append(time.thread_time() - begun)
+    assert min(times) < 0.1
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -282,4 +291,53 @@ def test_the_api_page_shows_what_works_and_nothing_that_is_refused(server, chapt
     for path in ENDPOINTS:
         model = request_model(chapter, path)
         assert set(schemas[model.__name__]["properties"]) == set(model.model_fields)
+    assert {"TokenizeRequest", "DetokenizeRequest"} <= set(schemas)
     assert "swagger" in HTTP.get(f"{server.url}/docs").text
+
+
+# ---- what vLLM has beside OpenAI's
+
+
+def test_tokenize_and_detokenize_are_each_others_inverse(server, fake):
+    tokenizer = fake.tokenizer
+    ids = tokenizer("Once upon a time").input_ids
+    said = post(server, "/tokenize", {"model": "pocket", "prompt": "Once upon a time"}).json()
+    assert said == {"count": len(ids), "max_model_len": 512, "tokens": ids, "token_strs": None}
+    bare = post(server, "/tokenize", {"prompt": "Once upon a time", "add_special_tokens": False, "return_token_strs": True}).json()
+    assert bare["tokens"] == ids[1:] and bare["token_strs"] == tokenizer.convert_ids_to_tokens(ids[1:])
+    assert post(server, "/detokenize", {"tokens": bare["tokens"]}).json() == {"prompt": "Once upon a time"}
+    assert post(server, "/detokenize", {"tokens": ids}).json() == {"prompt": tokenizer.decode(ids)}
+    assert post(server, "/detokenize", {"tokens": []}).json() == {"prompt": ""}
+    assert post(server, "/tokenize", {"prompt": ""}).json()["tokens"] == tokenizer("").input_ids
+
+
+def test_a_conversation_is_tokenized_as_chat_does_it(server, fake, chapter):
+    text = importlib.import_module(f"milestones.{chapter.name}.text")
+    said = post(server, "/tokenize", {"messages": CHAT}).json()
+    assert said["tokens"] == text.encode_chat(fake.tokenizer, CHAT)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "x", "messages": CHAT}, "prompt"),
+        ("/tokenize", {"prompt": ["x"]}, "prompt"),
+        ("/tokenize", {"messages": CHAT, "add_generation_prompt": False}, "add_generation_prompt"),
+        ("/tokenize", {"prompt": "hello wor " * 300_000}, "prompt"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [10**6]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+        ("/detokenize", {"tokens": "x"}, "tokens"),
+        ("/detokenize", {"tokens": [9] * 513}, "tokens"),
+    ],
+)
+def test_what_cannot_be_tokenized_is_refused_by_name(server, path, body, param):
+    assert_names(post(server, path, body), param)
+    assert post(server, path, body | {"model": "gpt-4"}).status_code in (400, 404)
+
+
+def test_the_version_is_the_projects(server):
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        wanted = tomllib.load(file)["project"]["version"]
+    assert HTTP.get(f"{server.url}/version").json() == {"version": wanted}

@@ -1,55 +1,11 @@
-"""The service as OpenAI's own client sees it, over a real socket."""
-import importlib
-import json
-import math
-
-import openai
+"""Completions as OpenAI's own client sees them, over a real socket."""
 import pytest
 
-from shared.checkpoints import checkpoint
-from shared.verify.serving import serving
 from shared.verify.soak_server import crowd
-from tests.support.http import assert_names, post
+from tests.support.http import assert_names, events_of, post
+from tests.support.served import PROMPT, alone, client, server  # noqa: F401
 
 pytestmark = pytest.mark.needs("serve")
-
-CHAT = [{"role": "user", "content": "What is a KV cache?"}]
-PROMPT = "Once upon a time"
-
-
-@pytest.fixture(scope="session")
-def server(chapter):
-    engine = chapter.load().Engine(checkpoint("pocket"), max_num_seqs=16, max_model_len=256)
-    with serving(chapter, engine) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="session")
-def alone(chapter):
-    """What the engine says without a server: text, tokens, reason."""
-    engine = chapter.load().Engine(checkpoint("pocket"), max_num_seqs=16, max_model_len=256)
-
-    def alone(prompts, **params):
-        return engine.generate(prompts, chapter.load().SamplingParams(**params))
-
-    alone.engine = engine
-    return alone
-
-
-def events_of(response):
-    """The JSON of each event of a stream; its last one must be [DONE]."""
-    data = [line.removeprefix("data: ") for line in response.text.split("\n") if line.startswith("data: ")]
-    assert data[-1] == "[DONE]"
-    return [json.loads(each) for each in data[:-1]]
-
-
-# ---- completions
 
 
 def test_a_completion_is_what_the_engine_says(client, alone):
@@ -70,295 +26,44 @@ def test_who_names_no_max_tokens_gets_16(client):
     assert client.completions.create(model="pocket", prompt=PROMPT, temperature=0).usage.completion_tokens == 16
 
 
-def test_a_prompt_is_a_text_its_tokens_or_a_list_of_either(client, alone):
-    texts = [PROMPT, "Rosa was a hare"]
-    wanted = alone(texts, max_tokens=6)
-    ids = [want.prompt_ids for want in wanted]
-    for prompt, count in ((texts[0], 1), (ids[0], 1), (texts, 2), (ids, 2)):
-        done = client.completions.create(model="pocket", prompt=prompt, max_tokens=6, temperature=0)
-        assert [choice.text for choice in done.choices] == [want.text for want in wanted[:count]]
-        assert [choice.index for choice in done.choices] == list(range(count))
-        assert done.usage.prompt_tokens == sum(len(want.prompt_ids) for want in wanted[:count])
-
-
-def test_n_answers_each_with_its_own_die_and_the_first_as_without_n(client, alone, chapter):
-    texts = [PROMPT, "A story:"]
-    done = client.completions.create(model="pocket", prompt=texts, max_tokens=8, n=3, seed=4, temperature=1.2)
-    assert [choice.index for choice in done.choices] == list(range(6))
-    params = chapter.load().SamplingParams(max_tokens=8, seed=4, temperature=1.2)
-    choices = importlib.import_module(f"milestones.{chapter.name}.params").choices
-    wanted = [alone.engine.generate([text], choice)[0] for text in texts for choice in choices(params, 3)]
-    assert [choice.text for choice in done.choices] == [want.text for want in wanted]
-    assert done.usage.completion_tokens == sum(len(want.token_ids) for want in wanted)
-    plain = alone(texts, max_tokens=8, seed=4, temperature=1.2)
-    assert [done.choices[0].text, done.choices[3].text] == [want.text for want in plain]
-    assert len({choice.text for choice in done.choices}) > 3
-    again = client.completions.create(model="pocket", prompt=texts, max_tokens=8, n=3, seed=4, temperature=1.2)
-    assert [choice.text for choice in again.choices] == [choice.text for choice in done.choices]
-
-
 def test_top_p_of_zero_is_the_likeliest_token(client, alone):
     [want] = alone([PROMPT], max_tokens=6)
     done = client.completions.create(model="pocket", prompt=PROMPT, max_tokens=6, top_p=0)
     assert done.choices[0].text == want.text
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_stop_string_ends_the_text_and_is_not_in_it(server, alone, stream):
-    [whole] = alone([PROMPT], max_tokens=20)
-    stop = whole.text[12:19]
-    body = {"model": "pocket", "prompt": PROMPT, "max_tokens": 20, "temperature": 0, "logprobs": 0, "stream": stream}
-    for given in (stop, [stop], ["never said", stop]):
-        response = post(server, "/v1/completions", body | {"stop": given})
-        choices = [e["choices"][0] for e in events_of(response)] if stream else response.json()["choices"]
-        text = "".join(choice["text"] for choice in choices)
-        assert text == whole.text[: whole.text.index(stop)]
-        assert choices[-1]["finish_reason"] == "stop"
-        tokens = [token for choice in choices for token in choice["logprobs"]["tokens"]]
-        assert "".join(tokens).startswith(text) and not "".join(tokens[:-1]).startswith(text + stop)
-
-
-def test_echo_begins_with_the_prompt(client, alone):
-    ids = alone([PROMPT], max_tokens=1)[0].prompt_ids
-    [want] = alone([PROMPT], max_tokens=5)
-    for prompt in (PROMPT, ids):
-        done = client.completions.create(model="pocket", prompt=prompt, max_tokens=5, temperature=0, echo=True)
-        assert done.choices[0].text == PROMPT + want.text
-        assert done.usage.completion_tokens == 5
-    for stream in client.completions.create(model="pocket", prompt=PROMPT, max_tokens=0, echo=True, n=2).choices:
-        assert (stream.text, stream.finish_reason) == (PROMPT, "length")
-
-
-def test_logprobs_are_the_engines_and_their_tokens_join_to_the_text(client, alone):
-    [want] = alone([PROMPT], max_tokens=7, logprobs=2)
-    done = client.completions.create(model="pocket", prompt=PROMPT, max_tokens=7, temperature=0, logprobs=2)
-    [choice] = done.choices
-    found = choice.logprobs
-    assert "".join(found.tokens) == choice.text == want.text
-    assert found.token_logprobs == pytest.approx([top[i] for top, i in zip(want.logprobs, want.token_ids)], abs=1e-4)
-    assert [len(top) for top in found.top_logprobs] == [len(top) for top in want.logprobs]
-    assert found.text_offset == [len("".join(found.tokens[:i])) for i in range(7)]
-
-
-@pytest.mark.parametrize("max_tokens", [0, 3])
-@pytest.mark.parametrize("stream", [False, True])
-def test_echo_with_logprobs_scores_the_prompt(server, alone, max_tokens, stream):
-    [want] = alone([PROMPT], max_tokens=3, logprobs=1, prompt_logprobs=True)
-    body = {"model": "pocket", "prompt": PROMPT, "echo": True, "logprobs": 1, "temperature": 0}
-    response = post(server, "/v1/completions", body | {"max_tokens": max_tokens, "stream": stream})
-    choices = [e["choices"][0] for e in events_of(response)] if stream else response.json()["choices"]
-    text = "".join(choice["text"] for choice in choices)
-    assert text == PROMPT + (want.text if max_tokens else "")
-    logprobs = [value for choice in choices for value in choice["logprobs"]["token_logprobs"]]
-    tops = [value for choice in choices for value in choice["logprobs"]["top_logprobs"]]
-    offsets = [value for choice in choices for value in choice["logprobs"]["text_offset"]]
-    tokens = [value for choice in choices for value in choice["logprobs"]["tokens"]]
-    assert len(logprobs) == len(want.prompt_ids) + max_tokens
-    assert logprobs[0] is None and tops[0] is None
-    scores = [top[i] for top, i in zip(want.prompt_logprobs[1:], want.prompt_ids[1:])]
-    scores += [top[i] for top, i in zip(want.logprobs, want.token_ids)][:max_tokens]
-    assert logprobs[1:] == pytest.approx(scores, abs=1e-4)
-    # The first token is the BOS, which is no part of the text.
-    assert "".join(tokens[1:]) == text
-    assert offsets == [0, *(len("".join(tokens[1:i])) for i in range(1, len(tokens)))]
-
-
-# ---- streams
-
-
 def test_a_stream_says_what_the_whole_says(client):
-    asked = dict(model="pocket", prompt=[PROMPT, "A:"], max_tokens=11, n=2, seed=1, logprobs=1)
+    asked = dict(model="pocket", prompt=PROMPT, max_tokens=11, seed=1)
     whole = client.completions.create(**asked)
     chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert len({(chunk.id, chunk.created) for chunk in chunks}) == 1
-    for choice in whole.choices:
-        mine = [each for chunk in chunks for each in chunk.choices if each.index == choice.index]
-        assert "".join(each.text for each in mine) == choice.text
-        assert [each.finish_reason for each in mine] == [None] * (len(mine) - 1) + [choice.finish_reason]
-        assert [x for each in mine for x in each.logprobs.text_offset] == choice.logprobs.text_offset
-        assert [x for each in mine for x in each.logprobs.tokens] == choice.logprobs.tokens
+    pieces = [piece for chunk in chunks for piece in chunk.choices]
+    assert "".join(piece.text for piece in pieces) == whole.choices[0].text
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
 
 
-def test_a_chat_stream_begins_with_the_role_and_ends_with_the_reason_and_DONE(server, client):
-    body = {"model": "pocket", "messages": CHAT, "max_tokens": 6, "temperature": 0, "n": 2, "stream": True}
-    response = post(server, "/v1/chat/completions", body)
+def test_a_stream_has_usage_only_for_those_who_ask_and_ends_with_DONE(server):
+    body = {"model": "pocket", "prompt": PROMPT, "max_tokens": 3, "stream": True}
+    response = post(server, "/v1/completions", body)
     assert response.headers["content-type"].startswith("text/event-stream")
-    events = events_of(response)
-    assert all("usage" not in event for event in events)
-    whole = client.chat.completions.create(model="pocket", messages=CHAT, max_tokens=6, temperature=0, n=2)
-    for index in range(2):
-        mine = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
-        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
-        assert all(set(each["delta"]) <= {"content"} for each in mine[1:])
-        assert "".join(each["delta"].get("content", "") for each in mine) == whole.choices[index].message.content
-        assert [each["finish_reason"] for each in mine] == [None] * (len(mine) - 1) + ["length"]
+    assert all("usage" not in event for event in events_of(response))
 
 
-def test_characters_of_several_bytes_arrive_whole(server, client, alone):
-    """Tokens that are parts of characters, in an order that only a seed would bring about."""
-    tokenizer = alone.engine.tokenizer
-    ids = tokenizer("日本語 é 🙂", add_special_tokens=False).input_ids
-    done = client.completions.create(model="pocket", prompt=ids, max_tokens=0, echo=True, logprobs=0)
-    assert done.choices[0].text == "日本語 é 🙂"
-    assert any(token.startswith("bytes:\\x") for token in done.choices[0].logprobs.tokens)
-    text = "".join(
-        chunk.choices[0].text
-        for chunk in client.completions.create(model="pocket", prompt="🙂", max_tokens=40, temperature=2, seed=8, stream=True)
-    )
-    whole = client.completions.create(model="pocket", prompt="🙂", max_tokens=40, temperature=2, seed=8)
+def test_a_stream_gives_characters_of_several_bytes_whole(client):
+    asked = dict(model="pocket", prompt="🙂", max_tokens=40, temperature=2, seed=8, extra_body={"ignore_eos": True})
+    text = "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True))
+    whole = client.completions.create(**asked)
     assert text == whole.choices[0].text
+    # Those whose text had to wait for the next are counted too.
+    assert whole.usage.completion_tokens == 40
 
 
-# ---- chat
-
-
-def test_a_chat_is_the_template_around_the_messages(client, alone, chapter):
-    engine = alone.engine
-    text_module = importlib.import_module(f"milestones.{chapter.name}.text")
-    ids = text_module.encode_chat(engine.tokenizer, CHAT)
-    [want] = alone([ids], max_tokens=40)
-    done = client.chat.completions.create(model="pocket", messages=CHAT, max_tokens=40, temperature=0)
-    [choice] = done.choices
-    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", want.text, want.finish_reason)
-    assert done.usage.prompt_tokens == len(ids)
-    # The end token is counted, as it was computed.
-    assert done.usage.completion_tokens == len(want.token_ids)
-    begin = engine.tokenizer.bos_token_id
-    assert ids.count(begin) == 1
-
-
-def test_a_conversation_that_the_template_refuses_is_the_callers(chapter):
-    engine = chapter.load().Engine(checkpoint("pocket"), max_num_seqs=2, max_model_len=64)
-    engine.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with serving(chapter, engine) as server:
-        answer = post(server, "/v1/chat/completions", {"model": "pocket", "messages": CHAT})
-    assert answer.status_code == 400
-    error = answer.json()["error"]
-    assert error["param"] == "messages"
-    assert error["message"] == "the checkpoint's chat template refuses these messages: roles must alternate"
-
-
-def test_parts_and_a_developer_are_what_templates_know_as_text_and_system(client):
-    plain = [{"role": "system", "content": "Be brief."}, *CHAT]
-    fancy = [
-        {"role": "developer", "content": "Be brief.", "name": "boss"},
-        {"role": "user", "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": " a KV cache?"}]},
-    ]
-    done = [client.chat.completions.create(model="pocket", messages=m, max_tokens=9, temperature=0) for m in (plain, fancy)]
-    assert done[0].choices[0].message.content == done[1].choices[0].message.content
-    assert done[0].usage == done[1].usage
-
-
-def test_chat_logprobs_have_bytes_and_the_likeliest_in_order(client):
-    asked = dict(model="pocket", messages=CHAT, max_tokens=40, temperature=0.9, seed=3, logprobs=True, top_logprobs=3)
-    [choice] = client.chat.completions.create(**asked).choices
-    content = choice.logprobs.content
-    assert bytes(byte for entry in content for byte in entry.bytes).decode() == choice.message.content
-    for entry in content:
-        assert len(entry.top_logprobs) == 3
-        assert sorted(entry.top_logprobs, key=lambda top: -top.logprob) == entry.top_logprobs
-        assert entry.logprob <= entry.top_logprobs[0].logprob
-    streamed = [
-        entry
-        for chunk in client.chat.completions.create(**asked, stream=True)
-        for entry in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else [])
-    ]
-    assert [entry.token for entry in streamed] == [entry.token for entry in content]
-    [bare] = client.chat.completions.create(model="pocket", messages=CHAT, max_tokens=2, logprobs=True).choices
-    assert bare.logprobs.content[0].top_logprobs == []
-
-
-def test_who_names_no_max_tokens_in_chat_gets_what_there_is_room_for(client):
-    done = client.chat.completions.create(model="pocket", messages=CHAT, temperature=0, extra_body={"ignore_eos": True})
-    assert done.usage.total_tokens == 256 and done.choices[0].finish_reason == "length"
-
-
-# ---- what the engine refuses
-
-
-@pytest.mark.parametrize("wrong", [{"prompt": [3, 10**9]}, {"prompt": PROMPT, "max_tokens": 600}])
-def test_what_the_engine_refuses_is_a_400_too(server, wrong):
-    assert_names(post(server, "/v1/completions", {"model": "pocket", "max_tokens": 1} | wrong), "prompt")
-
-
-# ---- many at once
+def test_what_the_engine_refuses_names_the_parameter(server):
+    assert_names(post(server, "/v1/completions", {"model": "pocket", "prompt": PROMPT, "max_tokens": 600}), "prompt")
+    assert_names(post(server, "/v1/completions", {"model": "pocket", "prompt": PROMPT, "temperature": 1e-35}), "temperature")
 
 
 def test_16_streams_at_once_say_what_each_says_alone(chapter, alone):
     assert crowd(chapter, alone.engine, 16, max_tokens=12) > 100
-
-
-# ---- responses
-
-
-def test_a_response_answers_and_is_remembered(client, alone):
-    done = client.responses.create(model="pocket", input="What is a KV cache?", temperature=0, metadata={"k": "v"})
-    chat = client.chat.completions.create(model="pocket", messages=CHAT, temperature=0)
-    assert done.output_text == chat.choices[0].message.content
-    assert (done.status, done.error, done.incomplete_details, done.metadata) == ("completed", None, None, {"k": "v"})
-    assert done.usage.total_tokens == chat.usage.total_tokens and done.id.startswith("resp_")
-    assert client.responses.retrieve(done.id).to_dict() == done.to_dict()
-    with pytest.raises(openai.BadRequestError, match="a stored response is not streamed again; leave stream out"):
-        client.responses.retrieve(done.id, extra_query={"stream": "true"})
-
-
-def test_a_response_goes_on_from_another(client):
-    first = client.responses.create(model="pocket", input="Hi", instructions="Be brief.", temperature=0, max_output_tokens=7)
-    assert (first.status, first.incomplete_details.reason) == ("incomplete", "max_output_tokens")
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": first.output_text}, *CHAT]
-    chained = client.responses.create(
-        model="pocket", input="What is a KV cache?", previous_response_id=first.id, temperature=0, max_output_tokens=9
-    )
-    # The client may as well send the output back as it got it.
-    resent = [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}, *first.to_dict()["output"], *CHAT]
-    resent[1] = {name: resent[1][name] for name in ("role", "content", "type")}
-    whole = [client.responses.create(model="pocket", input=each, temperature=0, max_output_tokens=9) for each in (turns, resent)]
-    assert [each.output_text for each in whole] == [chained.output_text] * 2
-    assert [each.usage.input_tokens for each in whole] == [chained.usage.input_tokens] * 2
-    assert chained.previous_response_id == first.id
-    forgotten = client.responses.create(model="pocket", input="Hi", store=False, max_output_tokens=1)
-    with pytest.raises(openai.NotFoundError):
-        client.responses.retrieve(forgotten.id)
-    with pytest.raises(openai.BadRequestError, match="previous_response_id"):
-        client.responses.create(model="pocket", input="Hi", previous_response_id=forgotten.id)
-
-
-def test_a_response_streams_its_events_in_order(client):
-    asked = dict(
-        model="pocket", input=CHAT, temperature=0, max_output_tokens=6, top_logprobs=2, include=["message.output_text.logprobs"]
-    )
-    whole = client.responses.create(**asked)
-    events = list(client.responses.create(**asked, stream=True))
-    kinds = [event.type for event in events]
-    deltas = [event for event in events if event.type == "response.output_text.delta"]
-    assert kinds == [
-        "response.created",
-        "response.in_progress",
-        "response.output_item.added",
-        "response.content_part.added",
-        *["response.output_text.delta"] * len(deltas),
-        "response.output_text.done",
-        "response.content_part.done",
-        "response.output_item.done",
-        "response.incomplete",
-    ]
-    assert [event.sequence_number for event in events] == list(range(len(events)))
-    assert "".join(event.delta for event in deltas) == whole.output_text == events[-1].response.output_text
-    assert [entry.token for event in deltas for entry in event.logprobs] == [
-        entry.token for entry in whole.output[0].content[0].logprobs
-    ]
-    assert all(math.isfinite(entry.logprob) and len(entry.top_logprobs) == 2 for entry in whole.output[0].content[0].logprobs)
-    assert events[-1].response.usage == whole.usage
-
-
-def test_a_response_in_the_background_is_polled(client):
-    begun = client.responses.create(model="pocket", input="Hi", background=True, max_output_tokens=3)
-    assert begun.status in ("queued", "in_progress")
-    while (now := client.responses.retrieve(begun.id)).status in ("queued", "in_progress"):
-        pass
-    assert now.status in ("completed", "incomplete") and now.output_text
-    plain = client.responses.create(model="pocket", input="Hi", max_output_tokens=1)
-    with pytest.raises(openai.BadRequestError, match="background"):
-        client.responses.cancel(plain.id)

@@ -1,10 +1,10 @@
 """Command line of the engine: python -m CHAPTER generate "Once upon a time"."""
 import argparse
 import os
-import re
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from .engine import Engine
 from .loader import DTYPES
@@ -27,11 +27,7 @@ ENGINE_FLAGS = {
 SERVER_FLAGS = {
     "host": dict(default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"),
     "port": dict(type=int, default=8000, help="0 takes a free one (default: 8000)"),
-    "api_key": dict(metavar="KEY", help="ask every client for it (default: none)"),
     "served_model_name": dict(metavar="NAME", help="what clients call the model (default: the directory's name)"),
-    "max_waiting": dict(type=int, default=256, metavar="N", help="more waiting requests get 429 (default: 256)"),
-    "default_max_tokens": dict(type=int, metavar="N", help="cap for requests that name none: they get 16, in chat what there is room for"),
-    "drain_seconds": dict(type=float, default=30.0, metavar="S", help="how long the end may take after SIGTERM (default: 30)"),
 }
 SAMPLING_FLAGS = {
     "max_tokens": dict(type=int, default=128, metavar="N", help="new tokens at most (default: 128)"),
@@ -114,17 +110,12 @@ def run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_serve(args: argparse.Namespace) -> int:
+def run_serve(args: argparse.Namespace) -> NoReturn:
     """Serve the model until a signal says otherwise."""
-    from .server import Service, bind, serve
+    from .process import bind, serve
+    from .service import Service
 
     check_integer("port", args.port, 0, 65535)
-    check_integer("max_waiting", args.max_waiting, 1)
-    check_integer("default_max_tokens", args.default_max_tokens, 1, optional=True)
-    if not args.drain_seconds > 0:
-        raise ValueError(f"drain_seconds must be above 0, got {args.drain_seconds}")
-    if args.api_key is not None and not re.fullmatch("[!-~]+", args.api_key):
-        raise ValueError("api_key must be ASCII without spaces, and not empty")
     if args.served_model_name is not None and not (args.served_model_name and args.served_model_name.isprintable()):
         raise ValueError(f"served_model_name must be printable, and not empty, got {args.served_model_name!r}")
     # Before the model is loaded, which takes longer than to find that the port is taken.
@@ -134,11 +125,8 @@ def run_serve(args: argparse.Namespace) -> int:
     service = Service(
         engine,
         args.served_model_name or engine.name,
-        api_key=args.api_key,
-        max_waiting=args.max_waiting,
-        default_max_tokens=args.default_max_tokens,
     )
-    return serve(service, bound, args.drain_seconds)
+    serve(service, bound)
 
 
 def stream_texts(engine: Engine, prompts: list, params: SamplingParams) -> int:

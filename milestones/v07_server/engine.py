@@ -3,10 +3,9 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .backends import choose_backend
-from .batch import Batch, Draw, build_batch
+from .batch import Batch, build_batch
 from .cache import BlockPool, KVCache, kv_bytes_per_token, memory_bytes
 from .config import load_config
 from .loader import Checkpoint, choose_device, choose_dtype, load_model
@@ -16,9 +15,6 @@ from .sampling import sample, top_logprobs
 from .scheduler import Scheduler
 from .sequence import Sequence
 from .text import TextStream, encode, load_tokenizer
-
-# Logits are computed for so many tokens at a time: a long prompt has thousands, each with a logit per token of the vocabulary.
-HEAD_ROWS = 256
 
 
 def choose_length(max_model_len: int | None, max_positions: int) -> int:
@@ -200,7 +196,7 @@ class Engine:
             params=params,
             max_tokens=max_tokens,
             end_ids=self.config.end_ids,
-            stream=TextStream(self.tokenizer, tuple(params.stop)),
+            stream=TextStream(self.tokenizer),
         )
 
     def add_request(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> int:
@@ -243,26 +239,27 @@ class Engine:
         self.scheduler.release(seq)
 
     def fail_step(self) -> list[int]:
-        """After `step` has raised: end every request that took part, since nobody knows how far it came; return their ids.
+        """After `step` has raised: end every request that took part, and return their ids.
 
-        Their blocks are cleared: a NaN that was left there would reach the next owner, whatever its weight.
+        Nobody knows how far the step got. Requests that it finished are among the ids too, since their last output is
+        lost. Blocks are cleared: a NaN left in one would reach its next owner, whatever its weight there.
         """
-        took_part = self.in_step + self.scheduler.running
-        failed = {seq.seq_id: seq for seq in took_part if seq.seq_id in self.seqs}
-        for seq in failed.values():
-            self.cache.clear(seq.block_table)
-            seq.finish("error")
-            self.release(seq)
+        took_part = {seq.seq_id: seq for seq in self.in_step + self.scheduler.running}
+        for seq in took_part.values():
+            if seq.seq_id in self.seqs:
+                self.cache.clear(seq.block_table)
+                seq.finish("error")
+                self.release(seq)
         self.in_step = []
-        return list(failed)
+        return list(took_part)
 
     def close(self) -> None:
-        """End every request, and give back what it holds."""
+        """Abort every request, and free what it holds."""
         for request_id in list(self.seqs):
             self.abort_request(request_id)
 
     def stats(self) -> Stats:
-        """How many requests it has, and how many blocks are free, now."""
+        """Requests and free blocks at this moment."""
         return Stats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
@@ -273,38 +270,23 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """Advance every scheduled sequence by one forward pass, and return the tokens that it gave, which may be none."""
+        self.in_step = []
         self.in_step = seqs = self.scheduler.schedule()
         if not seqs:
             return []
         batch = build_batch(seqs, self.cache, self.backend)
         hidden = self.model(batch.to(self.device))  # [R, E]
-        token_ids, logprobs = [], []
-        for start in range(0, len(batch.draws), HEAD_ROWS):
-            rows = slice(start, start + HEAD_ROWS)
-            chosen, tops = self.choose_tokens(hidden[rows], batch.draws[rows])
-            token_ids += chosen
-            logprobs += tops
+        logits = self.model.compute_logits(hidden)  # [R, V]
+        token_ids = sample(logits, batch.draws).tolist()  # [R]
         self.num_steps += 1
         self.num_positions += len(batch.token_ids)
-        return self.commit(batch, token_ids, logprobs)
-
-    def choose_tokens(self, hidden: Tensor, draws: list[Draw]) -> tuple[list[int], list]:
-        """The token of each draw, and its logprobs; a token of the prompt is what it was."""
-        logits = self.model.compute_logits(hidden)  # [R, V]
-        token_ids = sample(logits, draws).tolist()  # [R]
-        for row, (seq, position) in enumerate(draws):
-            if seq.knows(position):
-                token_ids[row] = seq.token_ids[position]
-        return token_ids, top_logprobs(logits, draws, token_ids)
+        return self.commit(batch, token_ids, top_logprobs(logits, batch.draws, token_ids))
 
     def commit(self, batch: Batch, token_ids: list[int], logprobs: list) -> list[StepOutput]:
         """Give each draw's sequence its token, and report it."""
         outputs = []
         for draw, token_id, top in zip(batch.draws, token_ids, logprobs, strict=True):
             seq = draw.seq
-            if seq.knows(draw.position):
-                seq.prompt_logprobs[draw.position] = top
-                continue
             seq.num_computed = draw.position  # all before it has been fed
             outputs.append(self.accept(seq, token_id, top))
             if seq.finished:
@@ -315,20 +297,14 @@ class Engine:
         """Append a token to a sequence, and say what became certain with it."""
         seq.append(token_id)
         seq.logprobs.append(top)
-        offset = len(seq.stream.text) + len(seq.stream.held)
         # The token that ends a text is not part of it.
         text = seq.stream.push([] if seq.finish_reason == "stop" else [token_id], last=seq.finished)
-        if seq.stream.stopped_by is not None:
-            seq.finish("stop", by=seq.stream.stopped_by)
         return StepOutput(
             request_id=seq.seq_id,
             token_id=token_id,
             text=text,
             logprobs=top,
             finish_reason=seq.finish_reason,
-            prompt_logprobs=seq.prompt_logprobs if seq.num_output == 1 else None,
-            stop_reason=seq.stop_reason,
-            offset=offset,
         )
 
     def request_output(self, seq: Sequence) -> RequestOutput:
@@ -340,6 +316,4 @@ class Engine:
             finish_reason=seq.finish_reason,
             logprobs=None if seq.params.logprobs is None else seq.logprobs,
             seed=seq.seed,
-            prompt_logprobs=seq.prompt_logprobs,
-            stop_reason=seq.stop_reason,
         )

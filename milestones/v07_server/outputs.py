@@ -13,8 +13,6 @@ class RequestOutput:
     finish_reason: str  # stop or length
     logprobs: list[dict[int, float]] | None  # one dict per token
     seed: int
-    prompt_logprobs: list[dict[int, float] | None] | None = None  # one per token of the prompt; the first has none
-    stop_reason: int | str | None = None  # the token or the string that ended it
 
 
 class StepOutput(NamedTuple):
@@ -25,13 +23,10 @@ class StepOutput(NamedTuple):
     text: str  # what became certain with this token: often less or more than the token alone
     logprobs: dict[int, float] | None
     finish_reason: str | None  # on the last token
-    prompt_logprobs: list[dict[int, float] | None] | None = None  # on the first token
-    stop_reason: int | str | None = None  # on the last token
-    offset: int = 0  # how many characters come before this token's, those that wait included
 
 
 class Stats(NamedTuple):
-    """How busy an engine is."""
+    """How many requests an engine has, and how much of its cache is free."""
 
     running: int
     waiting: int

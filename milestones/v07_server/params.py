@@ -1,7 +1,6 @@
 """What a request asks for. Nothing here needs torch, so a process without a model can import it."""
-import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 class RequestError(ValueError):
@@ -37,8 +36,6 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # end the text, besides the checkpoint's own
     ignore_eos: bool = False  # go on after the checkpoint's own
     logprobs: int | None = None  # how many of the likeliest tokens to report; None: off
-    stop: tuple[str, ...] = ()  # end the text before the first of these in it
-    prompt_logprobs: bool = False  # report logprobs of the prompt's tokens too
 
     def __post_init__(self):
         check_integer("max_tokens", self.max_tokens, 1, optional=True)
@@ -49,12 +46,6 @@ class SamplingParams:
             raise RequestError(f"stop_token_ids must be a tuple of token ids, got {self.stop_token_ids!r}", "stop_token_ids")
         for token_id in self.stop_token_ids:
             check_integer("each of stop_token_ids", token_id, 0, param="stop_token_ids")
-        if not isinstance(self.stop, (tuple, list)) or not all(isinstance(each, str) and each for each in self.stop):
-            raise RequestError(f"stop must be a tuple of texts, none of them empty, got {self.stop!r}", "stop")
-        if not isinstance(self.prompt_logprobs, bool):
-            raise RequestError(f"prompt_logprobs must be True or False, got {self.prompt_logprobs!r}", "prompt_logprobs")
-        if self.prompt_logprobs and self.logprobs is None:
-            raise RequestError("prompt_logprobs is True and logprobs None; set logprobs to 0 or more", "prompt_logprobs")
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos must be True or False, got {self.ignore_eos!r}", "ignore_eos")
         if not is_number(self.temperature) or self.temperature < 0:
@@ -64,24 +55,6 @@ class SamplingParams:
             raise RequestError(f"temperature {self.temperature!r} is too small to divide by; use 0 for greedy", "temperature")
         if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise RequestError(f"top_p must be above 0 and at most 1 (off), got {self.top_p!r}", "top_p")
-
-
-def choices(params: SamplingParams, num_choices: int) -> list[SamplingParams]:
-    """The requests behind one that wants several answers: the first as it is, each with a seed of its own.
-
-    >>> [choice.seed == 7 for choice in choices(SamplingParams(seed=7), 3)]
-    [True, False, False]
-    """
-    seeds = [params.seed, *(choice_seed(params.seed, i) for i in range(1, num_choices))]
-    return [replace(params, seed=seed) for seed in seeds]
-
-
-def choice_seed(seed: int | None, index: int) -> int | None:
-    """A hash of its arguments; None, which is fresh for each request, stays None."""
-    if seed is None:
-        return None
-    key = seed.to_bytes(8, "little", signed=True) + index.to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8, person=b"choice").digest(), "little", signed=True)
 
 
 def is_number(value: object) -> bool:

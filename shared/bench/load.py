@@ -173,12 +173,7 @@ def measure_chapter(requests_each: int, seed: int) -> dict:
     for name, command in commands.items():
         server = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         try:
-            line = ""
-            while not line.startswith("  curl "):
-                line = server.stderr.readline()
-                if not line:
-                    raise RuntimeError(f"{' '.join(command)} ended before it served")
-            url = line.split()[1].removesuffix("/v1/completions")
+            url = url_of(server)
             asyncio.run(run(url, workload(8, seed, "pocket"), 4, None, None, seed))
             results[name] = {}
             for connections in CHAPTER_CONNECTIONS:
@@ -191,6 +186,20 @@ def measure_chapter(requests_each: int, seed: int) -> dict:
             server.wait()
             server.stderr.close()
     return results
+
+
+def url_of(server: subprocess.Popen) -> str:
+    """Wait until a chapter's server listens, and read its address from its stderr, which must be a pipe of text.
+
+    Raises:
+        RuntimeError: if it ends first; with what it said.
+    """
+    lines = []
+    while not (lines and lines[-1].startswith("  curl ")):
+        lines.append(server.stderr.readline())
+        if not lines[-1]:
+            raise RuntimeError(f"{' '.join(server.args)} ended before it served:\n{''.join(lines)}")
+    return lines[-1].split()[1].removesuffix("/v1/completions")
 
 
 def serve_in_groups(chapter_name: str, argv: list[str]) -> int:

@@ -371,7 +371,7 @@ def felt(found: dict[str, dict]) -> str:
             medians = {name: found[policy][connections][key]["p50"] for name, policy in POLICIES.items()}
             rows = [(name, ms, form.format(ms)) for name, ms in medians.items()]
             panels.append((f"{what}, {connections} connection{'s' if connections != '1' else ''}", rows))
-    return bars(panels, "v07: median times that a client feels, with continuous batching and in groups", 84, 160)
+    return bars(panels, f"{found['chapter']}: median times that a client feels, with continuous batching and in groups", 84, 160)
 
 
 # ---- what is drawn from which result

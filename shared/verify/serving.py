@@ -11,13 +11,12 @@ import uvicorn
 @contextmanager
 def serving(chapter, engine, **options):
     """Serve an engine over a real socket; yields the server, with `url` and `service`."""
-    server_module = importlib.import_module(f"milestones.{chapter.name}.server")
-    drain_seconds = options.pop("drain_seconds", 5)
-    service = server_module.Service(engine, "pocket", **options)
+    process = importlib.import_module(f"milestones.{chapter.name}.process")
+    service = process.Service(engine, "pocket", **options)
     # The chapter's own socket: asyncio sends at once (TCP_NODELAY) only where the protocol is named, as it is there.
-    with server_module.bind("127.0.0.1", 0) as listener:
-        config = uvicorn.Config(server_module.create_app(service), log_level="critical", timeout_graceful_shutdown=1)
-        server = server_module.Server(config, service, drain_seconds)
+    with process.bind("127.0.0.1", 0) as listener:
+        config = uvicorn.Config(process.create_app(service), log_level="critical", timeout_graceful_shutdown=1)
+        server = process.Server(config, service)
         server.url = "http://127.0.0.1:%d" % listener.getsockname()[1]
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()

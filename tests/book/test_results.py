@@ -5,7 +5,7 @@ import pytest
 
 from shared import machine, results
 from shared.book.claims.markdown import read_result
-from shared.book.claims.result_tables import arrivals, overhead, suite
+from shared.book.claims.result_tables import arrivals, overhead, serving, serving_profile, suite
 from shared.book.pictures import draw_all
 
 from .conftest import row
@@ -110,3 +110,33 @@ def test_a_picture_says_on_what_it_was_measured_and_what_of_it_is_old(book):
     (book.results / "growth.json").write_text(json.dumps(row(figures, code={"v01": "another"})))
     drawn = draw_all(book)["growth.svg"]
     assert "AVX512: avx512 machine, 2000-01-01; old, since the code has changed: v01" in drawn
+
+
+def test_the_tables_of_a_server_name_the_chapter_where_it_is_not_the_texts_own(book):
+    def figures(**medians):
+        return {name: {"median": value, "low": 0.9 * value, "high": 1.1 * value} for name, value in medians.items()}
+
+    sized = {
+        "tokens": 9,
+        "alone": figures(tokens_per_s=2000.0, engine_us=500.4),
+        "server": figures(tokens_per_s=1000.0, engine_us=600.0, front_us=200.0, client_us=30.0, wall_us=1000.0),
+        "share": figures(share=0.5)["share"],
+    }
+    groups = {"loop": {"share": 0.75, "us": 150.0}, "tokenizer": {"share": 0.25, "us": 50.0}}
+    measured = {"http": "h11", "1": sized, "16": sized, "profile": {"streams": 16, "samples": 1234, "groups": groups}}
+    book.results.mkdir(parents=True)
+    (book.results / "serving.json").write_text(json.dumps(row({"v02": measured}, code={"v02": "another"})))
+    old = "old, since the code has changed: v02"
+    cells = "2,000 | 1,000 | 50% (45% to 55%) | 500 | 600 | 200 | 30 | 1,000 |"
+    assert serving(book, book.chapters[1])[2:] == [
+        f"| *AVX512: avx512 machine, 2000-01-01; {old}* | | | | | | | | |",
+        f"| 1 stream | {cells}",
+        f"| 16 streams | {cells}",
+    ]
+    assert serving(book, book.chapters[0])[3] == f"| v02, 1 stream | {cells}" == serving(book, None)[3]
+    assert serving_profile(book, book.chapters[1])[2:] == [
+        f"| *AVX512: avx512 machine, 2000-01-01; 16 streams, 1,234 samples; {old}* | | |",
+        "| event loop: asyncio, select | 75% | 150 |",
+        "| the tokenizer's thread | 25% | 50 |",
+    ]
+    assert "v02, 16 streams, 1,234 samples" in serving_profile(book, None)[2]

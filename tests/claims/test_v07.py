@@ -1,74 +1,144 @@
 """v07: a server around v06's engine."""
 import asyncio
 import filecmp
-from types import SimpleNamespace
+import pickle
+import threading
 
 import pytest
 
-from shared.verify.serving import serving
+from shared.verify.serving import serving, wait_until
+from tests.support.fake_engine import FakeEngine
 from tests.support.http import HTTP
-
-CHAT = [{"role": "user", "content": "Hello!"}]
 
 
 @pytest.mark.until("v08")
-def test_layers_attention_model_and_kernels_are_the_last_chapters(chapter):
-    names = ["attention.py", "backends.py", "config.py", "layers.py", "loader.py", "model.py", "scheduler.py"]
-    names += ["kernels/__init__.py", "kernels/paged_attention.py"]
+def test_model_and_batch_and_text_are_the_last_chapters(chapter):
+    names = ["attention.py", "backends.py", "batch.py", "config.py", "layers.py", "loader.py", "model.py", "params.py"]
+    names += ["sampling.py", "scheduler.py", "sequence.py", "text.py", "kernels/__init__.py", "kernels/paged_attention.py"]
     for name in names:
         assert filecmp.cmp(chapter.path / name, chapter.previous.path / name, shallow=False), name
 
 
-def test_completions_and_chat_know_nothing_of_responses(chapter):
-    found = [
-        line.strip()
-        for path in chapter.path.glob("*.py")
-        for line in path.read_text().splitlines()
-        if line.strip().startswith(("from", "import")) and ".responses" in line.replace("starlette.responses", "")
-    ]
-    assert found == ["from .responses import router as responses_router"]
+class Recorded:
+    """An engine's thread with every message that crosses."""
+
+    def __init__(self, module, engine):
+        self.messages, self.stats, self.threads = [], [], []
+        self.thread = module("engine_thread").EngineThread(engine, self.receive)
+
+    def receive(self, message, stats):
+        self.messages.append(message)
+        self.stats.append(stats)
+        self.threads.append(threading.current_thread().name)
+
+    def names(self):
+        return [type(message).__name__ for message in self.messages]
+
+
+@pytest.fixture
+def fake(chapter, make_engine):
+    return FakeEngine(chapter, make_engine("pocket").tokenizer, places=3)
+
+
+@pytest.fixture
+def recorded(module, fake):
+    recorded = Recorded(module, fake)
+    yield recorded
+    recorded.thread.send(module("engine_thread").Stop())
+    recorded.thread.join(5)
+    assert not recorded.thread.thread.is_alive()
+
+
+def test_a_step_is_one_message_for_all_that_run_and_messages_are_plain_data(module, Params, fake, recorded):
+    messages = module("engine_thread")
+    for call_id in (1, 2, 3):
+        recorded.thread.send(messages.Add(call_id, [([20, 21, 22], Params(max_tokens=2))]))
+    recorded.thread.start()
+    wait_until(lambda: len(recorded.messages) == 5, 3)
+    assert recorded.names() == ["Added"] * 3 + ["Stepped"] * 2
+    assert [[call_id for call_id, _, _ in message.outputs] for message in recorded.messages[3:]] == [[1, 2, 3]] * 2
+    assert set(recorded.threads) == {"engine"}
+    for message, stats in zip(recorded.messages, recorded.stats):
+        assert pickle.loads(pickle.dumps((message, stats))) == (message, stats)
+
+
+def test_a_call_is_added_as_a_whole_or_refused_with_the_engines_own_words(module, Params, fake, recorded):
+    messages = module("engine_thread")
+    recorded.thread.send(messages.Add(7, [([20], Params()), ([13], Params())]))
+    recorded.thread.start()
+    wait_until(lambda: recorded.messages)
+    assert recorded.messages == [messages.Refused(7, "prompt has the token 13, which this engine refuses", "prompt", "invalid_value")]
+    assert fake.aborted == [1] and not recorded.thread.owners
+
+
+def test_an_abort_is_answered_and_nothing_of_the_call_follows(module, Params, fake, recorded):
+    messages = module("engine_thread")
+    fake.gate.clear()
+    recorded.thread.send(messages.Add(1, [([20] * 9, Params(max_tokens=9))]))
+    recorded.thread.start()
+    wait_until(lambda: recorded.names() == ["Added"])
+    recorded.thread.send(messages.Abort(1))
+    recorded.thread.send(messages.Abort(1))
+    fake.gate.set()
+    wait_until(lambda: recorded.names().count("Aborted") == 2, 3)
+    # The step that was under way may still tell of it.
+    assert recorded.names() == ["Added", "Stepped", "Aborted", "Aborted"]
+    assert not fake.requests and recorded.stats[-1].running == 0
+
+
+def test_a_late_token_of_an_aborted_call_reaches_nobody(module, fake):
+    """It was computed while the abort lay in the queue."""
+    aside, messages = module("async_engine"), module("engine_thread")
+
+    async def run():
+        engine = aside.AsyncEngine(fake, **({"max_waiting": 8} if hasattr(aside, "QueueFull") else {}))
+        engine.loop = asyncio.get_running_loop()
+        first = asyncio.create_task(engine.generate([([20], None)]))
+        second = asyncio.create_task(engine.generate([([20], None)]))
+        await asyncio.sleep(0)
+        for call_id in (1, 2):
+            engine.receive(messages.Added(call_id), fake.stats())
+        generations = [await first, await second]
+        generations[0].abort()
+        output = fake.StepOutput(1, 20, "x", None, "length")
+        engine.receive(messages.Stepped([(1, 0, output), (2, 0, output)]), fake.stats())
+        assert [item async for item in generations[1]] == [(0, output)]
+        assert generations[0].outputs.empty() and not engine.active_generations
+        # The call's number is not used again.
+        third = asyncio.create_task(engine.generate([([20], None)]))
+        await asyncio.sleep(0)
+        assert list(engine.active_generations) == [3]
+        third.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_caller_that_is_cancelled_when_its_call_is_added_leaves_nothing(module, fake):
+    aside, messages, told = module("async_engine"), module("engine_thread"), []
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _loop, context: told.append(context))
+        engine = aside.AsyncEngine(fake, **({"max_waiting": 8} if hasattr(aside, "QueueFull") else {}))
+        engine.loop = loop
+        caller = asyncio.create_task(engine.generate([([20], None)]))
+        await asyncio.sleep(0)
+        loop.call_soon(caller.cancel)
+        loop.call_soon(engine.receive, messages.Added(1), fake.stats())
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        assert not engine.active_generations
+        assert [engine.engine_thread.inbox.get_nowait() for _ in range(2)][1] == messages.Abort(1)
+
+    asyncio.run(run())
+    assert not told
 
 
 @pytest.mark.until("v08")
-def test_a_whole_answer_is_put_together_once(module):
-    """And not once a token, which would hold up the event loop for longer with each."""
-    server, protocol = module("server"), module("protocol")
-    calls = []
-
-    class Names(protocol.TokenNames):
-        def of_completion(self, *args):
-            calls.append(len(args[0]))
-            return super().of_completion(*args)
-
-    async def generation():
-        for i in range(50):
-            yield 0, module("engine").StepOutput(1, i % 3, "x", {i % 3: -1.0}, "length" if i == 49 else None, offset=i)
-
-    service = SimpleNamespace(names=Names([b"x"] * 3, set()))
-    body = protocol.CompletionRequest(model="m", prompt="p", logprobs=0)
-    answers = [protocol.Answer(0)]
-    writer = server.CompletionWriter(service, body, generation(), answers, 1, prompts=[([1], "p")])
-    whole = asyncio.run(writer.whole())
-    assert whole.choices[0].text == "x" * 50 and whole.choices[0].logprobs.text_offset == list(range(50))
-    assert calls == [50]
-
-
-def test_without_max_tokens_the_whole_context_is_reserved(chapter, make_engine):
-    """64 say hello at once: 8 of 1,024 / 128 blocks run together; who is given 256 tokens at the most is one of 60."""
-    engine = make_engine("pocket", num_blocks=1024, max_num_seqs=64)
-    for default, together in ((None, 8), (256, 60)):
-        with serving(chapter, engine, default_max_tokens=default) as server:
-            most = []
-            schedule = engine.scheduler.schedule
-
-            def counted(schedule=schedule, most=most):
-                seqs = schedule()
-                most.append(len(seqs))
-                return seqs
-
-            engine.scheduler.schedule = counted
-            # One call of 64 answers is in the queue as a whole before the next step.
-            body = {"model": "pocket", "messages": CHAT, "n": 64, "temperature": 0}
-            assert HTTP.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
-            engine.scheduler.schedule = schedule
-            assert max(most) == together
+@pytest.mark.parametrize("name", ["n", "logprobs", "stop", "echo", "messages", "nobodys"])
+def test_what_is_not_known_is_refused_by_name(chapter, fake, name):
+    with serving(chapter, fake) as server:
+        body = {"model": "pocket", "prompt": "Once", "max_tokens": 1}
+        assert HTTP.post(f"{server.url}/v1/completions", json=body).status_code == 200
+        error = HTTP.post(f"{server.url}/v1/completions", json=body | {name: 1}).json()["error"]
+    assert error["param"] == name and error["type"] == "invalid_request_error"

@@ -1,4 +1,6 @@
 """One client for all tests: to make one takes longer than most requests."""
+import json
+
 import httpx
 
 HTTP = httpx.Client(verify=False, timeout=30, limits=httpx.Limits(max_connections=None))
@@ -12,9 +14,17 @@ def post(server, path, body, **options):
 
 
 def assert_names(response, param):
-    """It is a 400 in OpenAI's form, which names the parameter."""
+    """It is a 400 in OpenAI's form, which names the parameter; the error."""
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert error["param"].split(".")[0] == param.split(".")[0] and error["param"].startswith(param)
-    assert param.split("[")[0] in error["message"] or param == "messages"
+    assert param.split("[")[0] in error["message"] or param in ("messages", "input")
+    return error
+
+
+def events_of(response):
+    """The JSON of each event of a stream; its last one must be [DONE]."""
+    data = [line.removeprefix("data: ") for line in response.text.split("\n") if line.startswith("data: ")]
+    assert data[-1] == "[DONE]"
+    return [json.loads(each) for each in data[:-1]]

@@ -79,6 +79,9 @@ def cost(book: Book, chapter: Chapter | None) -> list[str]:
             found = [row[each.id] for each in chapters if each.id in row]
             if not any(each[key] for each in found):
                 continue
+            # What the chapter does not move is no cost of it.
+            if len(found) == 2 and cells[0] == cells[1] and key not in MEASURED:
+                continue
             if len(found) == 2 and cells[0] != cells[1] and not (key in MEASURED and within_noise(found, key)):
                 cells[1] = f"**{cells[1]}**"
             lines.append(f"| {what}{of_kind(kind, kinds)} | {' | '.join(cells)} |")

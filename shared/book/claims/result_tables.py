@@ -6,14 +6,17 @@
     arrivals        the wait for a first token when requests come by chance, and memory at its peak
     overhead        the engine's own share of a decode step
     attention       the attention kernel on a GPU, beside what it replaces and the limit of the memory
+    serving         what a server costs beside the engine alone: tokens per second, CPU time per token
+    serving_profile where the CPU time of a server's event loop goes
     changes         lines added and removed from chapter to chapter, by file
     damage          random changes to the code, and whether a test notices
 
-Reads: docs/results/{suite, large, decode, overhead, attention, mutants}.json.
+Reads: docs/results/{suite, large, decode, overhead, attention, serving, mutants}.json.
 """
 from collections import Counter
 
 from shared import results
+from shared.bench.serving_child import GROUPS
 from shared.bench.suite import PEERS
 from shared.book.diff import lines_changed
 from shared.chapters import Book, Chapter
@@ -195,6 +198,49 @@ def attention(book: Book, chapter: Chapter | None) -> list[str]:
     return lines
 
 
+SERVING = "python -m shared.bench.serving --write"
+
+
+def serving(book: Book, chapter: Chapter | None) -> list[str]:
+    """A row for each number of streams: medians, of the share with its range."""
+    rates = ("tokens/s, engine alone", "through the server", "share")
+    times = ("CPU \u00b5s/token: engine alone", "engine", "front", "client", "wall \u00b5s/token")
+    heads = (*rates, *times)
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for kind, row in results.read(book.results / "serving.json", SERVING).items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(heads))
+        for name, figures in served(row, chapter).items():
+            for streams in (key for key in figures if key.isdigit()):
+                alone, server, share = (figures[streams][key] for key in ("alone", "server", "share"))
+                cells = [f"{alone['tokens_per_s']['median']:,.0f}", f"{server['tokens_per_s']['median']:,.0f}"]
+                cells.append(f"{share['median']:.0%} ({share['low']:.0%} to {share['high']:.0%})")
+                figures_us = (alone["engine_us"], *(server[f"{key}_us"] for key in ("engine", "front", "client", "wall")))
+                cells += [f"{each['median']:,.0f}" for each in figures_us]
+                lines.append(f"| {name}{streams} {'streams' if streams != '1' else 'stream'} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def serving_profile(book: Book, chapter: Chapter | None) -> list[str]:
+    """A row for each group of code, the largest first: its share of the front's CPU time, and microseconds per token."""
+    lines = ["| | share of the front's CPU time | CPU \u00b5s/token |", "|---|---:|---:|"]
+    for kind, row in results.read(book.results / "serving.json", SERVING).items():
+        for name, figures in served(row, chapter).items():
+            profile = figures["profile"]
+            about = f"{name}{profile['streams']} streams, {profile['samples']:,} samples"
+            lines.append(f"| *{results.origin(kind, row)}; {about}{results.age(row, book)}* | | |")
+            for group, part in profile["groups"].items():
+                lines.append(f"| {GROUPS[group]} | {part['share']:.0%} | {part['us']:,.0f} |")
+    return lines
+
+
+def served(row: dict, chapter: Chapter | None) -> dict[str, dict]:
+    """The figures of the text's own chapter under '', if it was measured; else those of all, each under its name."""
+    figures = results.figures(row)
+    if chapter and chapter.id in figures:
+        return {"": figures[chapter.id]}
+    return {f"{name}, ": measured for name, measured in figures.items()}
+
+
 TABLES = {
     "attention": attention,
     "suite": suite,
@@ -203,6 +249,8 @@ TABLES = {
     "slower": slower,
     "arrivals": arrivals,
     "overhead": overhead,
+    "serving": serving,
+    "serving_profile": serving_profile,
     "changes": changes,
     "damage": damage,
 }

@@ -7,12 +7,14 @@ A text is a chapter's README.md, README.md or CONTRIBUTING.md at the top, or a p
 and result tokens are written, `generators` what each generates.
 
 In the first chapter every unit is shown once by `code`, or listed in `<!-- unshown: ... -->` with the
-reason in the paragraph below. In a later one every unit that differs from the chapter before has one home:
+reason in the prose below. In a later one every unit that differs from the chapter before has one home:
 `diff` below the paragraph that says why; or, if only words differ, `words` with the reason below; or, if it is
 new and better read in its file, `unshown` with the reason below. Units in which only imports differ need none.
+The prose below an `unshown` names each of its units: `read` or `Checkpoint.read`, config.py for what is in no function.
 
 Reads: texts, chapters, docs/results/*.json. Writes: texts, docs/pictures/*.svg.
 """
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -179,6 +181,33 @@ def unreasoned(book: Book, page: Path, claims: list[Claim]) -> list[Problem]:
     return problems
 
 
+def unnamed(chapter: Chapter, claims: list[Claim]) -> list[Problem]:
+    """Units that are not shown, and not named in the prose below their claim either."""
+    problems, lines, units = [], chapter.text.read_text().splitlines(), read_units(chapter.path)
+    for claim in claims:
+        if claim.kind != "unshown":
+            continue
+        prose = []
+        for line in lines[claim.end:]:
+            if not is_prose(line):
+                break
+            prose.append(line)
+        names = set(re.findall(r"`([\w.]+)`|\[([\w.]+)\]\(", "\n".join(prose)))
+        named = {name for pair in names for name in pair if name}
+        try:
+            addresses = expand(claim.what, units)
+        except ValueError:
+            continue  # told of elsewhere
+        for address in addresses:
+            file, _, name = address.partition("::")
+            # A class stands for its constructor.
+            name = name.removesuffix(".__init__")
+            if not named & {name or file, name.rpartition(".")[2] or file}:
+                message = f"the prose below `{claim}` does not name {address}; say in a sentence what it does, or show it"
+                problems.append(Problem(readme(chapter), claim.line, message))
+    return problems
+
+
 def is_prose(line: str) -> bool:
     return not line.lstrip().startswith(("#", "<!--", "```", "~~~"))
 
@@ -202,6 +231,7 @@ def check_text(book: Book, page: Path, chapter: Chapter | None) -> list[Problem]
     if chapter is not None:
         guard = unclaimed if chapter.previous else unshown
         problems += guard(book, chapter, claims)
+        problems += unnamed(chapter, claims)
     for line, number in bare_numbers(page.read_text()):
         advice = "make it a result token, or follow it with <!-- given: source -->"
         problems.append(Problem(name, line, f"where does {number!r} come from? {advice}"))

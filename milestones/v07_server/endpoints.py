@@ -1,0 +1,34 @@
+"""The other endpoints: health, and the models that are served."""
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse
+
+from .errors import ERRORS
+from .service import Service
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(request: Request) -> JSONResponse:
+    """How busy the engine is; 503 if it takes nothing new."""
+    service = request.app.state.service
+    async_engine = service.async_engine
+    status = "ok" if async_engine.fatal_error is None else "dead" if async_engine.died else "stopping"
+    return JSONResponse({"status": status} | async_engine.stats._asdict(), 200 if status == "ok" else 503)
+
+
+def model_card(service: Service, name: str) -> dict:
+    return {"id": name, "object": "model", "created": service.started, "owned_by": "stepserve"}
+
+
+@router.get("/v1/models", responses=ERRORS)
+async def list_models(request: Request) -> dict:
+    service = request.app.state.service
+    return {"object": "list", "data": [model_card(service, name) for name in service.models]}
+
+
+@router.get("/v1/models/{name:path}", responses=ERRORS)
+async def retrieve_model(request: Request, name: str) -> dict:
+    service = request.app.state.service
+    service.check_model(name)
+    return model_card(service, name)

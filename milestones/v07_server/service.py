@@ -1,0 +1,23 @@
+"""What the endpoints share."""
+from .async_engine import AsyncEngine
+from .engine_thread import EngineLike
+from .errors import ApiError
+from .protocol import now
+
+
+class Service:
+    """An engine, and how it is offered to clients. Belongs to the event loop."""
+
+    def __init__(
+        self,
+        engine: EngineLike,
+        model_name: str,
+    ):
+        self.async_engine = AsyncEngine(engine)
+        self.models = [model_name]
+        self.started = now()
+
+    def check_model(self, name: str) -> None:
+        if name not in self.models:
+            served = ", ".join(map(repr, self.models))
+            raise ApiError(404, f"the model {name!r} is not served here; {served} is", "model", "model_not_found")

@@ -1,0 +1,367 @@
+"""What a server costs: tokens per second and CPU time per token, beside the engine alone on the same requests.
+
+    python -m shared.bench.serving                      # the last chapter that serves, with 1, 16 and 64 streams
+    python -m shared.bench.serving v07 --streams 16     # another one, with 16 streams only
+    python -m shared.bench.serving --write
+
+Three processes take part: the chapter's server, the chapter's engine without a server, and the server's client, which
+is this process. The client runs on the same machine and takes CPU time from the server, so its own CPU time is reported
+too. It reads raw sockets: with httpx it would take more CPU time per token than the server. The model is pocket, on the
+CPU, with OMP_NUM_THREADS=1 and --max-num-seqs 64. The requests are those of `load` in a closed loop: each stream sends
+its next request when its last one is answered. The engine alone gets the same requests, already tokenized, and runs as
+many at once.
+
+Server and engine alone take turns of a few seconds, because the speed of a shared machine changes within minutes. A
+turn computes the same tokens either way; it includes its beginning and its end, when fewer streams run. Each figure is
+the median over the turns, with the lowest and the highest:
+
+    tokens_per_s    new tokens per second of wall time
+    share           the server's tokens_per_s, divided by that of the engine alone in the same turn
+    engine_us       CPU microseconds per token of the engine's thread
+    front_us        CPU microseconds per token of the rest of the server's process: the event loop, the tokenizer's thread
+    client_us       CPU microseconds per token of the client's process
+    wall_us         wall microseconds per token
+    engine_busy     CPU time of the engine's thread, divided by wall time
+    others          CPU time of all other processes of the machine, divided by wall time
+
+A turn in which others took more than QUIET of a core does not count. Measuring goes on until there are enough quiet
+turns, or three times as many in all; then the quietest ones count, and the result is called noisy.
+
+Then 16 streams run for PROFILE_S seconds, while the stacks of the event loop's thread are sampled (`serving_child`
+tells how): the front's CPU time by group. The tokenizer's thread is a group of its own, measured by its clock.
+
+Reads: the chapters. Writes: docs/results/serving.json.
+"""
+import argparse
+import importlib.util
+import json
+import os
+import selectors
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from urllib.parse import urlsplit
+
+from shared.bench.load import url_of, workload
+from shared.bench.serving_child import GROUPS
+from shared.bench.timing import progress
+from shared.chapters import ROOT, Chapter, find, first_with, last_with
+from shared.results import write_row
+
+STREAMS = (1, 16, 64)
+TURNS = 9
+PROFILE_STREAMS, PROFILE_S = 16, 40.0
+SEED = 1
+# How much of a core other processes may take.
+QUIET = 0.1
+# What ends a chunked body. A chunk of events ends with two line feeds before its CR and LF.
+END = b"\r\n0\r\n\r\n"
+SILENCE_S = 60.0  # how long the client waits for any byte of any stream
+
+
+class Child:
+    """A process of `serving_child`: it is sent a line of JSON, and answers with one."""
+
+    def __init__(self, way: str, chapter: Chapter, **options):
+        command = [sys.executable, "-m", "shared.bench.serving_child", way, chapter.name]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE} | options
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+    def ask(self, message: dict) -> dict:
+        """The answer to a message."""
+        self.process.stdin.write(json.dumps(message) + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self.process.args)} has ended")
+        return json.loads(line)
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def measure(chapter: Chapter, sizes: list[int], turns: int) -> dict:
+    """The rows of a chapter: one for each number of streams, and the profile."""
+    with Child("serve", chapter, stderr=subprocess.PIPE) as server, Child("alone", chapter) as alone:
+        url = urlsplit(url_of(server.process))
+        address = url.hostname, url.port
+        alone.read()
+        row = {
+            "http": "httptools" if has("httptools") else "h11",
+            "event_loop": "uvloop" if has("uvloop") else "asyncio",
+        }
+        for size in sizes:
+            row[str(size)] = measure_size(server, address, alone, size, turns)
+        row["profile"] = measure_profile(server, address)
+    return row
+
+
+def has(module: str) -> bool:
+    """Whether a module is installed: if it is, uvicorn uses it."""
+    return importlib.util.find_spec(module) is not None
+
+
+def measure_size(server: Child, address: tuple[str, int], alone: Child, streams: int, turns: int) -> dict:
+    """Figures of both ways, which take turns, after one turn of each that does not count."""
+    bodies = workload(16 + 4 * streams, SEED, "pocket")
+    ways: dict[str, Callable[[], dict[str, float]]] = {
+        "alone": lambda: alone_turn(alone, bodies, streams),
+        "server": lambda: server_turn(server, address, bodies, streams),
+    }
+    for turn in ways.values():
+        turn()
+    pairs = []
+    for turn_id in progress(range(3 * turns), f"{streams} streams"):
+        pair = {}
+        # Each goes first in every second turn, so that a machine that slows down favours neither.
+        for way in sorted(ways, reverse=turn_id % 2 == 1):
+            before, start = others_s(server, alone), time.perf_counter()
+            pair[way] = ways[way]()
+            pair[way]["others"] = (others_s(server, alone) - before) / (time.perf_counter() - start)
+        pairs.append(pair)
+        pairs.sort(key=disturbance)
+        if len(pairs) >= turns and disturbance(pairs[turns - 1]) < QUIET:
+            break
+    pairs = pairs[:turns]
+    row = {"requests": len(bodies), "tokens": sum(body["max_tokens"] for body in bodies), "turns": turns}
+    for way in ways:
+        row[way] = {name: spread([pair[way][name] for pair in pairs]) for name in pairs[0][way]}
+    row["share"] = spread([pair["server"]["tokens_per_s"] / pair["alone"]["tokens_per_s"] for pair in pairs])
+    return row
+
+
+def disturbance(pair: dict[str, dict[str, float]]) -> float:
+    """How much of a core other processes took in the worse of two turns."""
+    return max(figures["others"] for figures in pair.values())
+
+
+def others_s(*children: Child) -> float:
+    """CPU seconds so far of all processes but this one and its children, those that the host took away included.
+
+    Only the difference of two of them means anything.
+    """
+    own_s = time.process_time() + sum(child.ask({})["process"] for child in children)
+    with open("/proc/stat") as file:
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own_s
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and range, to four digits.
+
+    >>> spread([304.56, 1.0, 0.98765])
+    {'median': 1.0, 'low': 0.9877, 'high': 304.6}
+    """
+    figures = {"median": statistics.median(values), "low": min(values), "high": max(values)}
+    return {name: round(value) if value >= 1000 else float(f"{value:.4g}") for name, value in figures.items()}
+
+
+def alone_turn(alone: Child, bodies: list[dict], streams: int) -> dict[str, float]:
+    """One run of the engine alone; its figures by name, as the module's docstring lists them."""
+    run = alone.ask({"bodies": bodies, "streams": streams})
+    return figures_of(bodies, run["tokens"], run["wall_s"], {"engine": run["cpu_s"]})
+
+
+def server_turn(server: Child, address: tuple[str, int], bodies: list[dict], streams: int) -> dict[str, float]:
+    """One run through the server; its figures by name."""
+    before, client_s, start = server.ask({}), time.process_time(), time.perf_counter()
+    num_tokens = closed_loop(address, bodies, streams)
+    wall_s, client_s, after = time.perf_counter() - start, time.process_time() - client_s, server.ask({})
+    return figures_of(bodies, num_tokens, wall_s, spent(before, after) | {"client": client_s})
+
+
+def spent(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """CPU seconds between two answers of the server's process: of the engine's thread, and of all others."""
+    engine_s, process_s = (after[name] - before[name] for name in ("engine", "process"))
+    assert engine_s > 0, "the server has no thread that is called engine, or it has done nothing"
+    return {"engine": engine_s, "front": process_s - engine_s}
+
+
+def figures_of(bodies: list[dict], num_tokens: int, wall_s: float, cpu_s: dict[str, float]) -> dict[str, float]:
+    """A turn's figures by name.
+
+    Args:
+        bodies: the turn's requests; all of their tokens must have come.
+        wall_s: seconds that the turn took.
+        cpu_s: CPU seconds by whose they are: engine, front, client.
+    """
+    wanted = sum(body["max_tokens"] for body in bodies)
+    assert num_tokens == wanted, f"{num_tokens} tokens came, {wanted} were asked for"
+    times = {f"{name}_us": 1e6 * seconds / num_tokens for name, seconds in (cpu_s | {"wall": wall_s}).items()}
+    return {"tokens_per_s": num_tokens / wall_s, "engine_busy": cpu_s["engine"] / wall_s} | times
+
+
+# ---- the client
+
+
+def closed_loop(address: tuple[str, int], bodies: list[dict], streams: int) -> int:
+    """Send all requests, streams of them at a time, and read their streams of events; the number of tokens.
+
+    Only the end of an answer is parsed, where its usage stands: parsing every event would cost as much as writing it.
+
+    Raises:
+        RuntimeError: if an answer is not a stream or ends early, or if nothing comes for SILENCE_S seconds.
+    """
+    waiting, num_tokens = map(http_request, bodies), 0
+    with selectors.DefaultSelector() as selector:
+        for request in islice(waiting, streams):
+            connection = socket.create_connection(address)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sendall(request)
+            selector.register(connection, selectors.EVENT_READ, [])
+        try:
+            while selector.get_map():
+                ready = selector.select(SILENCE_S)
+                if not ready:
+                    raise RuntimeError(f"nothing came from the server for {SILENCE_S:.0f} s")
+                for key, _ in ready:
+                    connection, parts = key.fileobj, key.data
+                    if not read_part(connection, parts):
+                        continue
+                    num_tokens += tokens_of(b"".join(parts))
+                    parts.clear()
+                    request = next(waiting, None)
+                    if request is None:
+                        selector.unregister(connection)
+                        connection.close()
+                    else:
+                        connection.sendall(request)
+        finally:
+            for key in list(selector.get_map().values()):
+                key.fileobj.close()
+    return num_tokens
+
+
+def http_request(body: dict) -> bytes:
+    content = json.dumps(body).encode()
+    headers = ["host: bench", "content-type: application/json", f"content-length: {len(content)}"]
+    return "\r\n".join(["POST /v1/completions HTTP/1.1", *headers, "", ""]).encode() + content
+
+
+def read_part(connection: socket.socket, parts: list[bytes]) -> bool:
+    """Append what has arrived of an answer to its parts; True if the answer is complete."""
+    part = connection.recv(2**16)
+    parts.append(part)
+    if not parts[0].startswith(b"HTTP/1.1 200") or not part:
+        raise RuntimeError(f"a stream was expected, and this came: {b''.join(parts)[:1000].decode(errors='replace')!r}")
+    return (part if len(part) >= len(END) else b"".join(parts[-len(END) :])).endswith(END)
+
+
+def tokens_of(answer: bytes) -> int:
+    """The number of new tokens that the usage of a stream tells.
+
+    >>> tokens_of(b'data: {"usage": {"completion_tokens": 12, "total_tokens": 15}}' + END)
+    12
+    """
+    _, found, rest = answer.rpartition(b'"completion_tokens": ')
+    if not found:
+        raise RuntimeError(f"a stream ended without its usage: {answer[-300:].decode(errors='replace')!r}")
+    return int(rest.partition(b",")[0])
+
+
+# ---- where the front's time goes
+
+
+def measure_profile(server: Child, address: tuple[str, int]) -> dict:
+    """CPU microseconds per token and shares of the front's CPU time, by group."""
+    bodies = workload(8 * PROFILE_STREAMS, SEED, "pocket")
+    num_tokens, before, end = 0, server.ask({"sample": True}), time.monotonic() + PROFILE_S
+    while time.monotonic() < end:
+        num_tokens += closed_loop(address, bodies, PROFILE_STREAMS)
+    after = server.ask({"sample": False})
+    front_s, tokenizer_s = spent(before, after)["front"], after["tokenizer"] - before["tokenizer"]
+    front_us = 1e6 * front_s / num_tokens
+    shares = shares_of(after["samples"], tokenizer_s / front_s)
+    return {
+        "streams": PROFILE_STREAMS,
+        "samples": sum(after["samples"].values()),
+        "front_us": round(front_us, 1),
+        "groups": {group: {"share": round(share, 3), "us": round(share * front_us, 1)} for group, share in shares.items()},
+    }
+
+
+def shares_of(samples: dict[str, int], tokenizer_share: float) -> dict[str, float]:
+    """Each group's share of the front's CPU time, the largest first.
+
+    Args:
+        samples: the number of samples of each group on the event loop's thread.
+        tokenizer_share: the tokenizer thread's share of the front's CPU time.
+
+    >>> shares_of({"json": 10, "loop": 30}, tokenizer_share=0.2)
+    {'loop': 0.6, 'json': 0.2, 'tokenizer': 0.2}
+    """
+    loop_share, num_samples = 1 - tokenizer_share, max(sum(samples.values()), 1)
+    shares = {group: loop_share * number / num_samples for group, number in samples.items()}
+    return dict(sorted((shares | {"tokenizer": tokenizer_share}).items(), key=lambda item: -item[1]))
+
+
+def show(chapter: Chapter, row: dict) -> None:
+    columns = ("tokens/s alone", "served", "share", "engine alone", "engine", "front", "client", "wall")
+    print(f"{chapter.id}, {row['http']}, {row['event_loop']}; CPU and wall time in microseconds per token; medians (range)")
+    print(f"{'streams':8}" + "".join(f"{column:>20}" for column in columns))
+    sizes = [name for name in row if name.isdigit()]
+    for streams in sizes:
+        alone, server, share = (row[streams][name] for name in ("alone", "server", "share"))
+        cells = [told(alone["tokens_per_s"]), told(server["tokens_per_s"]), told(share, ".0%"), told(alone["engine_us"])]
+        cells += [told(server[name]) for name in ("engine_us", "front_us", "client_us", "wall_us")]
+        print(f"{streams:8}" + "".join(f"{cell:>20}" for cell in cells))
+    for streams in sizes:
+        others = max(row[streams][way]["others"]["high"] for way in ("alone", "server"))
+        if others > QUIET:
+            print(f"noisy: with {streams} streams, other processes took up to {others:.0%} of a core")
+    profile = row["profile"]
+    print(f"\nthe front's {profile['front_us']:,.0f} us with {profile['streams']} streams, {profile['samples']:,} samples:")
+    for group, part in profile["groups"].items():
+        print(f"  {GROUPS[group]:30}{part['share']:6.1%}{part['us']:8,.1f} us")
+
+
+def told(figure: dict[str, float], form: str = ",.0f") -> str:
+    """A median and its range.
+
+    >>> told({"median": 0.63, "low": 0.56, "high": 0.71}, ".0%")
+    '63% (56%-71%)'
+    """
+    return f"{figure['median']:{form}} ({figure['low']:{form}}-{figure['high']:{form}})"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shared.bench.serving", description="What a server costs.")
+    parser.add_argument("chapter", nargs="?", metavar="vNN", help="(default: the last that serves)")
+    parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS), metavar="N", help="(default: 1 16 64)")
+    parser.add_argument("--turns", type=int, default=TURNS, metavar="N", help=f"of each way (default: {TURNS})")
+    parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
+    args = parser.parse_args(argv)
+    if sys.platform != "linux":
+        parser.error("the CPU clocks of another thread can be read on Linux only")
+    if min(*args.streams, args.turns, 1) < 1:
+        parser.error("--streams and --turns must be at least 1")
+    if args.write and args.streams != list(STREAMS):
+        parser.error(f"--write takes {' '.join(map(str, STREAMS))} streams: the texts show them together")
+    try:
+        chapter = find(args.chapter) if args.chapter else last_with("serve")
+    except ValueError as error:
+        parser.error(str(error))
+    if "serve" not in chapter.capabilities:
+        parser.error(f"{chapter.id} has no server; the first chapter that has one is {first_with('serve').id}")
+    row = measure(chapter, args.streams, args.turns)
+    show(chapter, row)
+    if args.write:
+        path = write_row("serving", {chapter.id: row}, " ".join(["python -m shared.bench.serving", *argv]), [chapter])
+        print(f"wrote {path.name}; now `make sync`")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,234 @@
+"""The two processes that `serving` measures: a chapter's server, and its engine without one.
+
+    python -m shared.bench.serving_child serve v09_responses    # the server, and a thread that reads the others' clocks
+    python -m shared.bench.serving_child alone v09_responses    # the engine, which runs the requests that it is sent
+
+Each answers every line of JSON on stdin with a line of JSON on stdout, and ends when stdin does. Linux only.
+
+Where the event loop's CPU time goes is sampled by the CPU clock of its thread: when a tick of the kernel finds the
+thread computing, a signal interrupts it and its stack is counted. A profiler that looks at the process from outside, at
+regular intervals, also counts threads that wait for the interpreter lock. `socket.send` releases that lock and waits to
+get it back: with py-spy it appears to cost three times the CPU time that the thread's clock shows for it.
+
+Reads: the chapters.
+"""
+import ctypes
+import importlib
+import json
+import linecache
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+from types import FrameType
+
+from shared.chapters import ROOT, find
+from shared.checkpoints import POCKET
+
+MAX_NUM_SEQS = 64
+# The kernel looks at a thread's CPU clock once per tick, 4 ms at 250 Hz; a shorter interval makes every tick count.
+SAMPLE_NS = 200_000
+Stack = tuple[tuple[str, int], ...]  # file and line of each frame, the innermost first
+
+# What the front's CPU time goes to, by the name that results have for it.
+GROUPS = {
+    "send": "socket send",
+    "loop": "event loop: asyncio, select",
+    "http": "HTTP protocol: uvicorn, h11",
+    "sse": "sse-starlette and anyio",
+    "web": "starlette and fastapi",
+    "pydantic": "pydantic",
+    "json": "json",
+    "chapter": "the chapter's other files",
+    "delivery": "queues and delivery",
+    "tokenizer": "the tokenizer's thread",
+    "other": "other",
+}
+# The group of a file, by the beginning of its place; the first that fits. Files of the standard library that are not
+# listed belong to the group of their caller.
+FILES = {
+    "chapter/async_engine.py": "delivery",
+    "chapter/engine_thread.py": "delivery",
+    "chapter/": "chapter",
+    "library/asyncio/queues.py": "delivery",
+    "library/concurrent/": "delivery",
+    "library/queue.py": "delivery",
+    "library/asyncio/": "loop",
+    "library/selectors.py": "loop",
+    "library/json/": "json",
+    "packages/uvicorn/": "http",
+    "packages/h11/": "http",
+    "packages/httptools/": "http",
+    "packages/sse_starlette/": "sse",
+    "packages/anyio/": "sse",
+    "packages/sniffio/": "sse",
+    "packages/starlette/": "web",
+    "packages/fastapi/": "web",
+    "packages/pydantic": "pydantic",
+    "packages/": "other",
+}
+
+
+# ---- the server
+
+
+def serve(chapter_name: str) -> int:
+    """Run the chapter's server, on a free port that it prints on stderr, until stdin ends; the exit code."""
+    sampler = Sampler()
+
+    def answer(message: dict) -> dict:
+        """CPU seconds of the threads so far; after sampling also the number of samples of each group."""
+        if "sample" not in message:
+            return clocks()
+        sampler.set_interval(SAMPLE_NS if message["sample"] else 0)
+        return clocks() | {"samples": sampler.groups()}
+
+    threading.Thread(target=answer_lines, args=(answer,), name="clocks", daemon=True).start()
+    limits = {"device": "cpu", "max-num-seqs": MAX_NUM_SEQS, "model": POCKET, "port": 0}
+    flags = [str(part) for name, value in limits.items() for part in (f"--{name}", value)]
+    return importlib.import_module(f"milestones.{chapter_name}.__main__").main(["serve", *flags])
+
+
+def clocks() -> dict[str, float]:
+    """CPU seconds so far: of the whole process, of the engine's thread, the event loop's and the tokenizer's."""
+    seconds = {"process": time.process_time(), "engine": 0.0, "loop": 0.0, "tokenizer": 0.0}
+    for thread in threading.enumerate():
+        name = "loop" if thread is threading.main_thread() else thread.name.split("_")[0]
+        if name in seconds:
+            seconds[name] = time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    return seconds
+
+
+def answer_lines(answer: Callable[[dict], dict]) -> None:
+    """Answer each line of stdin; at its end, or when that fails, end the process, whatever its other threads do."""
+    try:
+        for line in sys.stdin:
+            print(json.dumps(answer(json.loads(line))), flush=True)
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+# ---- where its event loop's time goes
+
+
+class Sampler:
+    """Counts the main thread's stacks by its CPU clock. Only the main thread may make one."""
+
+    def __init__(self):
+        self.stacks: Counter[Stack] = Counter()
+        self.timer = ctypes.c_void_p()
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        signal.signal(signal.SIGALRM, self.count)
+        clock = time.pthread_getcpuclockid(threading.main_thread().ident)
+        # Without a sigevent a timer sends SIGALRM. Python runs signal handlers on the main thread.
+        self.check(self.libc.timer_create(clock, None, ctypes.byref(self.timer)))
+
+    def set_interval(self, nanoseconds: int) -> None:
+        """CPU time of the main thread between two samples; 0 for none. Any thread may call this."""
+        itimerspec = (ctypes.c_long * 4)(0, nanoseconds, 0, nanoseconds)
+        self.check(self.libc.timer_settime(self.timer, 0, itimerspec, None))
+
+    def check(self, result: int) -> None:
+        if result != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    def count(self, _signal: int, frame: FrameType | None) -> None:
+        stack = []
+        while frame is not None:
+            # A frame between two lines has none.
+            stack.append((frame.f_code.co_filename, frame.f_lineno or 0))
+            frame = frame.f_back
+        self.stacks[tuple(stack)] += 1
+
+    def groups(self) -> Counter[str]:
+        """The number of samples of each group."""
+        numbers = Counter()
+        # Copied first: the main thread may still be adding to it.
+        for stack, number in dict(self.stacks).items():
+            numbers[group_of(stack)] += number
+        return numbers
+
+
+def group_of(stack: Stack) -> str:
+    """The group of the innermost frame that has one: a key of GROUPS.
+
+    >>> inside = f"{ROOT}/milestones/v07_server"
+    >>> group_of(((json.decoder.__file__, 1), (f"{inside}/writer.py", 65), (f"{inside}/streaming.py", 33)))
+    'json'
+    >>> group_of((("<string>", 1), (f"{inside}/async_engine.py", 44)))
+    'delivery'
+    """
+    for file, line in stack:
+        place = place_of(file)
+        if place.startswith("library/asyncio/") and "_sock.send" in linecache.getline(file, line):
+            return "send"
+        for beginning, group in FILES.items():
+            if place.startswith(beginning):
+                return group
+    return "other"
+
+
+def place_of(file: str) -> str:
+    """A file's path within a chapter, the installed packages or the standard library; '' if it is in none.
+
+    >>> place_of(f"{ROOT}/milestones/v07_server/kernels/__init__.py"), place_of("/a/site-packages/h11/_util.py")
+    ('chapter/kernels/__init__.py', 'packages/h11/_util.py')
+    """
+    chapters, library = f"{ROOT}/milestones/", f"{os.path.dirname(os.__file__)}/"
+    if "-packages/" in file:
+        return "packages/" + file.rpartition("-packages/")[2]
+    if file.startswith(chapters):
+        return "chapter/" + file.removeprefix(chapters).partition("/")[2]
+    return "library/" + file.removeprefix(library) if file.startswith(library) else ""
+
+
+# ---- the engine without a server
+
+
+def alone(chapter_name: str) -> None:
+    """Load the chapter's engine, say so, and run the requests of each line; the answer is what `run_alone` returns.
+
+    To a line without requests the answer is the process's CPU seconds so far.
+    """
+    package = find(chapter_name).load()
+    encode = importlib.import_module(f"{package.__name__}.text").encode
+    engine = package.Engine(POCKET, device="cpu", max_num_seqs=MAX_NUM_SEQS)
+    engine.warm_up()
+    print(json.dumps({"ready": True}), flush=True)
+
+    def answer(message: dict) -> dict:
+        if not message:
+            return {"process": time.process_time()}
+        requests = []
+        for body in message["bodies"]:
+            settings = {name: body[name] for name in ("max_tokens", "temperature", "ignore_eos")}
+            requests.append((encode(engine.tokenizer, body["prompt"]), package.SamplingParams(**settings)))
+        return run_alone(engine, requests, message["streams"])
+
+    answer_lines(answer)
+
+
+def run_alone(engine, requests: list[tuple], streams: int) -> dict[str, float]:
+    """Run requests, streams of them at a time: the number of tokens, wall seconds, and CPU seconds of this thread."""
+    waiting, num_tokens = iter(requests), 0
+    wall, cpu = time.perf_counter(), time.thread_time()
+    for request in islice(waiting, streams):
+        engine.add_request(*request)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            num_tokens += 1
+            if output.finish_reason is not None:
+                for request in islice(waiting, 1):
+                    engine.add_request(*request)
+    return {"tokens": num_tokens, "wall_s": time.perf_counter() - wall, "cpu_s": time.thread_time() - cpu}
+
+
+if __name__ == "__main__":
+    sys.exit({"serve": serve, "alone": alone}[sys.argv[1]](sys.argv[2]))

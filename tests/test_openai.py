@@ -1,0 +1,212 @@
+"""What OpenAI's clients may ask of completions and chat, over a real socket."""
+import importlib
+
+import pytest
+
+from shared.checkpoints import checkpoint
+from shared.verify.serving import serving
+from tests.support.http import assert_names, events_of, post
+from tests.support.served import CHAT, PROMPT, alone, client, server  # noqa: F401
+
+pytestmark = pytest.mark.needs("openai")
+
+
+def test_a_prompt_is_a_text_its_tokens_or_a_list_of_either(client, alone):
+    texts = [PROMPT, "Rosa was a hare"]
+    wanted = alone(texts, max_tokens=6)
+    ids = [want.prompt_ids for want in wanted]
+    for prompt, count in ((texts[0], 1), (ids[0], 1), (texts, 2), (ids, 2)):
+        done = client.completions.create(model="pocket", prompt=prompt, max_tokens=6, temperature=0)
+        assert [choice.text for choice in done.choices] == [want.text for want in wanted[:count]]
+        assert [choice.index for choice in done.choices] == list(range(count))
+        assert done.usage.prompt_tokens == sum(len(want.prompt_ids) for want in wanted[:count])
+
+
+def test_n_answers_each_with_its_own_die_and_the_first_as_without_n(client, alone, chapter):
+    texts = [PROMPT, "A story:"]
+    done = client.completions.create(model="pocket", prompt=texts, max_tokens=8, n=3, seed=4, temperature=1.2)
+    assert [choice.index for choice in done.choices] == list(range(6))
+    params = chapter.load().SamplingParams(max_tokens=8, seed=4, temperature=1.2)
+    choices = importlib.import_module(f"milestones.{chapter.name}.params").choices
+    wanted = [alone.engine.generate([text], choice)[0] for text in texts for choice in choices(params, 3)]
+    assert [choice.text for choice in done.choices] == [want.text for want in wanted]
+    assert done.usage.completion_tokens == sum(len(want.token_ids) for want in wanted)
+    plain = alone(texts, max_tokens=8, seed=4, temperature=1.2)
+    assert [done.choices[0].text, done.choices[3].text] == [want.text for want in plain]
+    assert len({choice.text for choice in done.choices}) > 3
+    again = client.completions.create(model="pocket", prompt=texts, max_tokens=8, n=3, seed=4, temperature=1.2)
+    assert [choice.text for choice in again.choices] == [choice.text for choice in done.choices]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_the_text_and_is_not_in_it(server, alone, stream):
+    [whole] = alone([PROMPT], max_tokens=20)
+    stop = whole.text[12:19]
+    body = {"model": "pocket", "prompt": PROMPT, "max_tokens": 20, "temperature": 0, "logprobs": 0, "stream": stream}
+    for given in (stop, [stop], ["never said", stop]):
+        response = post(server, "/v1/completions", body | {"stop": given})
+        choices = [e["choices"][0] for e in events_of(response)] if stream else response.json()["choices"]
+        text = "".join(choice["text"] for choice in choices)
+        assert text == whole.text[: whole.text.index(stop)]
+        offsets = [offset for choice in choices for offset in choice["logprobs"]["text_offset"]]
+        names = [name for choice in choices for name in choice["logprobs"]["tokens"]]
+        assert offsets == [len("".join(names[:i])) for i in range(len(names))]
+        assert choices[-1]["finish_reason"] == "stop"
+        tokens = [token for choice in choices for token in choice["logprobs"]["tokens"]]
+        assert "".join(tokens).startswith(text) and not "".join(tokens[:-1]).startswith(text + stop)
+
+
+def test_echo_begins_with_the_prompt(client, alone):
+    ids = alone([PROMPT], max_tokens=1)[0].prompt_ids
+    [want] = alone([PROMPT], max_tokens=5)
+    for prompt in (PROMPT, ids):
+        done = client.completions.create(model="pocket", prompt=prompt, max_tokens=5, temperature=0, echo=True)
+        assert done.choices[0].text == PROMPT + want.text
+        assert done.usage.completion_tokens == 5
+    for stream in client.completions.create(model="pocket", prompt=PROMPT, max_tokens=0, echo=True, n=2).choices:
+        assert (stream.text, stream.finish_reason) == (PROMPT, "length")
+
+
+def test_logprobs_are_the_engines_and_their_tokens_join_to_the_text(client, alone):
+    [want] = alone([PROMPT], max_tokens=7, logprobs=2)
+    done = client.completions.create(model="pocket", prompt=PROMPT, max_tokens=7, temperature=0, logprobs=2)
+    [choice] = done.choices
+    found = choice.logprobs
+    assert "".join(found.tokens) == choice.text == want.text
+    assert found.token_logprobs == pytest.approx([top[i] for top, i in zip(want.logprobs, want.token_ids)], abs=1e-4)
+    assert [len(top) for top in found.top_logprobs] == [len(top) for top in want.logprobs]
+    assert found.text_offset == [len("".join(found.tokens[:i])) for i in range(7)]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_with_logprobs_scores_the_prompt(server, alone, max_tokens, stream):
+    [want] = alone([PROMPT], max_tokens=3, logprobs=1, prompt_logprobs=True)
+    body = {"model": "pocket", "prompt": PROMPT, "echo": True, "logprobs": 1, "temperature": 0}
+    response = post(server, "/v1/completions", body | {"max_tokens": max_tokens, "stream": stream})
+    choices = [e["choices"][0] for e in events_of(response)] if stream else response.json()["choices"]
+    text = "".join(choice["text"] for choice in choices)
+    assert text == PROMPT + (want.text if max_tokens else "")
+    logprobs = [value for choice in choices for value in choice["logprobs"]["token_logprobs"]]
+    tops = [value for choice in choices for value in choice["logprobs"]["top_logprobs"]]
+    offsets = [value for choice in choices for value in choice["logprobs"]["text_offset"]]
+    tokens = [value for choice in choices for value in choice["logprobs"]["tokens"]]
+    assert len(logprobs) == len(want.prompt_ids) + max_tokens
+    assert logprobs[0] is None and tops[0] is None
+    scores = [top[i] for top, i in zip(want.prompt_logprobs[1:], want.prompt_ids[1:])]
+    scores += [top[i] for top, i in zip(want.logprobs, want.token_ids)][:max_tokens]
+    assert logprobs[1:] == pytest.approx(scores, abs=1e-4)
+    # The first token is the BOS, which is no part of the text.
+    assert "".join(tokens[1:]) == text
+    assert offsets == [0, *(len("".join(tokens[1:i])) for i in range(1, len(tokens)))]
+
+
+def test_a_stream_says_what_the_whole_says(client):
+    asked = dict(model="pocket", prompt=[PROMPT, "A:"], max_tokens=11, n=2, seed=1, logprobs=1)
+    whole = client.completions.create(**asked)
+    chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert len({(chunk.id, chunk.created) for chunk in chunks}) == 1
+    for choice in whole.choices:
+        mine = [each for chunk in chunks for each in chunk.choices if each.index == choice.index]
+        assert "".join(each.text for each in mine) == choice.text
+        assert [each.finish_reason for each in mine] == [None] * (len(mine) - 1) + [choice.finish_reason]
+        assert [x for each in mine for x in each.logprobs.text_offset] == choice.logprobs.text_offset
+        assert [x for each in mine for x in each.logprobs.tokens] == choice.logprobs.tokens
+
+
+def test_a_chat_stream_begins_with_the_role_and_ends_with_the_reason_and_DONE(server, client):
+    body = {"model": "pocket", "messages": CHAT, "max_tokens": 6, "temperature": 0, "n": 2, "stream": True}
+    response = post(server, "/v1/chat/completions", body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = events_of(response)
+    assert all("usage" not in event for event in events)
+    whole = client.chat.completions.create(model="pocket", messages=CHAT, max_tokens=6, temperature=0, n=2)
+    for index in range(2):
+        mine = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
+        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
+        assert all(set(each["delta"]) <= {"content"} for each in mine[1:])
+        assert "".join(each["delta"].get("content", "") for each in mine) == whole.choices[index].message.content
+        assert [each["finish_reason"] for each in mine] == [None] * (len(mine) - 1) + ["length"]
+
+
+def test_characters_of_several_bytes_arrive_whole(server, client, alone):
+    """Tokens that are parts of characters, in an order that only a seed would bring about."""
+    tokenizer = alone.engine.tokenizer
+    ids = tokenizer("日本語 é 🙂", add_special_tokens=False).input_ids
+    done = client.completions.create(model="pocket", prompt=ids, max_tokens=0, echo=True, logprobs=0)
+    assert done.choices[0].text == "日本語 é 🙂"
+    assert any(token.startswith("bytes:\\x") for token in done.choices[0].logprobs.tokens)
+    text = "".join(
+        chunk.choices[0].text
+        for chunk in client.completions.create(model="pocket", prompt="🙂", max_tokens=40, temperature=2, seed=8, stream=True)
+    )
+    whole = client.completions.create(model="pocket", prompt="🙂", max_tokens=40, temperature=2, seed=8)
+    assert text == whole.choices[0].text
+
+
+def test_a_chat_is_the_template_around_the_messages(client, alone, chapter):
+    engine = alone.engine
+    text_module = importlib.import_module(f"milestones.{chapter.name}.text")
+    ids = text_module.encode_chat(engine.tokenizer, CHAT)
+    [want] = alone([ids], max_tokens=40)
+    done = client.chat.completions.create(model="pocket", messages=CHAT, max_tokens=40, temperature=0)
+    [choice] = done.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", want.text, want.finish_reason)
+    assert done.usage.prompt_tokens == len(ids)
+    # The end token is counted, as it was computed.
+    assert done.usage.completion_tokens == len(want.token_ids)
+    begin = engine.tokenizer.bos_token_id
+    assert ids.count(begin) == 1
+
+
+def test_a_conversation_that_the_template_refuses_is_the_callers(chapter):
+    engine = chapter.load().Engine(checkpoint("pocket"), max_num_seqs=2, max_model_len=64)
+    engine.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with serving(chapter, engine) as server:
+        answer = post(server, "/v1/chat/completions", {"model": "pocket", "messages": CHAT})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "messages"
+    assert error["message"] == "the checkpoint's chat template refuses these messages: roles must alternate"
+
+
+def test_parts_and_a_developer_are_what_templates_know_as_text_and_system(client):
+    plain = [{"role": "system", "content": "Be brief."}, *CHAT]
+    fancy = [
+        {"role": "developer", "content": "Be brief.", "name": "boss"},
+        {"role": "user", "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": " a KV cache?"}]},
+    ]
+    done = [client.chat.completions.create(model="pocket", messages=m, max_tokens=9, temperature=0) for m in (plain, fancy)]
+    assert done[0].choices[0].message.content == done[1].choices[0].message.content
+    assert done[0].usage == done[1].usage
+
+
+def test_chat_logprobs_have_bytes_and_the_likeliest_in_order(client):
+    asked = dict(model="pocket", messages=CHAT, max_tokens=40, temperature=0.9, seed=3, logprobs=True, top_logprobs=3)
+    [choice] = client.chat.completions.create(**asked).choices
+    content = choice.logprobs.content
+    assert bytes(byte for entry in content for byte in entry.bytes).decode() == choice.message.content
+    for entry in content:
+        assert len(entry.top_logprobs) == 3
+        assert sorted(entry.top_logprobs, key=lambda top: -top.logprob) == entry.top_logprobs
+        assert entry.logprob <= entry.top_logprobs[0].logprob
+    streamed = [
+        entry
+        for chunk in client.chat.completions.create(**asked, stream=True)
+        for entry in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else [])
+    ]
+    assert [entry.token for entry in streamed] == [entry.token for entry in content]
+    [bare] = client.chat.completions.create(model="pocket", messages=CHAT, max_tokens=2, logprobs=True).choices
+    assert bare.logprobs.content[0].top_logprobs == []
+
+
+def test_who_names_no_max_tokens_in_chat_gets_what_there_is_room_for(client):
+    done = client.chat.completions.create(model="pocket", messages=CHAT, temperature=0, extra_body={"ignore_eos": True})
+    assert done.usage.total_tokens == 256 and done.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("wrong", [{"prompt": [3, 10**9]}, {"prompt": PROMPT, "max_tokens": 600}])
+def test_what_the_engine_refuses_is_a_400_too(server, wrong):
+    assert_names(post(server, "/v1/completions", {"model": "pocket", "max_tokens": 1} | wrong), "prompt")

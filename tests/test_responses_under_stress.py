@@ -1,0 +1,161 @@
+"""Responses when things go wrong: clients that leave, faults, cancels, the drain."""
+import asyncio
+import contextlib
+import signal
+import threading
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import openai
+import pytest
+
+from shared.verify.serving import serving, wait_until
+from shared.verify.soak_server import is_idle
+from tests.support.fake_engine import FakeEngine
+from tests.support.stressed import client_of, engine, hang_up, tokenizer  # noqa: F401
+
+pytestmark = pytest.mark.needs("responses")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_ends_its_response(chapter, engine, stream, monkeypatch):
+    monkeypatch.setattr(engine, "config", replace(engine.config, end_ids=()))
+    hang_up(chapter, engine, "/v1/responses", {"model": "pocket", "input": "Hi", "stream": stream})
+
+
+def test_a_fault_fails_a_response_with_its_own_events(chapter, tokenizer):
+    fake = FakeEngine(chapter, tokenizer)
+    with serving(chapter, fake) as server, client_of(server) as client:
+        fake.fault = RuntimeError("injected")
+        events = list(client.responses.create(model="pocket", input="Hi there", stream=True))
+        assert [event.type for event in events[-2:]] == ["error", "response.failed"]
+        assert "injected" in events[-1].response.error.message
+        fake.fault = RuntimeError("injected")
+        with pytest.raises(openai.InternalServerError, match="injected") as caught:
+            client.responses.create(model="pocket", input="Hi there")
+        assert client.responses.create(model="pocket", input="Hi there", max_output_tokens=2).output_text
+
+
+def test_a_response_in_the_background_is_cancelled(chapter, tokenizer):
+    fake = FakeEngine(chapter, tokenizer)
+    fake.gate.clear()
+    with serving(chapter, fake) as server, client_of(server) as client:
+        begun = client.responses.create(model="pocket", input="Hi", background=True)
+        assert client.responses.cancel(begun.id).status == "cancelled"
+        wait_until(lambda: not server.service.async_engine.active_generations, 3)
+        fake.gate.set()
+        wait_until(lambda: is_idle(server) and not server.service.num_active)
+        assert client.responses.cancel(begun.id).status == client.responses.retrieve(begun.id).status == "cancelled"
+        with pytest.raises(openai.BadRequestError, match="is cancelled"):
+            client.responses.create(model="pocket", input="Hi", previous_response_id=begun.id)
+
+
+def test_what_was_computed_may_be_fetched_from_a_server_that_drains(chapter, tokenizer):
+    with serving(chapter, FakeEngine(chapter, tokenizer)) as server, client_of(server) as client:
+        done = client.responses.create(model="pocket", input="Hi", max_output_tokens=1)
+        # What is in the background holds the server, as a request does.
+        server.service.num_active += 1
+        server.handle_exit(signal.SIGTERM, None)
+        assert client.responses.retrieve(done.id).output_text == done.output_text
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            client.responses.create(model="pocket", input="Hi")
+        server.service.num_active -= 1
+        wait_until(lambda: server.should_exit)
+
+
+def test_a_server_that_drains_waits_for_what_is_in_the_background(chapter, tokenizer):
+    fake = FakeEngine(chapter, tokenizer)
+    fake.gate.clear()
+    with serving(chapter, fake) as server, client_of(server) as client:
+        begun = client.responses.create(model="pocket", input="Hi", background=True, max_output_tokens=2)
+        server.handle_exit(signal.SIGTERM, None)
+        time.sleep(0.5)
+        assert not server.should_exit
+        fake.gate.set()
+        run = server.config.app.state.responses.runs[begun.id]
+        wait_until(lambda: run.ended)
+        time.sleep(0.5)
+        assert not server.should_exit, "nobody has seen the answer yet"
+        assert client.responses.retrieve(begun.id).status == "incomplete"
+        wait_until(lambda: server.should_exit)
+
+
+def test_a_response_that_runs_is_not_forgotten(module):
+    """Nobody could fetch or cancel it. When it has ended, its turn comes."""
+    store = module("responses_store").Store(size=2)
+    runs = [SimpleNamespace(id=str(i), ended=i == 1) for i in range(5)]
+    for run in runs[:4]:
+        store.add(run)
+    assert list(store.runs) == ["0", "2", "3"]
+    runs[0].ended = runs[2].ended = True
+    store.add(runs[4])
+    assert list(store.runs) == ["3", "4"]
+
+
+def test_a_bug_in_the_server_is_a_failure_and_no_cancel(chapter, tokenizer):
+    with serving(chapter, FakeEngine(chapter, tokenizer)) as server, client_of(server) as client:
+        asked = dict(model="pocket", input="Hi", max_output_tokens=2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(server.service.names, "of_chat", lambda *_: 1 / 0)
+            begun = client.responses.create(**asked, background=True)
+            wait_until(lambda: server.config.app.state.responses.runs[begun.id].ended)
+            with pytest.raises(openai.InternalServerError, match="the server has a bug"):
+                client.responses.create(**asked)
+        failed = client.responses.retrieve(begun.id)
+        assert (failed.status, failed.error.message) == ("failed", "the server has a bug; its log says more")
+        wait_until(lambda: is_idle(server) and not server.service.num_active)
+
+
+def test_a_shutdown_is_a_503_as_for_every_other_endpoint(chapter, tokenizer, module):
+    fake = FakeEngine(chapter, tokenizer)
+    fake.gate.clear()
+    with serving(chapter, fake) as server, client_of(server) as client:
+        caught = []
+
+        def ask():
+            try:
+                client.responses.create(model="pocket", input="Hi")
+            except openai.InternalServerError as error:
+                caught.append(error.status_code)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        aside = server.service.async_engine
+        wait_until(lambda: aside.active_generations)
+        aside.loop.call_soon_threadsafe(aside.fail_all, module("async_engine").EngineStopped("over"))
+        thread.join(5)
+        fake.gate.set()
+        assert caught == [503]
+
+
+def test_a_response_that_runs_is_continued_later(chapter, tokenizer):
+    fake = FakeEngine(chapter, tokenizer)
+    fake.gate.clear()
+    with serving(chapter, fake) as server, client_of(server) as client:
+        begun = client.responses.create(model="pocket", input="Hi", background=True, max_output_tokens=1)
+        with pytest.raises(openai.BadRequestError, match="wait until it has ended"):
+            client.responses.create(model="pocket", input="Hi", previous_response_id=begun.id)
+        fake.gate.set()
+
+
+def test_a_response_whose_stream_never_began_is_cancelled(module):
+    """A generator that was not started runs no `finally`."""
+    aborted = []
+    body = module("responses_protocol").ResponseRequest(model="pocket", input="Hi")
+    run = module("responses_store").Run(None, None, body, [], 1)
+    run.generation = SimpleNamespace(abort=lambda: aborted.append(1))
+    events = module("streaming").Events(run, run.stream())
+
+    async def begin():
+        async def receive():
+            return {"type": "http.disconnect"}
+
+        async def send(_message):
+            raise OSError("the client is gone")
+
+        with contextlib.suppress(Exception):
+            await events({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+
+    asyncio.run(begin())
+    assert run.status == "cancelled" and aborted
