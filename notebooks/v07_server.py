@@ -35,6 +35,7 @@ import asyncio
 import io
 import json
 import logging
+import queue
 import socket
 import threading
 import time
@@ -52,7 +53,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, wher
 logging.getLogger("milestones").setLevel(logging.CRITICAL)  # part 3 fails a step on purpose, which logs a traceback
 
 from milestones.v07_server import Engine, SamplingParams
-from milestones.v07_server.engine_thread import Abort, Aborted, Add, EngineThread, Failed, Refused, Stepped, Stop
+from milestones.v07_server.engine_loop import Abort, Aborted, Add, EngineLoop, Failed, Refused, Stepped, Stop
 from milestones.v07_server.outputs import Stats
 from shared.chapters import find
 from shared.checkpoints import POCKET
@@ -61,8 +62,8 @@ from shared.verify.serving import serving, wait_until
 # %% [markdown]
 # ## 1. Messages cross
 #
-# `EngineThread` owns the engine. Another thread leaves messages in its inbox; the thread reads all of them, takes one
-# step, and posts what came of it. Here is what will be in the inbox before the thread starts:
+# `EngineLoop` owns the engine, and runs in a thread. Another thread leaves messages in its inbox; the loop reads all of
+# them, takes one step, and posts what came of it. Here is what will be in the inbox before the thread starts:
 #
 # | message | request | prompt | `max_tokens` |
 # |---|---|---|---:|
@@ -98,24 +99,24 @@ class Posted(NamedTuple):
 
 @contextmanager
 def an_engine_thread(engine, inbox, replies):
-    """The chapter's EngineThread with this inbox, and the growing list of what it posts."""
-    posted = []
+    """The chapter's EngineLoop in a thread: a queue for messages, and the growing list of what it posts."""
+    posted, sent = [], queue.SimpleQueue()
 
     def receive(message, stats):
         posted.append(Posted(message, stats, threading.current_thread().name))
         if isinstance(message, Stepped):
             steps = sum(isinstance(each.message, Stepped) for each in posted)
             for reply in replies.get(steps, []):
-                thread.send(reply)
+                sent.put(reply)
 
-    thread = EngineThread(engine, receive)
+    thread = threading.Thread(target=EngineLoop(engine, sent, receive).run, name="engine")
     for message in inbox:
-        thread.send(message)
+        sent.put(message)
     thread.start()
     try:
-        yield thread, posted
+        yield sent, posted
     finally:
-        thread.send(Stop())
+        sent.put(Stop())
         thread.join(20)
 
 
@@ -210,9 +211,9 @@ def hold(_model, _inputs):
 
 
 hook = engine.model.register_forward_pre_hook(hold)
-with an_engine_thread(engine, [Add(1, [(STORY, tokens(9))])], replies={}) as (thread, posted):
+with an_engine_thread(engine, [Add(1, [(STORY, tokens(9))])], replies={}) as (sent, posted):
     begun.wait(20)
-    thread.send(Abort(1))  # during the step
+    sent.put(Abort(1))  # during the step
     go_on.set()
     wait_until(lambda: isinstance(posted[-1].message, Aborted))
 hook.remove()
@@ -421,7 +422,7 @@ assert text == engine.generate([STORY], tokens(3))[0].text
 # %% tags=["varies"]
 def crossings(server):
     """A list of the messages that cross from now on, in both directions."""
-    thread, crossed = server.service.async_engine.engine_thread, []
+    thread, crossed = server.service.async_engine.runner, []
     send, receive = thread.send, thread.receive
 
     def sent(message):

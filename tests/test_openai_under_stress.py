@@ -255,7 +255,8 @@ def test_the_tokenizers_queue_has_a_limit_too(chapter, tokenizer):
 
 
 def test_who_gives_up_while_the_tokenizer_works_is_not_told_of_an_end(chapter, tokenizer):
-    engine = importlib.import_module(f"milestones.{chapter.name}.async_engine").AsyncEngine(FakeEngine(chapter, tokenizer), 8)
+    aside, thread = (importlib.import_module(f"milestones.{chapter.name}.{name}") for name in ("async_engine", "engine_thread"))
+    engine = aside.AsyncEngine(thread.EngineThread(FakeEngine(chapter, tokenizer)), 8)
 
     async def give_up():
         engine.loop = asyncio.get_running_loop()

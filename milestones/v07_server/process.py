@@ -29,7 +29,7 @@ def create_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI):
-        service.async_engine.start()
+        await service.async_engine.start()
         yield
         await service.async_engine.stop()
 

@@ -1,6 +1,6 @@
 """What the endpoints share."""
 from .async_engine import AsyncEngine
-from .engine_thread import EngineLike
+from .engine_thread import EngineThread
 from .errors import ApiError
 from .protocol import now
 
@@ -10,10 +10,10 @@ class Service:
 
     def __init__(
         self,
-        engine: EngineLike,
+        runner: EngineThread,
         model_name: str,
     ):
-        self.async_engine = AsyncEngine(engine)
+        self.async_engine = AsyncEngine(runner)
         self.models = [model_name]
         self.started = now()
 

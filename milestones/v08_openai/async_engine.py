@@ -1,19 +1,16 @@
 """The event loop's side: coroutines ask for generations and read them, and never wait for a step.
 
-Everything here belongs to the event loop's thread, but `receive_soon`, which the engine's thread calls.
+Everything here belongs to the event loop's thread.
 """
 import asyncio
-import copy
-import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from .engine_thread import Abort, Aborted, Add, Added, Died, EngineLike, EngineThread, Failed, Refused, Stepped, Stop
+from .engine_loop import Abort, Aborted, Add, Added, Died, Failed, Refused, Stepped
+from .engine_thread import EngineThread
 from .outputs import Stats, StepOutput
 from .params import RequestError, SamplingParams
-
-logger = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
@@ -56,35 +53,33 @@ class AsyncEngine:
 
     def __init__(
         self,
-        engine: EngineLike,
+        runner: EngineThread,
         max_waiting: int,
     ):
         self.max_waiting = max_waiting
-        self.max_model_len = engine.max_model_len
-        self.engine_thread = EngineThread(engine, self.receive_soon)
-        self.stats = engine.stats()  # as of the last message
+        self.max_model_len = runner.max_model_len
+        self.runner = runner
+        self.stats = runner.stats  # as of the last message
         self.num_calls = 0
         self.unanswered: dict[int, int] = {}  # the number of requests of each call that the engine has not answered
         self.active_generations: dict[int, Generation] = {}  # by call
         self.fatal_error: str | None = None  # why no requests are taken any more
         self.died = False  # whether that is the engine's own fault
         self.stopped_at: float | None = None  # since when, by time.monotonic
-        # A tokenizer must not be used by two threads. The engine's decodes on its thread; this one encodes on another.
-        self.tokenizer = copy.deepcopy(engine.tokenizer)
+        self.tokenizer = runner.tokenizer
         self.tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self.encoding: set[asyncio.Future] = set()  # what callers of `tokenize` wait for
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Begin to step, for the event loop that is running."""
         self.loop = asyncio.get_running_loop()
-        self.engine_thread.start()
+        await self.runner.start(self.receive)
 
     async def stop(self) -> None:
-        """Fail what runs, and end the engine's thread, unless its step takes longer than half a second."""
+        """Fail what runs, and stop the engine, unless its step takes longer than half a second."""
         self.fail_all(EngineStopped("the server was shut down before this request was done"))
-        self.engine_thread.send(Stop())
         self.tokenizing.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(self.engine_thread.join, 0.5)
+        await self.runner.stop(timeout_s=0.5)
 
     async def tokenize(self, function: Callable, *args):
         """The result of function(tokenizer, *args), computed away from the event loop. Raises QueueFull, EngineStopped."""
@@ -129,7 +124,7 @@ class AsyncEngine:
         generation = Generation(self, self.num_calls, len(requests))
         self.unanswered[generation.call_id] = len(requests)
         self.active_generations[generation.call_id] = generation
-        self.engine_thread.send(Add(generation.call_id, requests))
+        self.runner.send(Add(generation.call_id, requests))
         try:
             await generation.added
         # A caller that is cancelled here may have its requests in the engine already.
@@ -140,14 +135,7 @@ class AsyncEngine:
 
     def abort(self, call_id: int) -> None:
         if self.active_generations.pop(call_id, None):
-            self.engine_thread.send(Abort(call_id))
-
-    def receive_soon(self, message: tuple, stats: Stats) -> None:
-        """Called by the engine's thread: have the event loop call `receive`."""
-        try:
-            self.loop.call_soon_threadsafe(self.receive, message, stats)
-        except RuntimeError:
-            logger.debug("the event loop is closed")
+            self.runner.send(Abort(call_id))
 
     def receive(self, message: Added | Refused | Aborted | Stepped | Failed | Died, stats: Stats) -> None:
         self.stats = stats
@@ -201,5 +189,5 @@ class AsyncEngine:
         for result in self.encoding:
             result.cancel()
         for call_id in list(self.active_generations):
-            self.engine_thread.send(Abort(call_id))
+            self.runner.send(Abort(call_id))
             self.end(call_id, error)

@@ -1,6 +1,6 @@
 """What the endpoints share."""
 from .async_engine import AsyncEngine
-from .engine_thread import EngineLike
+from .engine_thread import EngineThread
 from .errors import ApiError
 from .names import TokenNames
 from .params import RequestError
@@ -13,22 +13,22 @@ class Service:
 
     def __init__(
         self,
-        engine: EngineLike,
+        runner: EngineThread,
         model_name: str,
         api_keys: tuple[str, ...] = (),
         max_waiting: int = 256,
         default_max_tokens: int | None = None,
         drain_seconds: float = 30.0,
     ):
-        self.async_engine = AsyncEngine(engine, max_waiting)
+        self.async_engine = AsyncEngine(runner, max_waiting)
         self.models = [model_name]
         self.started = now()
-        self.names = TokenNames(vocabulary_bytes(engine.tokenizer), set(engine.tokenizer.all_special_ids))
+        self.names = TokenNames(vocabulary_bytes(runner.tokenizer), set(runner.tokenizer.all_special_ids))
         self.api_keys = api_keys
         self.default_max_tokens = default_max_tokens
         # A longer text has too many tokens, whatever they are: each is at most as long as the longest of the vocabulary, times 4,
         # since a tokenizer may normalize text to fewer bytes first.
-        self.max_text_bytes = 4 * engine.max_model_len * max(map(len, self.names.vocabulary))
+        self.max_text_bytes = 4 * runner.max_model_len * max(map(len, self.names.vocabulary))
         self.drain_seconds = drain_seconds
         self.draining = False
         self.num_active = 0  # requests that are being answered

@@ -115,8 +115,16 @@ def run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def make_warm_engine(args: argparse.Namespace) -> Engine:
+    """As make_engine; no request waits for a kernel to be compiled."""
+    engine = make_engine(args)
+    engine.warm_up()
+    return engine
+
+
 def run_serve(args: argparse.Namespace) -> NoReturn:
     """Serve the model until a signal says otherwise."""
+    from .engine_thread import EngineThread
     from .process import bind, serve
     from .service import Service
 
@@ -131,11 +139,10 @@ def run_serve(args: argparse.Namespace) -> NoReturn:
         raise ValueError(f"served_model_name must be printable, and not empty, got {args.served_model_name!r}")
     # Before the model is loaded, which takes longer than to find that the port is taken.
     bound = bind(args.host, args.port)
-    engine = make_engine(args)
-    engine.warm_up()
+    runner = EngineThread(make_warm_engine(args))
     service = Service(
-        engine,
-        args.served_model_name or engine.name,
+        runner,
+        args.served_model_name or runner.name,
         api_keys=tuple(args.api_key or ()),
         max_waiting=args.max_waiting,
         default_max_tokens=args.default_max_tokens,

@@ -53,6 +53,7 @@ GROUPS = {
 # listed belong to the group of their caller.
 FILES = {
     "chapter/async_engine.py": "delivery",
+    "chapter/engine_loop.py": "delivery",
     "chapter/engine_thread.py": "delivery",
     "chapter/": "chapter",
     "library/asyncio/queues.py": "delivery",

@@ -11,8 +11,8 @@ import uvicorn
 @contextmanager
 def serving(chapter, engine, **options):
     """Serve an engine over a real socket; yields the server, with `url` and `service`."""
-    process = importlib.import_module(f"milestones.{chapter.name}.process")
-    service = process.Service(engine, "pocket", **options)
+    process, thread = (importlib.import_module(f"milestones.{chapter.name}.{name}") for name in ("process", "engine_thread"))
+    service = process.Service(thread.EngineThread(engine), "pocket", **options)
     # The chapter's own socket: asyncio sends at once (TCP_NODELAY) only where the protocol is named, as it is there.
     with process.bind("127.0.0.1", 0) as listener:
         config = uvicorn.Config(process.create_app(service), log_level="critical", timeout_graceful_shutdown=1)

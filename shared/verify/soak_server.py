@@ -30,7 +30,7 @@ def audit(server, engine) -> None:
     service = server.service
     wait_until(lambda: is_idle(server) and not getattr(service, "num_active", 0))
     assert not engine.has_unfinished_requests()
-    assert not service.async_engine.active_generations and not service.async_engine.engine_thread.owners
+    assert not service.async_engine.active_generations and not service.async_engine.runner.engine_loop.owners
     assert not getattr(service.async_engine, "unanswered", None)
 
 

@@ -2,6 +2,7 @@
 import asyncio
 import filecmp
 import pickle
+import queue
 import threading
 
 import pytest
@@ -20,11 +21,13 @@ def test_model_and_batch_and_text_are_the_last_chapters(chapter):
 
 
 class Recorded:
-    """An engine's thread with every message that crosses."""
+    """An engine's loop in a thread, with every message that crosses."""
 
     def __init__(self, module, engine):
         self.messages, self.stats, self.threads = [], [], []
-        self.thread = module("engine_thread").EngineThread(engine, self.receive)
+        self.inbox = queue.SimpleQueue()
+        self.loop = module("engine_loop").EngineLoop(engine, self.inbox, self.receive)
+        self.thread = threading.Thread(target=self.loop.run, name="engine", daemon=True)
 
     def receive(self, message, stats):
         self.messages.append(message)
@@ -44,15 +47,15 @@ def fake(chapter, make_engine):
 def recorded(module, fake):
     recorded = Recorded(module, fake)
     yield recorded
-    recorded.thread.send(module("engine_thread").Stop())
+    recorded.inbox.put(module("engine_loop").Stop())
     recorded.thread.join(5)
-    assert not recorded.thread.thread.is_alive()
+    assert not recorded.thread.is_alive()
 
 
 def test_a_step_is_one_message_for_all_that_run_and_messages_are_plain_data(module, Params, fake, recorded):
-    messages = module("engine_thread")
+    messages = module("engine_loop")
     for call_id in (1, 2, 3):
-        recorded.thread.send(messages.Add(call_id, [([20, 21, 22], Params(max_tokens=2))]))
+        recorded.inbox.put(messages.Add(call_id, [([20, 21, 22], Params(max_tokens=2))]))
     recorded.thread.start()
     wait_until(lambda: len(recorded.messages) == 5, 3)
     assert recorded.names() == ["Added"] * 3 + ["Stepped"] * 2
@@ -63,22 +66,22 @@ def test_a_step_is_one_message_for_all_that_run_and_messages_are_plain_data(modu
 
 
 def test_a_call_is_added_as_a_whole_or_refused_with_the_engines_own_words(module, Params, fake, recorded):
-    messages = module("engine_thread")
-    recorded.thread.send(messages.Add(7, [([20], Params()), ([13], Params())]))
+    messages = module("engine_loop")
+    recorded.inbox.put(messages.Add(7, [([20], Params()), ([13], Params())]))
     recorded.thread.start()
     wait_until(lambda: recorded.messages)
     assert recorded.messages == [messages.Refused(7, "prompt has the token 13, which this engine refuses", "prompt", "invalid_value")]
-    assert fake.aborted == [1] and not recorded.thread.owners
+    assert fake.aborted == [1] and not recorded.loop.owners
 
 
 def test_an_abort_is_answered_and_nothing_of_the_call_follows(module, Params, fake, recorded):
-    messages = module("engine_thread")
+    messages = module("engine_loop")
     fake.gate.clear()
-    recorded.thread.send(messages.Add(1, [([20] * 9, Params(max_tokens=9))]))
+    recorded.inbox.put(messages.Add(1, [([20] * 9, Params(max_tokens=9))]))
     recorded.thread.start()
     wait_until(lambda: recorded.names() == ["Added"])
-    recorded.thread.send(messages.Abort(1))
-    recorded.thread.send(messages.Abort(1))
+    recorded.inbox.put(messages.Abort(1))
+    recorded.inbox.put(messages.Abort(1))
     fake.gate.set()
     wait_until(lambda: recorded.names().count("Aborted") == 2, 3)
     # The step that was under way may still tell of it.
@@ -88,10 +91,10 @@ def test_an_abort_is_answered_and_nothing_of_the_call_follows(module, Params, fa
 
 def test_a_late_token_of_an_aborted_call_reaches_nobody(module, fake):
     """It was computed while the abort lay in the queue."""
-    aside, messages = module("async_engine"), module("engine_thread")
+    aside, messages = module("async_engine"), module("engine_loop")
 
     async def run():
-        engine = aside.AsyncEngine(fake, **({"max_waiting": 8} if hasattr(aside, "QueueFull") else {}))
+        engine = aside.AsyncEngine(module("engine_thread").EngineThread(fake), **({"max_waiting": 8} if hasattr(aside, "QueueFull") else {}))
         engine.loop = asyncio.get_running_loop()
         first = asyncio.create_task(engine.generate([([20], None)]))
         second = asyncio.create_task(engine.generate([([20], None)]))
@@ -114,12 +117,12 @@ def test_a_late_token_of_an_aborted_call_reaches_nobody(module, fake):
 
 
 def test_a_caller_that_is_cancelled_when_its_call_is_added_leaves_nothing(module, fake):
-    aside, messages, told = module("async_engine"), module("engine_thread"), []
+    aside, messages, told = module("async_engine"), module("engine_loop"), []
 
     async def run():
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _loop, context: told.append(context))
-        engine = aside.AsyncEngine(fake, **({"max_waiting": 8} if hasattr(aside, "QueueFull") else {}))
+        engine = aside.AsyncEngine(module("engine_thread").EngineThread(fake), **({"max_waiting": 8} if hasattr(aside, "QueueFull") else {}))
         engine.loop = loop
         caller = asyncio.create_task(engine.generate([([20], None)]))
         await asyncio.sleep(0)
@@ -128,7 +131,7 @@ def test_a_caller_that_is_cancelled_when_its_call_is_added_leaves_nothing(module
         with pytest.raises(asyncio.CancelledError):
             await caller
         assert not engine.active_generations
-        assert [engine.engine_thread.inbox.get_nowait() for _ in range(2)][1] == messages.Abort(1)
+        assert [engine.runner.inbox.get_nowait() for _ in range(2)][1] == messages.Abort(1)
 
     asyncio.run(run())
     assert not told

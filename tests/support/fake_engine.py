@@ -6,6 +6,8 @@ import threading
 class FakeEngine:
     """Says the prompt back, a token a step, to as many requests as there are places; holds while `gate` is closed."""
 
+    name = "fake"
+
     def __init__(self, chapter, tokenizer, places=2, max_model_len=1000):
         outputs = importlib.import_module(f"milestones.{chapter.name}.outputs")
         self.StepOutput, self.Stats = outputs.StepOutput, outputs.Stats
