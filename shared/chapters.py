@@ -183,6 +183,11 @@ CONTENTS = (
         idea="Completions forget, responses remember: what is kept, for how long, and what a cancelled one leaves behind.",
         adds=frozenset({"responses"}),
     ),
+    Row(
+        name="v10_engine_process",
+        idea="One interpreter lock lets one thread run. The engine moves into a process with a lock of its own, and one message per step crosses.",
+        adds=frozenset({"engine_process"}),
+    ),
 )
 
 BOOK = Book.of(ROOT, CONTENTS)

@@ -35,6 +35,7 @@ from shared import results  # noqa: E402
 from shared.book import full_record  # noqa: E402
 from shared.chapters import BOOK, CHAPTERS, ROOT, find  # noqa: E402
 from shared.checkpoints import checkpoint  # noqa: E402
+from shared.verify import serving  # noqa: E402
 from tests import matrix  # noqa: E402
 from tests.support.progress import OneLine  # noqa: E402
 from tests.support.seen import Seen  # noqa: E402
@@ -47,7 +48,8 @@ def pytest_addoption(parser):
     parser.addoption("--full", metavar="vNN", help=f"as --chapter, and if all pass write that down in {full_record.FILE}")
     parser.addoption("--also", action="append", metavar="vNN", help="all tests of this chapter too (repeatable)")
     parser.addoption("--tools", action="store_true", help="only what is no chapter's")
-    parser.addoption("--all", action="store_true", help="everything of every chapter")
+    parser.addoption("--all", action="store_true", help="everything of every chapter, its servers in both ways")
+    parser.addoption("--both-ways", action="store_true", help="servers also with --engine thread, where they can")
     parser.addoption("--gpu", action="store_true", help="only what is to be seen on a GPU: kernels compiled, chapters on it")
     parser.addoption("--record", action="store_true", help="write the measured distances to docs/results/distances.json")
 
@@ -129,6 +131,9 @@ def pytest_generate_tests(metafunc):
     if "chapter" in metafunc.fixturenames:
         chapters = chapters_of(metafunc.definition)
         metafunc.parametrize("chapter", chapters, ids=[chapter.id for chapter in chapters], scope="session")
+        if Path(metafunc.definition.path).name in matrix.SERVERS:
+            ways = [pytest.param("process", id=pytest.HIDDEN_PARAM), "thread"]
+            metafunc.parametrize("engine_way", ways, indirect=True, scope="session")
     if "checkpoint_name" in metafunc.fixturenames:
         metafunc.parametrize("checkpoint_name", matrix.CHECKPOINTS, scope="session")
 
@@ -159,6 +164,10 @@ def is_wanted(config, item) -> bool:
     chapter = values.get("chapter")
     if chapter is None:
         return not config.only
+    if values.get("engine_way") == "thread":
+        both = config.getoption("--all") or config.getoption("--both-ways")
+        if not both or "engine_process" not in chapter.capabilities:
+            return False
     if config.only or config.getoption("--tools"):
         return chapter in config.only
     if chapter in config.also or config.getoption("--all"):
@@ -169,6 +178,12 @@ def is_wanted(config, item) -> bool:
         return matrix.is_run(item.path, chapters_of(item), chapter, CHAPTERS[-1], values.get("checkpoint_name"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engine_way(request):
+    """What runs the engines of servers, in chapters where an engine can have a process of its own."""
+    serving.ENGINE = getattr(request, "param", "process")
 
 
 @lru_cache(maxsize=None)

@@ -47,6 +47,20 @@ WHOLE_RUNS = {
     "test_stop_strings.py",
     "test_trace.py",
 }
+# These serve an engine. Where it can have a process of its own they run in that way, and with `--engine thread` in
+# `make test-all`: that is the way of the chapters before, in the same files but for two.
+SERVERS = {
+    "test_clients.py",
+    "test_openai.py",
+    "test_openai_under_stress.py",
+    "test_protocol.py",
+    "test_responses.py",
+    "test_responses_protocol.py",
+    "test_responses_under_stress.py",
+    "test_server.py",
+    "test_server_fuzz.py",
+    "test_server_under_stress.py",
+}
 POCKET = "pocket"
 CHECKPOINTS = (POCKET, *RANDOM)  # of a test that takes `checkpoint_name`
 

@@ -171,19 +171,23 @@ def test_the_server_and_the_engine_are_measured_in_processes_of_their_own(monkey
     monkeypatch.setattr(bench, "PROFILE_S", 1.0)
     rows = {}
     monkeypatch.setattr(bench, "show", lambda chapter, row, show=bench.show: rows.update({chapter.id: row}) or show(chapter, row))
+    monkeypatch.setattr(bench.os, "sched_setaffinity", lambda *_: None)  # this process goes on after the measurement
     assert bench.main(["--streams", "2", "--turns", "1"]) == 0
     row = rows[last_with("serve").id]
     assert row["2"]["tokens"] == 30 and row["2"]["requests"] == 6
     assert set(row["2"]["alone"]) == {"tokens_per_s", "engine_busy", "engine_us", "wall_us", "others"}
-    assert set(row["2"]["server"]) == {*row["2"]["alone"], "front_us", "client_us"}
-    for way in ("alone", "server"):
+    assert list(row["2"]["share"]) == ["thread", "process"]
+    for way in row["2"]["share"]:
+        assert set(row["2"][way]) == {*row["2"]["alone"], "front_us", "client_us"}
+    for way in ("alone", *row["2"]["share"]):
         figures = {name: figure["median"] for name, figure in row["2"][way].items() if name != "others"}
         assert all(value > 0 for value in figures.values())
         assert figures["tokens_per_s"] * figures["wall_us"] == pytest.approx(1e6, rel=1e-2)
         assert figures["engine_busy"] == pytest.approx(figures["engine_us"] / figures["wall_us"], rel=1e-2)
-    groups = row["profile"]["groups"]
-    assert row["profile"]["samples"] > 0 and groups["tokenizer"]["us"] > 0
-    assert sum(group["share"] for group in groups.values()) == pytest.approx(1, abs=0.01)
+    for profile in row["profile"].values():
+        groups = profile["groups"]
+        assert profile["samples"] > 0 and groups["tokenizer"]["us"] > 0
+        assert sum(group["share"] for group in groups.values()) == pytest.approx(1, abs=0.01)
     assert "the tokenizer's thread" in capsys.readouterr().out
 
 
@@ -211,7 +215,7 @@ def test_a_turn_that_other_processes_disturbed_is_measured_again(monkeypatch, ot
     monkeypatch.setattr(bench, "server_turn", lambda *_: took("server"))
     monkeypatch.setattr(bench, "others_s", others_s)
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    row = bench.measure_size(None, None, None, 2, 2)
+    row = bench.measure_size([SimpleNamespace(way="server")], None, 2, 2)
     # One of each does not count; then each goes first in turn.
     assert order[2:] == (["alone", "server", "server", "alone"] * 3)[: 2 * turns]
     assert row["server"]["others"] == {"median": sum(kept) / 2, "low": kept[0], "high": kept[1]}
@@ -235,7 +239,7 @@ def test_tokens_that_did_not_come_are_noticed():
 def test_the_front_is_all_of_the_process_but_the_engine():
     before, after = {"process": 10.0, "engine": 4.0}, {"process": 15.0, "engine": 7.0}
     assert bench.spent(before, after) == {"engine": 3.0, "front": 2.0}
-    with pytest.raises(AssertionError, match="no thread that is called engine"):
+    with pytest.raises(AssertionError, match="no thread or process that is called engine"):
         bench.spent(before, after | {"engine": 4.0})
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.needs("serve")
 
 
 @pytest.fixture(scope="session")
-def server(chapter):
+def server(chapter, engine_way):
     engine = chapter.load().Engine(checkpoint("pocket"), max_num_seqs=8, max_model_len=256)
     with serving(chapter, engine, **({"max_waiting": 8} if "openai" in chapter.capabilities else {})) as server:
         yield server

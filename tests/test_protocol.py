@@ -29,7 +29,7 @@ def fake(chapter):
 
 
 @pytest.fixture(scope="session")
-def server(chapter, fake):
+def server(chapter, fake, engine_way):
     with serving(chapter, fake) as server:
         yield server
 

@@ -14,7 +14,7 @@ CHECKS = (not_a_server_error, response_schema_conformance, content_type_conforma
 
 
 @pytest.fixture(scope="session")
-def server(chapter):
+def server(chapter, engine_way):
     engine = chapter.load().Engine(checkpoint("pocket"), max_num_seqs=16, max_model_len=256)
     # With few tokens where the fuzzer names no number, many requests fit into the time.
     with serving(chapter, engine, default_max_tokens=2, max_waiting=16) as server:

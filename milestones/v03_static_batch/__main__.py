@@ -68,12 +68,17 @@ def chosen(args: argparse.Namespace, flags: dict[str, dict]) -> dict:
     return {name: getattr(args, name) for name in flags}
 
 
-def make_engine(args: argparse.Namespace) -> Engine:
-    """The engine that the flags describe; ValueError if no checkpoint is named or found."""
+def choose_model(args: argparse.Namespace) -> str | Path:
+    """The checkpoint that the flags name; ValueError if there is none."""
     model_dir = args.model or os.environ.get("STEPSERVE_MODEL") or (POCKET if POCKET.is_dir() else None)
     if model_dir is None:
         raise ValueError("no model: give --model DIR, or set STEPSERVE_MODEL to a checkpoint directory")
-    return Engine(model_dir, **chosen(args, ENGINE_FLAGS))
+    return model_dir
+
+
+def make_engine(args: argparse.Namespace) -> Engine:
+    """The engine that the flags describe; ValueError if its checkpoint is not named or not found."""
+    return Engine(choose_model(args), **chosen(args, ENGINE_FLAGS))
 
 
 def run_generate(args: argparse.Namespace) -> int:

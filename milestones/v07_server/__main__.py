@@ -82,12 +82,17 @@ def chosen(args: argparse.Namespace, flags: dict[str, dict]) -> dict:
     return {name: getattr(args, name) for name in flags}
 
 
-def make_engine(args: argparse.Namespace) -> Engine:
-    """The engine that the flags describe; ValueError if no checkpoint is named or found."""
+def choose_model(args: argparse.Namespace) -> str | Path:
+    """The checkpoint that the flags name; ValueError if there is none."""
     model_dir = args.model or os.environ.get("STEPSERVE_MODEL") or (POCKET if POCKET.is_dir() else None)
     if model_dir is None:
         raise ValueError("no model: give --model DIR, or set STEPSERVE_MODEL to a checkpoint directory")
-    return Engine(model_dir, **chosen(args, ENGINE_FLAGS))
+    return model_dir
+
+
+def make_engine(args: argparse.Namespace) -> Engine:
+    """The engine that the flags describe; ValueError if its checkpoint is not named or not found."""
+    return Engine(choose_model(args), **chosen(args, ENGINE_FLAGS))
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -110,13 +115,6 @@ def run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_warm_engine(args: argparse.Namespace) -> Engine:
-    """As make_engine; no request waits for a kernel to be compiled."""
-    engine = make_engine(args)
-    engine.warm_up()
-    return engine
-
-
 def run_serve(args: argparse.Namespace) -> NoReturn:
     """Serve the model until a signal says otherwise."""
     from .engine_thread import EngineThread
@@ -128,7 +126,9 @@ def run_serve(args: argparse.Namespace) -> NoReturn:
         raise ValueError(f"served_model_name must be printable, and not empty, got {args.served_model_name!r}")
     # Before the model is loaded, which takes longer than to find that the port is taken.
     bound = bind(args.host, args.port)
-    runner = EngineThread(make_warm_engine(args))
+    engine = make_engine(args)
+    engine.warm_up()
+    runner = EngineThread(engine)
     service = Service(
         runner,
         args.served_model_name or runner.name,

@@ -23,11 +23,12 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import httpx
 from tqdm import tqdm
 
-from shared.chapters import ROOT, last_with
+from shared.chapters import ROOT, find, last_with
 from shared.results import write_row
 
 WORDS = "once upon a time there was hare fox owl who lived near river and kept keys values in small blocks".split()
@@ -209,6 +210,18 @@ def serve_in_groups(chapter_name: str, argv: list[str]) -> int:
     """
     import importlib
 
+    schedule_in_groups(chapter_name)
+    if "engine_process" in find(chapter_name).capabilities:
+        # What is changed in this process is not changed in the engine's.
+        engine_process = importlib.import_module(f"milestones.{chapter_name}.engine_process")
+        engine_process.load_engine = partial(load_in_groups, chapter_name)
+    return importlib.import_module(f"milestones.{chapter_name}.__main__").main(argv)
+
+
+def schedule_in_groups(chapter_name: str) -> None:
+    """Change the chapter's scheduler in this process."""
+    import importlib
+
     scheduler = importlib.import_module(f"milestones.{chapter_name}.scheduler").Scheduler
     admit, schedule = scheduler.admit, scheduler.schedule
 
@@ -218,7 +231,14 @@ def serve_in_groups(chapter_name: str, argv: list[str]) -> int:
 
     scheduler.schedule = schedule_group
     scheduler.admit = lambda self, seq: not self.is_group_under_way and admit(self, seq)
-    return importlib.import_module(f"milestones.{chapter_name}.__main__").main(argv)
+
+
+def load_in_groups(chapter_name: str, model_dir: str, **options):
+    """What the engine's process calls to make its engine."""
+    import importlib
+
+    schedule_in_groups(chapter_name)
+    return importlib.import_module(f"milestones.{chapter_name}.engine_process").load_engine(model_dir, **options)
 
 
 def main(argv: list[str]) -> int:

@@ -2,26 +2,29 @@
 
     python -m shared.bench.serving                      # the last chapter that serves, with 1, 16 and 64 streams
     python -m shared.bench.serving v07 --streams 16     # another one, with 16 streams only
-    python -m shared.bench.serving --write
+    python -m shared.bench.serving --write              # ten minutes
 
-Three processes take part: the chapter's server, the chapter's engine without a server, and the server's client, which
-is this process. The client runs on the same machine and takes CPU time from the server, so its own CPU time is reported
-too. It reads raw sockets: with httpx it would take more CPU time per token than the server. The model is pocket, on the
-CPU, with OMP_NUM_THREADS=1 and --max-num-seqs 64. The requests are those of `load` in a closed loop: each stream sends
-its next request when its last one is answered. The engine alone gets the same requests, already tokenized, and runs as
-many at once.
+Compared are the chapter's engine without a server, its server with the engine in a thread, and, where the chapter has
+it, its server with the engine in a process of its own. The server's client is this process. It runs on the same machine
+and takes CPU time from the server, so its own CPU time is reported too. It reads raw sockets: with httpx it would take
+more CPU time per token than the server. The model is pocket, on the CPU, with OMP_NUM_THREADS=1 and --max-num-seqs 64.
+The requests are those of `load` in a closed loop: each stream sends its next request when its last one is answered. The
+engine alone gets the same requests, already tokenized, and runs as many at once.
 
-Server and engine alone take turns of a few seconds, because the speed of a shared machine changes within minutes. A
-turn computes the same tokens either way; it includes its beginning and its end, when fewer streams run. Each figure is
-the median over the turns, with the lowest and the highest:
+Where a chapter's engine can have a process of its own, that process and the engine alone are bound to one core, the
+client and the other process of the server to a second one; a server with threads may use both.
+
+All ways take turns of a few seconds, because the speed of a shared machine changes within minutes. A turn computes the
+same tokens in each way; it includes its beginning and its end, when fewer streams run. Each figure is the median over
+the turns, with the lowest and the highest:
 
     tokens_per_s    new tokens per second of wall time
-    share           the server's tokens_per_s, divided by that of the engine alone in the same turn
-    engine_us       CPU microseconds per token of the engine's thread
-    front_us        CPU microseconds per token of the rest of the server's process: the event loop, the tokenizer's thread
+    share           a server's tokens_per_s, divided by that of the engine alone in the same turn
+    engine_us       CPU microseconds per token of the engine's thread, or of its process
+    front_us        CPU microseconds per token of the rest of the server: the event loop, the tokenizer's thread
     client_us       CPU microseconds per token of the client's process
     wall_us         wall microseconds per token
-    engine_busy     CPU time of the engine's thread, divided by wall time
+    engine_busy     CPU time of the engine's thread or process, divided by wall time
     others          CPU time of all other processes of the machine, divided by wall time
 
 A turn in which others took more than QUIET of a core does not count. Measuring goes on until there are enough quiet
@@ -43,6 +46,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from urllib.parse import urlsplit
 
@@ -66,8 +71,8 @@ SILENCE_S = 60.0  # how long the client waits for any byte of any stream
 class Child:
     """A process of `serving_child`: it is sent a line of JSON, and answers with one."""
 
-    def __init__(self, way: str, chapter: Chapter, **options):
-        command = [sys.executable, "-m", "shared.bench.serving_child", way, chapter.name]
+    def __init__(self, what: str, chapter: Chapter, *flags: str, module: str = "shared.bench.serving_child", **options):
+        command = [sys.executable, "-m", module, what, chapter.name, *flags]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE} | options
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
@@ -92,20 +97,51 @@ class Child:
         self.process.communicate()
 
 
+class Server(Child):
+    """A chapter's server, with its engine in a thread or in a process of its own."""
+
+    def __init__(self, chapter: Chapter, way: str):
+        flags = ["--engine", way] if "engine_process" in chapter.capabilities else []
+        super().__init__("serve", chapter, *flags, stderr=subprocess.PIPE)
+        self.way = way
+
+    def wait_until_it_serves(self) -> None:
+        url = urlsplit(url_of(self.process))
+        self.address = url.hostname, url.port
+
+
 def measure(chapter: Chapter, sizes: list[int], turns: int) -> dict:
-    """The rows of a chapter: one for each number of streams, and the profile."""
-    with Child("serve", chapter, stderr=subprocess.PIPE) as server, Child("alone", chapter) as alone:
-        url = urlsplit(url_of(server.process))
-        address = url.hostname, url.port
+    """The rows of a chapter: one for each number of streams, and the profiles."""
+    has_process = "engine_process" in chapter.capabilities
+    with ExitStack() as stack:
+        stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+        servers = [stack.enter_context(Server(chapter, way)) for way in (["thread", "process"] if has_process else ["thread"])]
+        alone = stack.enter_context(Child("alone", chapter))
+        for server in servers:
+            server.wait_until_it_serves()
         alone.read()
         row = {
             "http": "httptools" if has("httptools") else "h11",
             "event_loop": "uvloop" if has("uvloop") else "asyncio",
+            "pinned": has_process and pin(servers, alone),
         }
         for size in sizes:
-            row[str(size)] = measure_size(server, address, alone, size, turns)
-        row["profile"] = measure_profile(server, address)
+            row[str(size)] = measure_size(servers, alone, size, turns)
+        row["profile"] = {server.way: measure_profile(server) for server in servers}
     return row
+
+
+def pin(servers: list[Server], alone: Child | None) -> bool:
+    """Bind the processes to two cores, as the module's docstring says; False if there is only one."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        return False
+    os.sched_setaffinity(0, cores[1:])
+    if alone:
+        alone.ask({"pin": {"engine": cores[:1], "front": cores[:1]}})
+    for server in servers:
+        server.ask({"pin": {"engine": cores[:1], "front": cores[1:] if server.way == "process" else cores}})
+    return True
 
 
 def has(module: str) -> bool:
@@ -113,38 +149,39 @@ def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def measure_size(server: Child, address: tuple[str, int], alone: Child, streams: int, turns: int) -> dict:
-    """Figures of both ways, which take turns, after one turn of each that does not count."""
+def measure_size(servers: list[Server], alone: Child, streams: int, turns: int) -> dict:
+    """Figures of all ways, which take turns, after one turn of each that does not count."""
     bodies = workload(16 + 4 * streams, SEED, "pocket")
-    ways: dict[str, Callable[[], dict[str, float]]] = {
-        "alone": lambda: alone_turn(alone, bodies, streams),
-        "server": lambda: server_turn(server, address, bodies, streams),
-    }
+    ways: dict[str, Callable[[], dict[str, float]]] = {"alone": lambda: alone_turn(alone, bodies, streams)}
+    ways |= {server.way: partial(server_turn, server, bodies, streams) for server in servers}
     for turn in ways.values():
         turn()
-    pairs = []
+    rounds = []
     for turn_id in progress(range(3 * turns), f"{streams} streams"):
-        pair = {}
-        # Each goes first in every second turn, so that a machine that slows down favours neither.
-        for way in sorted(ways, reverse=turn_id % 2 == 1):
-            before, start = others_s(server, alone), time.perf_counter()
-            pair[way] = ways[way]()
-            pair[way]["others"] = (others_s(server, alone) - before) / (time.perf_counter() - start)
-        pairs.append(pair)
-        pairs.sort(key=disturbance)
-        if len(pairs) >= turns and disturbance(pairs[turns - 1]) < QUIET:
+        found = {}
+        # Each goes first as often as last, so that a machine that slows down favours none.
+        for way in list(ways)[:: -1 if turn_id % 2 else 1]:
+            before, start = others_s(*servers, alone), time.perf_counter()
+            found[way] = ways[way]()
+            found[way]["others"] = (others_s(*servers, alone) - before) / (time.perf_counter() - start)
+        rounds.append(found)
+        rounds.sort(key=disturbance)
+        if len(rounds) >= turns and disturbance(rounds[turns - 1]) < QUIET:
             break
-    pairs = pairs[:turns]
+    rounds = rounds[:turns]
     row = {"requests": len(bodies), "tokens": sum(body["max_tokens"] for body in bodies), "turns": turns}
     for way in ways:
-        row[way] = {name: spread([pair[way][name] for pair in pairs]) for name in pairs[0][way]}
-    row["share"] = spread([pair["server"]["tokens_per_s"] / pair["alone"]["tokens_per_s"] for pair in pairs])
+        row[way] = {name: spread([found[way][name] for found in rounds]) for name in rounds[0][way]}
+    row["share"] = {
+        server.way: spread([found[server.way]["tokens_per_s"] / found["alone"]["tokens_per_s"] for found in rounds])
+        for server in servers
+    }
     return row
 
 
-def disturbance(pair: dict[str, dict[str, float]]) -> float:
-    """How much of a core other processes took in the worse of two turns."""
-    return max(figures["others"] for figures in pair.values())
+def disturbance(found: dict[str, dict[str, float]]) -> float:
+    """How much of a core other processes took in the worst of a round's turns."""
+    return max(figures["others"] for figures in found.values())
 
 
 def others_s(*children: Child) -> float:
@@ -174,18 +211,18 @@ def alone_turn(alone: Child, bodies: list[dict], streams: int) -> dict[str, floa
     return figures_of(bodies, run["tokens"], run["wall_s"], {"engine": run["cpu_s"]})
 
 
-def server_turn(server: Child, address: tuple[str, int], bodies: list[dict], streams: int) -> dict[str, float]:
+def server_turn(server: Server, bodies: list[dict], streams: int) -> dict[str, float]:
     """One run through the server; its figures by name."""
     before, client_s, start = server.ask({}), time.process_time(), time.perf_counter()
-    num_tokens = closed_loop(address, bodies, streams)
+    num_tokens = closed_loop(server.address, bodies, streams)
     wall_s, client_s, after = time.perf_counter() - start, time.process_time() - client_s, server.ask({})
     return figures_of(bodies, num_tokens, wall_s, spent(before, after) | {"client": client_s})
 
 
 def spent(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """CPU seconds between two answers of the server's process: of the engine's thread, and of all others."""
+    """CPU seconds between two answers of a server: of the engine, and of the rest."""
     engine_s, process_s = (after[name] - before[name] for name in ("engine", "process"))
-    assert engine_s > 0, "the server has no thread that is called engine, or it has done nothing"
+    assert engine_s > 0, "the server has no thread or process that is called engine, or it has done nothing"
     return {"engine": engine_s, "front": process_s - engine_s}
 
 
@@ -265,7 +302,7 @@ def tokens_of(answer: bytes) -> int:
     >>> tokens_of(b'data: {"usage": {"completion_tokens": 12, "total_tokens": 15}}' + END)
     12
     """
-    _, found, rest = answer.rpartition(b'"completion_tokens": ')
+    _, found, rest = answer.rpartition(b'"completion_tokens":')
     if not found:
         raise RuntimeError(f"a stream ended without its usage: {answer[-300:].decode(errors='replace')!r}")
     return int(rest.partition(b",")[0])
@@ -274,12 +311,12 @@ def tokens_of(answer: bytes) -> int:
 # ---- where the front's time goes
 
 
-def measure_profile(server: Child, address: tuple[str, int]) -> dict:
+def measure_profile(server: Server) -> dict:
     """CPU microseconds per token and shares of the front's CPU time, by group."""
     bodies = workload(8 * PROFILE_STREAMS, SEED, "pocket")
     num_tokens, before, end = 0, server.ask({"sample": True}), time.monotonic() + PROFILE_S
     while time.monotonic() < end:
-        num_tokens += closed_loop(address, bodies, PROFILE_STREAMS)
+        num_tokens += closed_loop(server.address, bodies, PROFILE_STREAMS)
     after = server.ask({"sample": False})
     front_s, tokenizer_s = spent(before, after)["front"], after["tokenizer"] - before["tokenizer"]
     front_us = 1e6 * front_s / num_tokens
@@ -309,22 +346,24 @@ def shares_of(samples: dict[str, int], tokenizer_share: float) -> dict[str, floa
 
 def show(chapter: Chapter, row: dict) -> None:
     columns = ("tokens/s alone", "served", "share", "engine alone", "engine", "front", "client", "wall")
-    print(f"{chapter.id}, {row['http']}, {row['event_loop']}; CPU and wall time in microseconds per token; medians (range)")
-    print(f"{'streams':8}" + "".join(f"{column:>20}" for column in columns))
+    pinned = ", pinned to two cores" if row["pinned"] else ""
+    print(f"{chapter.id}, {row['http']}, {row['event_loop']}{pinned}; CPU and wall time in microseconds per token; medians (range)")
+    print(f"{'streams':16}" + "".join(f"{column:>20}" for column in columns))
     sizes = [name for name in row if name.isdigit()]
     for streams in sizes:
-        alone, server, share = (row[streams][name] for name in ("alone", "server", "share"))
-        cells = [told(alone["tokens_per_s"]), told(server["tokens_per_s"]), told(share, ".0%"), told(alone["engine_us"])]
-        cells += [told(server[name]) for name in ("engine_us", "front_us", "client_us", "wall_us")]
-        print(f"{streams:8}" + "".join(f"{cell:>20}" for cell in cells))
+        for way, share in row[streams]["share"].items():
+            alone, server = row[streams]["alone"], row[streams][way]
+            cells = [told(alone["tokens_per_s"]), told(server["tokens_per_s"]), told(share, ".0%"), told(alone["engine_us"])]
+            cells += [told(server[name]) for name in ("engine_us", "front_us", "client_us", "wall_us")]
+            print(f"{f'{streams}, {way}':16}" + "".join(f"{cell:>20}" for cell in cells))
     for streams in sizes:
-        others = max(row[streams][way]["others"]["high"] for way in ("alone", "server"))
+        others = max(row[streams][way]["others"]["high"] for way in ("alone", *row[streams]["share"]))
         if others > QUIET:
             print(f"noisy: with {streams} streams, other processes took up to {others:.0%} of a core")
-    profile = row["profile"]
-    print(f"\nthe front's {profile['front_us']:,.0f} us with {profile['streams']} streams, {profile['samples']:,} samples:")
-    for group, part in profile["groups"].items():
-        print(f"  {GROUPS[group]:30}{part['share']:6.1%}{part['us']:8,.1f} us")
+    for way, profile in row["profile"].items():
+        print(f"\n{way}: the front's {profile['front_us']:,.0f} us with {profile['streams']} streams, {profile['samples']:,} samples:")
+        for group, part in profile["groups"].items():
+            print(f"  {GROUPS[group]:30}{part['share']:6.1%}{part['us']:8,.1f} us")
 
 
 def told(figure: dict[str, float], form: str = ",.0f") -> str:

@@ -1,6 +1,6 @@
 """The two processes that `serving` measures: a chapter's server, and its engine without one.
 
-    python -m shared.bench.serving_child serve v09_responses    # the server, and a thread that reads the others' clocks
+    python -m shared.bench.serving_child serve v09_responses    # the server, and a thread that reads all clocks; flags follow
     python -m shared.bench.serving_child alone v09_responses    # the engine, which runs the requests that it is sent
 
 Each answers every line of JSON on stdin with a line of JSON on stdout, and ends when stdin does. Linux only.
@@ -16,6 +16,7 @@ import ctypes
 import importlib
 import json
 import linecache
+import multiprocessing
 import os
 import signal
 import sys
@@ -54,6 +55,7 @@ GROUPS = {
 FILES = {
     "chapter/async_engine.py": "delivery",
     "chapter/engine_loop.py": "delivery",
+    "chapter/engine_process.py": "delivery",
     "chapter/engine_thread.py": "delivery",
     "chapter/": "chapter",
     "library/asyncio/queues.py": "delivery",
@@ -78,12 +80,14 @@ FILES = {
 # ---- the server
 
 
-def serve(chapter_name: str) -> int:
+def serve(chapter_name: str, *more: str) -> int:
     """Run the chapter's server, on a free port that it prints on stderr, until stdin ends; the exit code."""
     sampler = Sampler()
 
     def answer(message: dict) -> dict:
-        """CPU seconds of the threads so far; after sampling also the number of samples of each group."""
+        """CPU seconds so far, after binding to cores if asked; after sampling also the number of samples of each group."""
+        if "pin" in message:
+            pin(message["pin"])
         if "sample" not in message:
             return clocks()
         sampler.set_interval(SAMPLE_NS if message["sample"] else 0)
@@ -92,17 +96,34 @@ def serve(chapter_name: str) -> int:
     threading.Thread(target=answer_lines, args=(answer,), name="clocks", daemon=True).start()
     limits = {"device": "cpu", "max-num-seqs": MAX_NUM_SEQS, "model": POCKET, "port": 0}
     flags = [str(part) for name, value in limits.items() for part in (f"--{name}", value)]
-    return importlib.import_module(f"milestones.{chapter_name}.__main__").main(["serve", *flags])
+    return importlib.import_module(f"milestones.{chapter_name}.__main__").main(["serve", *flags, *more])
 
 
 def clocks() -> dict[str, float]:
-    """CPU seconds so far: of the whole process, of the engine's thread, the event loop's and the tokenizer's."""
-    seconds = {"process": time.process_time(), "engine": 0.0, "loop": 0.0, "tokenizer": 0.0}
+    """CPU seconds so far: of all processes, of the engine's thread or process, the event loop's thread and the tokenizer's."""
+    engine_s = sum(time.clock_gettime(clock_of(process.pid)) for process in multiprocessing.active_children())
+    seconds = {"process": time.process_time() + engine_s, "engine": engine_s, "loop": 0.0, "tokenizer": 0.0}
     for thread in threading.enumerate():
         name = "loop" if thread is threading.main_thread() else thread.name.split("_")[0]
         if name in seconds:
             seconds[name] = time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
     return seconds
+
+
+def clock_of(pid: int) -> int:
+    """The CPU clock of a process. What is read of /proc has steps of 10 ms."""
+    clock = ctypes.c_int()
+    error = ctypes.CDLL(None).clock_getcpuclockid(pid, ctypes.byref(clock))
+    if error:
+        raise OSError(error, os.strerror(error))
+    return clock.value
+
+
+def pin(cores: dict[str, list[int]]) -> None:
+    """Bind all threads of the engine's process, if it has one, and of this one to cores."""
+    for pid, which in [(os.getpid(), "front"), *((process.pid, "engine") for process in multiprocessing.active_children())]:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            os.sched_setaffinity(int(task), cores[which])
 
 
 def answer_lines(answer: Callable[[dict], dict]) -> None:
@@ -196,7 +217,7 @@ def place_of(file: str) -> str:
 def alone(chapter_name: str) -> None:
     """Load the chapter's engine, say so, and run the requests of each line; the answer is what `run_alone` returns.
 
-    To a line without requests the answer is the process's CPU seconds so far.
+    To another line the answer is the process's CPU seconds so far, after binding to cores if asked.
     """
     package = find(chapter_name).load()
     encode = importlib.import_module(f"{package.__name__}.text").encode
@@ -205,7 +226,9 @@ def alone(chapter_name: str) -> None:
     print(json.dumps({"ready": True}), flush=True)
 
     def answer(message: dict) -> dict:
-        if not message:
+        if "pin" in message:
+            pin(message["pin"])
+        if "bodies" not in message:
             return {"process": time.process_time()}
         requests = []
         for body in message["bodies"]:
@@ -232,4 +255,4 @@ def run_alone(engine, requests: list[tuple], streams: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit({"serve": serve, "alone": alone}[sys.argv[1]](sys.argv[2]))
+    sys.exit({"serve": serve, "alone": alone}[sys.argv[1]](*sys.argv[2:]))

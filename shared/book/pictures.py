@@ -374,6 +374,63 @@ def felt(found: dict[str, dict]) -> str:
     return bars(panels, f"{found['chapter']}: median times that a client feels, with continuous batching and in groups", 84, 160)
 
 
+# ---- an engine beside a busy thread
+
+
+def lock(found: dict) -> str:
+    """When steps ended in a part of each window: a line for each way, a mark for each step."""
+    left, width, line, top = 150, 700, 34, 54
+    title = f"The ends of the engine's steps in one second, {found['streams']} streams"
+    body = [text(16, 22, title, "head")]
+    last = max(end for way in ("thread", "process") for window in ("quiet", "busy") for end in found[way][window]["ends_ms"])
+    right = width - 90
+    scale = (right - left) / max(1000, last)
+    for number, (window, way) in enumerate((window, way) for window in ("quiet", "busy") for way in ("thread", "process")):
+        y = top + number * line + (number // 2) * 12
+        ends = found[way][window]["ends_ms"]
+        body.append(text(16, y + 15, f"{window}, {way}"))
+        body.append(f'<path class="grid" d="M{left} {y + 22:g}H{right:g}"/>')
+        body += [rect(left + scale * end - 0.75, y, 1.5, 22, "token") for end in ends]
+        body.append(text(right + 8, y + 15, f"{len(ends)} step{'s' if len(ends) != 1 else ''}", "small"))
+    foot = top + 4 * line + 12
+    for ms in range(0, 1001, 250):
+        body.append(text(left + scale * ms, foot + 16, f"{ms} ms", "small", "middle"))
+    return svg(width, foot + 26, title, body)
+
+
+def where(found: dict) -> str:
+    """A bar for each way and number of streams: wall microseconds per token, and below it who computed meanwhile."""
+    [measured] = [figures for name, figures in found.items() if name.startswith("v")]
+    left, right, line, top = 150, 600, 48, 40
+    title = "CPU time per token of engine and front, beside the wall time"
+    body = [text(16, 22, title, "head")]
+    y = top
+    for streams in (key for key in measured if key.isdigit()):
+        ways = {way: {name: measured[streams][way][f"{name}_us"]["median"] for name in ("engine", "front", "wall")} for way in ("thread", "process")}
+        scale = (right - left) / max(max(each["engine"] + each["front"], each["wall"]) for each in ways.values())
+        body.append(text(16, y + 14, f"{streams} stream{'s' if streams != '1' else ''}", "head"))
+        y += 22
+        for way, each in ways.items():
+            body.append(text(28, y + 13, way))
+            engine, front, wall = (scale * each[name] for name in ("engine", "front", "wall"))
+            # With a thread one follows the other; with a process they run at the same time.
+            start, below = (left + engine, 0) if way == "thread" else (left, 15)
+            body.append(rect(left, y, engine, 13, "owner0", f"engine {each['engine']:,.0f}"))
+            body.append(rect(start, y + below, front, 13, "owner2", f"front {each['front']:,.0f}"))
+            body.append(f'<path class="waits" d="M{left + wall:g} {y - 3:g}V{y + 31:g}"/>')
+            ends = max(left + wall, start + front, left + engine)
+            body.append(text(ends + 8, y + 12, f"{each['wall']:,.0f} \u00b5s"))
+            y += line - 10
+        y += 12
+    body.append(rect(16, y, 12, 12, "owner0"))
+    body.append(text(34, y + 11, "engine", "small"))
+    body.append(rect(96, y, 12, 12, "owner2"))
+    body.append(text(114, y + 11, "front: the rest of the server", "small"))
+    body.append(f'<path class="waits" d="M310 {y - 2:g}V{y + 14:g}"/>')
+    body.append(text(318, y + 11, "wall time; the client computes too", "small"))
+    return svg(700, y + 24, title, body)
+
+
 # ---- what is drawn from which result
 
 Picture = tuple[str, Callable[[dict], str]]
@@ -400,6 +457,8 @@ PICTURES: dict[str, Picture] = {
     "v01_growth.svg": ("growth.json", alone),
     "v06_moved.svg": ("staircase.json", moved),
     "v07_felt.svg": ("load.json", felt),
+    "v10_lock.svg": ("lock.json", lock),
+    "v10_where.svg": ("serving.json", where),
 }
 
 # Of these nothing depends on the machine.

@@ -202,6 +202,6 @@ def test_an_answer_that_is_missing_or_of_another_bug_is_told(make_book, first):
 
 def test_a_chapter_is_found_by_its_traps_page():
     page = build.traps_page(BOOK, {"v01/scale missing": {"question": "q", "answer": "a | b"}})
-    assert page.count("\n## v0") == len(CHAPTERS)
+    assert page.count("\n## v") == len(CHAPTERS)
     assert "| a \\| b |" in page
     assert find("v01").name in page

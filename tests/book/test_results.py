@@ -119,24 +119,27 @@ def test_the_tables_of_a_server_name_the_chapter_where_it_is_not_the_texts_own(b
     sized = {
         "tokens": 9,
         "alone": figures(tokens_per_s=2000.0, engine_us=500.4),
-        "server": figures(tokens_per_s=1000.0, engine_us=600.0, front_us=200.0, client_us=30.0, wall_us=1000.0),
-        "share": figures(share=0.5)["share"],
+        "thread": figures(tokens_per_s=1000.0, engine_us=600.0, front_us=200.0, client_us=30.0, wall_us=1000.0),
+        "process": figures(tokens_per_s=1500.0, engine_us=600.0, front_us=200.0, client_us=30.0, wall_us=700.0),
+        "share": figures(thread=0.5, process=0.75),
     }
     groups = {"loop": {"share": 0.75, "us": 150.0}, "tokenizer": {"share": 0.25, "us": 50.0}}
-    measured = {"http": "h11", "1": sized, "16": sized, "profile": {"streams": 16, "samples": 1234, "groups": groups}}
+    profile = {"streams": 16, "samples": 1234, "groups": groups}
+    measured = {"http": "h11", "1": sized, "16": sized, "profile": {"thread": profile, "process": profile}}
     book.results.mkdir(parents=True)
     (book.results / "serving.json").write_text(json.dumps(row({"v02": measured}, code={"v02": "another"})))
     old = "old, since the code has changed: v02"
     cells = "2,000 | 1,000 | 50% (45% to 55%) | 500 | 600 | 200 | 30 | 1,000 |"
     assert serving(book, book.chapters[1])[2:] == [
         f"| *AVX512: avx512 machine, 2000-01-01; {old}* | | | | | | | | |",
-        f"| 1 stream | {cells}",
-        f"| 16 streams | {cells}",
-    ]
-    assert serving(book, book.chapters[0])[3] == f"| v02, 1 stream | {cells}" == serving(book, None)[3]
+        f"| thread, 1 stream | {cells}",
+        f"| thread, 16 streams | {cells}",
+    ], "a chapter without a process of its own has no use for the other way"
+    assert serving(book, book.chapters[0])[3] == f"| v02, thread, 1 stream | {cells}" == serving(book, None)[3]
+    assert serving(book, None)[4] == "| v02, process, 1 stream | 2,000 | 1,500 | 75% (68% to 82%) | 500 | 600 | 200 | 30 | 700 |"
     assert serving_profile(book, book.chapters[1])[2:] == [
-        f"| *AVX512: avx512 machine, 2000-01-01; 16 streams, 1,234 samples; {old}* | | |",
+        f"| *AVX512: avx512 machine, 2000-01-01; thread, 16 streams, 1,234 samples; {old}* | | |",
         "| event loop: asyncio, select | 75% | 150 |",
         "| the tokenizer's thread | 25% | 50 |",
     ]
-    assert "v02, 16 streams, 1,234 samples" in serving_profile(book, None)[2]
+    assert "v02, thread, 16 streams, 1,234 samples" in serving_profile(book, None)[2]

@@ -10,7 +10,7 @@ PROMPT = "Once upon a time"
 
 
 @pytest.fixture(scope="session")
-def server(chapter):
+def server(chapter, engine_way):
     engine = chapter.load().Engine(checkpoint("pocket"), max_num_seqs=16, max_model_len=256)
     with serving(chapter, engine) as server:
         yield server

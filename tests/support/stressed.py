@@ -8,6 +8,7 @@ import pytest
 
 from shared.chapters import ROOT
 from shared.checkpoints import POCKET, checkpoint
+from shared.verify import serving as verify
 from shared.verify.serving import serving, wait_until
 from shared.verify.soak_server import is_idle
 from tests.support.http import HTTP
@@ -38,6 +39,8 @@ def client_of(server, **options):
 def start(chapter, *flags):
     """The server as a user starts it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if "engine_process" in chapter.capabilities:
+        flags = ("--engine", verify.ENGINE, *flags)
     return Started(f"milestones.{chapter.name}", "serve", "--model", str(POCKET), *flags, cwd=ROOT, env=environment)
 
 

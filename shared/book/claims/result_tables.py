@@ -8,10 +8,14 @@
     attention       the attention kernel on a GPU, beside what it replaces and the limit of the memory
     serving         what a server costs beside the engine alone: tokens per second, CPU time per token
     serving_profile where the CPU time of a server's event loop goes
+    lock            an engine beside a busy event loop, in a thread and in a process
+    lock_start      how long a server takes to start, and its memory
+    killing         who was told when a server or its engine was killed
+    levers          what cheaper ways to write an event would take off the front's CPU time
     changes         lines added and removed from chapter to chapter, by file
     damage          random changes to the code, and whether a test notices
 
-Reads: docs/results/{suite, large, decode, overhead, attention, serving, mutants}.json.
+Reads: docs/results/{suite, large, decode, overhead, attention, serving, lock, killing, levers, mutants}.json.
 """
 from collections import Counter
 
@@ -202,7 +206,7 @@ SERVING = "python -m shared.bench.serving --write"
 
 
 def serving(book: Book, chapter: Chapter | None) -> list[str]:
-    """A row for each number of streams: medians, of the share with its range."""
+    """A row for each way and each number of streams: medians, of the share with its range."""
     rates = ("tokens/s, engine alone", "through the server", "share")
     times = ("CPU \u00b5s/token: engine alone", "engine", "front", "client", "wall \u00b5s/token")
     heads = (*rates, *times)
@@ -211,13 +215,19 @@ def serving(book: Book, chapter: Chapter | None) -> list[str]:
         lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(heads))
         for name, figures in served(row, chapter).items():
             for streams in (key for key in figures if key.isdigit()):
-                alone, server, share = (figures[streams][key] for key in ("alone", "server", "share"))
-                cells = [f"{alone['tokens_per_s']['median']:,.0f}", f"{server['tokens_per_s']['median']:,.0f}"]
-                cells.append(f"{share['median']:.0%} ({share['low']:.0%} to {share['high']:.0%})")
-                figures_us = (alone["engine_us"], *(server[f"{key}_us"] for key in ("engine", "front", "client", "wall")))
-                cells += [f"{each['median']:,.0f}" for each in figures_us]
-                lines.append(f"| {name}{streams} {'streams' if streams != '1' else 'stream'} | " + " | ".join(cells) + " |")
+                for way in shown_ways(chapter, figures["profile"]):
+                    alone, server, share = figures[streams]["alone"], figures[streams][way], figures[streams]["share"][way]
+                    cells = [f"{alone['tokens_per_s']['median']:,.0f}", f"{server['tokens_per_s']['median']:,.0f}"]
+                    cells.append(f"{share['median']:.0%} ({share['low']:.0%} to {share['high']:.0%})")
+                    figures_us = (alone["engine_us"], *(server[f"{key}_us"] for key in ("engine", "front", "client", "wall")))
+                    cells += [f"{each['median']:,.0f}" for each in figures_us]
+                    lines.append(f"| {name}{way}, {streams} {'streams' if streams != '1' else 'stream'} | " + " | ".join(cells) + " |")
     return lines
+
+
+def shown_ways(chapter: Chapter | None, ways: dict) -> list[str]:
+    """A chapter whose engine has no process of its own shows what its own way costs."""
+    return [way for way in ways if chapter is None or way == "thread" or "engine_process" in chapter.capabilities]
 
 
 def serving_profile(book: Book, chapter: Chapter | None) -> list[str]:
@@ -225,11 +235,83 @@ def serving_profile(book: Book, chapter: Chapter | None) -> list[str]:
     lines = ["| | share of the front's CPU time | CPU \u00b5s/token |", "|---|---:|---:|"]
     for kind, row in results.read(book.results / "serving.json", SERVING).items():
         for name, figures in served(row, chapter).items():
-            profile = figures["profile"]
-            about = f"{name}{profile['streams']} streams, {profile['samples']:,} samples"
-            lines.append(f"| *{results.origin(kind, row)}; {about}{results.age(row, book)}* | | |")
-            for group, part in profile["groups"].items():
-                lines.append(f"| {GROUPS[group]} | {part['share']:.0%} | {part['us']:,.0f} |")
+            for way in shown_ways(chapter, figures["profile"]):
+                profile = figures["profile"][way]
+                about = f"{name}{way}, {profile['streams']} streams, {profile['samples']:,} samples"
+                lines.append(f"| *{results.origin(kind, row)}; {about}{results.age(row, book)}* | | |")
+                for group, part in profile["groups"].items():
+                    lines.append(f"| {GROUPS[group]} | {part['share']:.0%} | {part['us']:,.0f} |")
+    return lines
+
+
+LOCK = "python -m shared.bench.lock --write"
+
+
+def lock(book: Book, chapter: Chapter | None) -> list[str]:
+    """A row for each way and each thing that happens meanwhile."""
+    heads = ("steps per second", "a step: median", "worst", "`/health`: worst")
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for kind, row in results.read(book.results / "lock.json", LOCK).items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(heads))
+        for window in ("quiet", "neighbour", "busy", "body"):
+            for way in ("thread", "process"):
+                found = row[way][window]
+                cells = [f"{found['steps'] / row['window_s']:,.0f}", *(f"{found[f'{what}_ms']:,.0f} ms" for what in ("p50", "worst", "health"))]
+                lines.append(f"| {window}, {way} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def lock_start(book: Book, chapter: Chapter | None) -> list[str]:
+    """Medians with their ranges."""
+    lines = ["| | until it serves | memory |", "|---|---:|---:|"]
+    for kind, row in results.read(book.results / "lock.json", LOCK).items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | | |")
+        for name, found in row["start"].items():
+            seconds, mib = found["seconds"], found["mib"]
+            name = name if name.startswith("v") else f"{row['chapter']}, {name}"
+            lines.append(
+                f"| {name} | {seconds['median']:.1f} s ({seconds['low']:.1f} to {seconds['high']:.1f}) "
+                f"| {mib['median']:,.0f} MiB ({mib['low']:,.0f} to {mib['high']:,.0f}) |"
+            )
+    return lines
+
+
+def killing(book: Book, chapter: Chapter | None) -> list[str]:
+    """A row for each process that was killed."""
+    heads = ("times", "clients answered", "told of the end", "neither", "the last client, at worst", "the last process, at worst")
+    lines = ["| killed | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for kind, row in results.read(book.results / "killing.json", "python -m shared.verify.killing --count 100 --write").items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(heads))
+        for what in ("engine", "server"):
+            found = row[what]
+            cells = [f"{found[name]:,}" for name in ("count", "answered", "failed", "hung")]
+            cells += [f"{found[name]:.2f} s" for name in ("worst_answer_s", "worst_end_s")]
+            lines.append(f"| the {what} | " + " | ".join(cells) + " |")
+    return lines
+
+
+LEVERS = {
+    "template": "a token's event from a template instead of pydantic models",
+    "raw": "ASGI's `send` instead of sse-starlette",
+    "orjson": "orjson instead of json",
+    "httptools": "httptools instead of h11",
+    "uvloop": "uvloop instead of asyncio's loop",
+    "all": "all of these but orjson",
+}
+
+
+def levers(book: Book, chapter: Chapter | None) -> list[str]:
+    """A row for each lever: what it changes in CPU time and in tokens per second."""
+    lines = ["| | the front's CPU time per token | tokens per second |", "|---|---:|---:|"]
+    for kind, row in results.read(book.results / "levers.json", "python -m shared.bench.levers --write").items():
+        about = f"{row['chapter']}, {row['streams']} streams, {row['front_us']:,.0f} \u00b5s per token unchanged"
+        lines.append(f"| *{results.origin(kind, row)}; {about}{results.age(row, book)}* | | |")
+        for lever, words in LEVERS.items():
+            cells = [
+                f"{figure['median']:+.0%} ({figure['low']:+.0%} to {figure['high']:+.0%})"
+                for figure in (row[lever]["front_us"], row[lever]["tokens_per_s"])
+            ]
+            lines.append(f"| {words} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -251,6 +333,10 @@ TABLES = {
     "overhead": overhead,
     "serving": serving,
     "serving_profile": serving_profile,
+    "lock": lock,
+    "lock_start": lock_start,
+    "killing": killing,
+    "levers": levers,
     "changes": changes,
     "damage": damage,
 }

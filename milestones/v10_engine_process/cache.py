@@ -1,0 +1,115 @@
+"""Keys and values of the tokens already seen.
+
+N tokens of this step   S sequences   L layers   P num_blocks   BS block_size   M blocks of the longest sequence
+KV key/value heads   D head_dim   n positions so far
+"""
+import os
+from array import array
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that one token's keys and values take, over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Bytes that a cache could take at the most: what is free of a GPU's memory, all there is of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(kv_bytes: int, device: torch.device, remedy: str) -> None:
+    """Raise ValueError if device cannot hold a cache of so many bytes."""
+    available = memory_bytes(device)
+    if kv_bytes > available:
+        needed, there = f"{kv_bytes / 2**30:.1f} GiB", f"{available / 2**30:.1f} GiB"
+        raise ValueError(f"the cache would take {needed} of memory, {device} has {there}; {remedy}")
+
+
+class BlockPool:
+    """Which blocks are free. A block belongs to whoever holds its id."""
+
+    def __init__(self, num_blocks: int, block_size: int):
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.free_ids = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken comes first
+
+    @property
+    def num_free(self) -> int:
+        return len(self.free_ids)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold so many tokens.
+
+        >>> [BlockPool(num_blocks=9, block_size=4).blocks_for(n) for n in (0, 1, 4, 5)]
+        [0, 1, 1, 2]
+        """
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, num_blocks: int) -> list[int] | None:
+        """Take blocks out of the pool; the caller owns them until `free`.
+
+        Returns block ids in the order tokens will fill them, none for a number of 0 or less; or None if the pool
+        is short, in which case nothing was taken.
+
+        >>> BlockPool(num_blocks=5, block_size=4).allocate(3)
+        [0, 1, 2]
+        """
+        if num_blocks > self.num_free:
+            return None
+        block_ids = [self.free_ids.popitem(last=False)[0] for _ in range(num_blocks)]
+        return block_ids
+
+    def free(self, block_ids: list[int] | array) -> None:
+        """Give a table's blocks back; they wait behind those freed before, the table's last block first."""
+        for block_id in reversed(block_ids):
+            assert block_id not in self.free_ids, f"block {block_id} is free already"
+            self.free_ids[block_id] = None
+
+
+class KVCache:
+    """Keys and values in blocks of block_size positions, owned by whoever holds their ids.
+
+    The next owner writes over the last one's. A token attends only to the positions of its own table: to each
+    after it was written, in the same pass or an earlier one.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.block_size = block_size
+        self.kv_bytes = num_blocks * block_size * kv_bytes_per_token(config, dtype)
+        check_memory(self.kv_bytes, device, "lower kv_bytes, or num_blocks or block_size")
+        shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # [L, P, BS, KV, D]
+        self.v = torch.zeros(shape, device=device, dtype=dtype)  # [L, P, BS, KV, D]
+
+    def clear(self, block_ids: list[int] | array) -> None:
+        """Fill blocks with zeros, in every layer."""
+        self.k[:, block_ids] = 0
+        self.v[:, block_ids] = 0
+
+    def write(self, layer_id: int, k: Tensor, v: Tensor, batch) -> None:
+        """Store the step's keys and values, [N, KV, D], in their slots."""
+        self.k[layer_id].flatten(0, 1).index_copy_(0, batch.slot_mapping, k)
+        self.v[layer_id].flatten(0, 1).index_copy_(0, batch.slot_mapping, v)
+
+    def read(self, layer_id: int, rectangle) -> tuple[Tensor, Tensor]:
+        """Keys and values of all positions so far, [S, n, KV, D]: copies, since the blocks lie anywhere."""
+        tables, n = rectangle.block_tables, rectangle.context_len
+        k = self.k[layer_id].index_select(0, tables.flatten())  # [S * M, BS, KV, D]
+        v = self.v[layer_id].index_select(0, tables.flatten())  # [S * M, BS, KV, D]
+        shape = len(tables), -1, *k.shape[2:]
+        return k.view(shape)[:, :n], v.view(shape)[:, :n]

@@ -1,0 +1,246 @@
+"""What a checkpoint's config.json decides, under this book's names."""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+# What transformers assumes for a key that config.json leaves out: in every family, and in each.
+# None: derived from other keys.
+COMMON_DEFAULTS = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+DEFAULTS = {
+    "llama": {
+        "intermediate_size": 11008,
+        "num_key_value_heads": None,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": 0,
+        "eos_token_id": 2,
+    },
+    "mistral": {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 131072,
+        "use_sliding_window": True,
+        "sliding_window": 4096,
+        "max_window_layers": 0,
+        "eos_token_id": 2,
+    },
+    "qwen2": {
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "eos_token_id": None,
+    },
+    "qwen3": {
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "eos_token_id": None,
+    },
+}
+
+# Features that would change the arithmetic: the families that know the key, and the value that leaves it off.
+UNSUPPORTED = {
+    "hidden_act": (FAMILIES, "silu"),
+    "attention_bias": (("llama", "qwen3"), False),
+    "mlp_bias": (("llama",), False),
+    "partial_rotary_factor": (FAMILIES, 1.0),
+    "quantization_config": (FAMILIES, None),
+    "num_experts": (FAMILIES, 0),
+    "num_local_experts": (FAMILIES, 0),
+}
+
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder: sizes in elements, lengths in tokens."""
+
+    family: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+    tied_head: bool
+    max_positions: int
+    sliding_window: int | None  # tokens a query may look back on; None: all
+    rope_theta: float
+    rope_scaling: dict[str, float]  # the four llama3 factors, or empty
+    end_ids: tuple[int, ...]
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.family == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.family == "qwen3"
+
+    def check_length(self, max_model_len: int) -> None:
+        """Raise ValueError if a request of max_model_len tokens would outgrow the sliding window."""
+        if self.sliding_window is not None and self.sliding_window < max_model_len:
+            raise ValueError(
+                f"sliding_window is {self.sliding_window}, below the {max_model_len} tokens that a request may have, "
+                "and sliding-window attention is not supported; lower max_model_len, or take a checkpoint without it"
+            )
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError if there is none."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is not a checkpoint: it has no {path.name}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def load_config(model_dir: Path) -> ModelConfig:
+    """Read config.json, and generation_config.json for the end tokens.
+
+    Keys that nothing here reads are ignored: every release of transformers adds some.
+
+    Raises:
+        ValueError: for a family or a feature that this engine does not compute, naming it.
+    """
+    stored = read_json(model_dir / "config.json")
+    family = stored.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type is {family!r}; supported are {', '.join(FAMILIES)}")
+    for key, (families, off) in UNSUPPORTED.items():
+        if family in families and stored.get(key) and stored[key] != off:
+            raise ValueError(f"{key} is {stored[key]!r}, which is not supported; only {off!r} is")
+    raw = defaults_of(family) | stored
+    num_heads = positive(raw, "num_attention_heads")
+    num_kv_heads = num_heads if raw["num_key_value_heads"] is None else positive(raw, "num_key_value_heads")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_attention_heads is {num_heads}, not a multiple of num_key_value_heads, {num_kv_heads}")
+    head_dim = positive(raw, "head_dim") if raw["head_dim"] else positive(raw, "hidden_size") // num_heads
+    if head_dim % 2 or head_dim > 2**16:
+        raise ValueError(f"head_dim is {head_dim}; rotary embedding needs an even one, and nobody has more than {2**16}")
+    rope_theta, rope_scaling = load_rope(raw)
+    return ModelConfig(
+        family=family,
+        hidden_size=positive(raw, "hidden_size"),
+        intermediate_size=positive(raw, "intermediate_size"),
+        num_layers=positive(raw, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=positive(raw, "vocab_size"),
+        norm_eps=number(raw, "rms_norm_eps"),
+        tied_head=bool(raw["tie_word_embeddings"]),
+        max_positions=positive(raw, "max_position_embeddings"),
+        sliding_window=load_sliding_window(raw),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        end_ids=load_end_ids(model_dir, raw),
+    )
+
+
+def defaults_of(family: str) -> dict:
+    """The keys that a config.json of this family may leave out, with transformers' values."""
+    return COMMON_DEFAULTS | DEFAULTS[family]
+
+
+def positive(raw: dict, key: str) -> int:
+    """A size of the model; ValueError unless it is an integer >= 1."""
+    value = raw[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key} in config.json must be an integer >= 1, got {value!r}")
+    return value
+
+
+def number(raw: dict, key: str) -> float:
+    """A constant of the model; ValueError unless it is a finite number above 0."""
+    value = raw[key]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{key} in config.json must be a number above 0, got {value!r}")
+    return value
+
+
+def load_rope(raw: dict) -> tuple[float, dict[str, float]]:
+    """Base and scaling of the rotary embedding, from either form of the config.
+
+    transformers 5 writes rope_parameters; most files on the hub have rope_theta and rope_scaling.
+    """
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling and rope_parameters in config.json must be objects, got {rope!r}")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"rope_type is {rope_type!r} in {rope}; supported are default and llama3, one for all layers")
+    share = rope.get("partial_rotary_factor", 1.0)
+    if share != 1.0:
+        raise ValueError(f"partial_rotary_factor is {share}, which is not supported; only 1.0 is")
+    theta = number(raw | rope, "rope_theta")
+    if rope_type == "default":
+        return theta, {}
+    missing = [key for key in LLAMA3_KEYS if key not in rope]
+    if missing:
+        raise ValueError(f"rope_type llama3 needs {', '.join(missing)}; config.json has only {', '.join(rope)}")
+    return theta, {key: number(rope, key) for key in LLAMA3_KEYS}
+
+
+def load_sliding_window(raw: dict) -> int | None:
+    """Tokens that a query may look back on in some layer, or None if every layer looks back on all."""
+    layer_types = raw.get("layer_types")
+    names = layer_types or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"layer_types in config.json must be a list of names, got {names!r}")
+    others = sorted(set(names) - {"full_attention", "sliding_attention"})
+    if others:
+        raise ValueError(f"layer_types has {', '.join(others)}, which is not supported; only full_attention is")
+    # Llama has no such key, whatever its config.json holds.
+    windowed = raw["model_type"] != "llama" and raw["use_sliding_window"]
+    if layer_types is None:
+        return raw["sliding_window"] if windowed and raw["max_window_layers"] < raw["num_hidden_layers"] else None
+    if "sliding_attention" not in layer_types:
+        return None
+    if not windowed or raw["sliding_window"] is None:
+        raise ValueError("layer_types has sliding_attention, which is not supported; only full_attention is")
+    return raw["sliding_window"]
+
+
+def load_end_ids(model_dir: Path, raw: dict) -> tuple[int, ...]:
+    """The tokens that end a text: generation_config.json's if it names any, else config.json's."""
+    generation = {}
+    if (model_dir / "generation_config.json").exists():
+        generation = read_json(model_dir / "generation_config.json")
+    end = generation.get("eos_token_id")
+    end = raw["eos_token_id"] if end is None else end
+    end_ids = end if isinstance(end, list) else [] if end is None else [end]
+    # A bool is an int too.
+    if not all(type(end_id) is int and 0 <= end_id < raw["vocab_size"] for end_id in end_ids):
+        raise ValueError(f"eos_token_id must be a token id or a list of them, below {raw['vocab_size']}, got {end!r}")
+    return tuple(end_ids)

@@ -1,0 +1,347 @@
+"""The loop: feed, choose, append."""
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .backends import choose_backend
+from .batch import Batch, Draw, build_batch
+from .cache import BlockPool, KVCache, kv_bytes_per_token, memory_bytes
+from .config import load_config
+from .loader import Checkpoint, choose_device, choose_dtype, load_model
+from .outputs import RequestOutput, Stats, StepOutput
+from .params import RequestError, SamplingParams, check_ids, check_integer
+from .sampling import sample, top_logprobs
+from .scheduler import Scheduler
+from .sequence import Sequence
+from .text import TextStream, encode, load_tokenizer
+
+# The head runs on at most this many rows at a time: a long prompt has thousands, each with a logit per token of the vocabulary.
+HEAD_ROWS = 256
+
+
+def choose_length(max_model_len: int | None, max_positions: int) -> int:
+    """The length asked for; by default the model's."""
+    check_integer("max_model_len", max_model_len, 1, max_positions, optional=True)
+    return max_positions if max_model_len is None else max_model_len
+
+
+def choose_blocks(
+    num_blocks: int | None,
+    kv_bytes: int | None,
+    block_bytes: int,
+    most_blocks: int,
+    device: torch.device,
+) -> int:
+    """The blocks asked for, by number or by bytes.
+
+    By default 60 % of a GPU's free memory or 1 GiB of a CPU's, but no more than most_blocks, which is what
+    max_num_seqs requests of the greatest length would fill.
+    """
+    if num_blocks is not None:
+        return num_blocks
+    if kv_bytes is None:
+        kv_bytes = int(0.6 * memory_bytes(device)) if device.type == "cuda" else 2**30
+        kv_bytes = min(kv_bytes, most_blocks * block_bytes)
+    if kv_bytes < block_bytes:
+        raise ValueError(f"kv_bytes is {kv_bytes}, one block takes {block_bytes}; raise kv_bytes or lower block_size")
+    return kv_bytes // block_bytes
+
+
+class Engine:
+    """A model and the loop that runs it. Not safe to call from two threads at once."""
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        num_blocks: int | None = None,
+        block_size: int = 16,
+        kv_bytes: int | None = None,
+        attention: str = "auto",
+    ):
+        """Load a checkpoint directory as transformers writes it and the hub has it.
+
+        Raises:
+            ValueError: if it is not complete, or asks for what this engine does not compute.
+        """
+        # what is asked for
+        model_dir = Path(model_dir)
+        self.name = model_dir.resolve().name
+        self.config = load_config(model_dir)
+        self.max_model_len = choose_length(max_model_len, self.config.max_positions)
+        self.config.check_length(self.max_model_len)
+        check_integer("max_num_seqs", max_num_seqs, 1)
+        self.max_num_seqs = max_num_seqs
+        check_integer("block_size", block_size, 1)
+        check_integer("num_blocks", num_blocks, 1, optional=True)
+        check_integer("kv_bytes", kv_bytes, 1, optional=True)
+        if num_blocks is not None and kv_bytes is not None:
+            raise ValueError(f"num_blocks is {num_blocks} and kv_bytes {kv_bytes}; both size the cache, give one of them")
+
+        # the model
+        checkpoint = Checkpoint(model_dir)
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device, checkpoint)
+        self.backend = choose_backend(attention, self.device)
+        self.model = load_model(
+            checkpoint,
+            self.config,
+            self.device,
+            self.dtype,
+        )
+        self.tokenizer = load_tokenizer(model_dir)
+
+        # its cache
+        block_bytes = block_size * kv_bytes_per_token(self.config, self.dtype)
+        most_blocks = max_num_seqs * -(-self.max_model_len // block_size)
+        num_blocks = choose_blocks(num_blocks, kv_bytes, block_bytes, most_blocks, self.device)
+        self.cache = KVCache(self.config, num_blocks, block_size, self.device, self.dtype)
+        self.pool = BlockPool(num_blocks, block_size)
+        if max_model_len is None:
+            self.max_model_len = min(self.max_model_len, num_blocks * block_size)
+
+        # its requests
+        self.scheduler = Scheduler(
+            max_num_seqs=max_num_seqs,
+            pool=self.pool,
+        )
+        self.seqs: dict[int, Sequence] = {}
+        self.in_step: list[Sequence] = []
+        self.num_requests = 0
+        self.num_steps = 0
+        self.num_positions = 0
+
+        print(f"{self.name}: {self.describe()}", file=sys.stderr)
+
+    def describe(self) -> str:
+        """What was chosen where the caller chose nothing."""
+        chosen = [
+            self.config.family,
+            f"{self.dtype} on {self.device}",
+            f"max_model_len {self.max_model_len}",
+            f"max_num_seqs {self.max_num_seqs}",
+            f"{self.pool.num_blocks} blocks of {self.pool.block_size} tokens",
+            f"attention by {self.backend.name}",
+            f"{self.cache.kv_bytes / 2**20:.1f} MiB of keys and values",
+        ]
+        return ", ".join(chosen)
+
+    def generate(
+        self,
+        prompts: list[str] | list[list[int]],
+        params: SamplingParams | list[SamplingParams] = SamplingParams(),
+    ) -> list[RequestOutput]:
+        """Complete every prompt; results in the order of prompts.
+
+        Args:
+            prompts: texts or token ids, mixed as you like.
+            params: one for all, or one per prompt.
+        Raises:
+            RequestError: if one of them cannot run, or the engine has unfinished requests; then none was queued.
+        """
+        if self.has_unfinished_requests():
+            raise RequestError(f"prompts cannot run while {len(self.seqs)} requests are unfinished; step until they end", "prompts")
+        if not isinstance(prompts, (list, tuple)):
+            raise RequestError(f"prompts must be a list of prompts, got {type(prompts).__name__}", "prompts")
+        all_params = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        if len(all_params) != len(prompts):
+            message = f"params has {len(all_params)} items for {len(prompts)} prompts; give one, or one per prompt"
+            raise RequestError(message, "params")
+        seqs = [self.make_sequence(*pair, name=f"prompts[{i}]") for i, pair in enumerate(zip(prompts, all_params))]
+        try:
+            for seq in seqs:
+                self.enqueue(seq)
+            while self.has_unfinished_requests():
+                self.step()
+        finally:
+            for seq in seqs:
+                self.abort_request(seq.seq_id)
+        return [self.request_output(seq) for seq in seqs]
+
+    def make_sequence(self, prompt: str | list[int], params: SamplingParams, name: str) -> Sequence:
+        """Tokenize and check a request, and give it its number; RequestError for one that can never run."""
+        prompt_ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
+        vocab_size, limit = self.config.vocab_size, self.max_model_len
+        if not isinstance(prompt_ids, list) or not prompt_ids:
+            raise RequestError(f"{name} must be a text or a list of at least one token id, got {prompt!r}", name)
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, got {params!r}", "params")
+        check_ids(f"each token id of {name}", prompt_ids, vocab_size, param=name)
+        check_ids("each of stop_token_ids", params.stop_token_ids, vocab_size, param="stop_token_ids")
+        check_integer("logprobs", params.logprobs, 0, vocab_size, optional=True)
+        num_prompt = len(prompt_ids)
+        max_tokens = limit - num_prompt if params.max_tokens is None else params.max_tokens
+        if max_tokens < 1 or num_prompt + max_tokens > limit:
+            raise RequestError(
+                f"{name} has {num_prompt} tokens and max_tokens is {params.max_tokens}, but prompt and output together "
+                f"have at most max_model_len = {limit} tokens; shorten the prompt or lower max_tokens",
+                param=name,
+                code="context_length_exceeded",
+            )
+        # The last token is never fed.
+        need = self.pool.blocks_for(num_prompt + max_tokens - 1)
+        if need > self.pool.num_blocks:
+            raise RequestError(
+                f"{name} and its output may take {need} blocks of {self.pool.block_size} tokens, but num_blocks is "
+                f"{self.pool.num_blocks}; shorten the prompt, lower max_tokens, or raise num_blocks or kv_bytes",
+                param=name,
+                code="context_length_exceeded",
+            )
+        self.num_requests += 1
+        return Sequence(
+            seq_id=self.num_requests,
+            prompt_ids=prompt_ids,
+            params=params,
+            max_tokens=max_tokens,
+            end_ids=self.config.end_ids,
+            stream=TextStream(self.tokenizer, tuple(params.stop)),
+        )
+
+    def add_request(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> int:
+        """Queue a request and return its id, never used again; it takes part from the next step that has room."""
+        seq = self.make_sequence(prompt, params, name="prompt")
+        self.enqueue(seq)
+        return seq.seq_id
+
+    def enqueue(self, seq: Sequence) -> None:
+        self.seqs[seq.seq_id] = seq
+        self.scheduler.add(seq)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything left to do."""
+        return bool(self.seqs)
+
+    def abort_request(self, request_id: int) -> bool:
+        """End a request now, wherever it stands; False if it has ended already or never was.
+
+        Nothing of it is reported any more.
+        """
+        if request_id not in self.seqs:
+            return False
+        seq = self.seqs[request_id]
+        seq.finish("abort")
+        self.release(seq)
+        return True
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile the kernels that steps may need, so that no request waits for it; changes nothing else.
+
+        Takes seconds on a GPU, less when Triton has them in its cache on disk, and nothing with attention by PyTorch.
+        """
+        self.backend.warm_up(self.cache, self.config.num_heads, self.max_model_len)
+
+    def release(self, seq: Sequence) -> None:
+        """Forget a request that has ended, and give back what it holds: the one way out."""
+        del self.seqs[seq.seq_id]
+        self.scheduler.release(seq)
+
+    def fail_step(self) -> list[int]:
+        """After `step` has raised: end every request that took part, and return their ids.
+
+        Nobody knows how far the step got. Requests that it finished are among the ids too, since their last output is
+        lost. Blocks are cleared: a NaN left in one would reach its next owner, whatever its weight there.
+        """
+        took_part = {seq.seq_id: seq for seq in self.in_step + self.scheduler.running}
+        for seq in took_part.values():
+            if seq.seq_id in self.seqs:
+                self.cache.clear(seq.block_table)
+                seq.finish("error")
+                self.release(seq)
+        self.in_step = []
+        return list(took_part)
+
+    def close(self) -> None:
+        """Abort every request, and free what it holds."""
+        for request_id in list(self.seqs):
+            self.abort_request(request_id)
+
+    def stats(self) -> Stats:
+        """Requests and free blocks at this moment."""
+        return Stats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            free_blocks=self.pool.num_free,
+            total_blocks=self.pool.num_blocks,
+        )
+
+    @torch.inference_mode()
+    def step(self) -> list[StepOutput]:
+        """Advance every scheduled sequence by one forward pass, and return the tokens that it gave, which may be none."""
+        self.in_step = []
+        self.in_step = seqs = self.scheduler.schedule()
+        if not seqs:
+            return []
+        batch = build_batch(seqs, self.cache, self.backend)
+        hidden = self.model(batch.to(self.device))  # [R, E]
+        token_ids, logprobs = [], []
+        for start in range(0, len(batch.draws), HEAD_ROWS):
+            rows = slice(start, start + HEAD_ROWS)
+            chosen, tops = self.choose_tokens(hidden[rows], batch.draws[rows])
+            token_ids += chosen
+            logprobs += tops
+        self.num_steps += 1
+        self.num_positions += len(batch.token_ids)
+        return self.commit(batch, token_ids, logprobs)
+
+    def choose_tokens(self, hidden: Tensor, draws: list[Draw]) -> tuple[list[int], list]:
+        """The token of each draw, and its logprobs; a token that is known already stays as it is."""
+        logits = self.model.compute_logits(hidden)  # [R, V]
+        token_ids = sample(logits, draws).tolist()  # [R]
+        for row, (seq, position) in enumerate(draws):
+            if seq.knows(position):
+                token_ids[row] = seq.token_ids[position]
+        return token_ids, top_logprobs(logits, draws, token_ids)
+
+    def commit(self, batch: Batch, token_ids: list[int], logprobs: list) -> list[StepOutput]:
+        """Give each draw's sequence its token, and report it."""
+        outputs = []
+        for draw, token_id, top in zip(batch.draws, token_ids, logprobs, strict=True):
+            seq = draw.seq
+            if seq.knows(draw.position):
+                seq.prompt_logprobs[draw.position] = top
+                continue
+            seq.num_computed = draw.position  # all before it has been fed
+            outputs.append(self.accept(seq, token_id, top))
+            if seq.finished:
+                self.release(seq)
+        return outputs
+
+    def accept(self, seq: Sequence, token_id: int, top: dict[int, float] | None) -> StepOutput:
+        """Append a token to a sequence, and say what became certain with it."""
+        seq.append(token_id)
+        seq.logprobs.append(top)
+        offset = len(seq.stream.text) + len(seq.stream.held)
+        # The token that ends a text is not part of it.
+        text = seq.stream.push([] if seq.finish_reason == "stop" else [token_id], last=seq.finished)
+        if seq.stream.stopped_by is not None:
+            seq.finish("stop", by=seq.stream.stopped_by)
+        return StepOutput(
+            request_id=seq.seq_id,
+            token_id=token_id,
+            text=text,
+            logprobs=top,
+            finish_reason=seq.finish_reason,
+            prompt_logprobs=seq.prompt_logprobs if seq.num_output == 1 else None,
+            stop_reason=seq.stop_reason,
+            offset=offset,
+        )
+
+    def request_output(self, seq: Sequence) -> RequestOutput:
+        """The finished sequence, as the caller sees it."""
+        return RequestOutput(
+            prompt_ids=seq.token_ids[: seq.num_prompt],
+            token_ids=seq.output_ids,
+            text=seq.stream.text,
+            finish_reason=seq.finish_reason,
+            logprobs=None if seq.params.logprobs is None else seq.logprobs,
+            seed=seq.seed,
+            prompt_logprobs=seq.prompt_logprobs,
+            stop_reason=seq.stop_reason,
+        )

@@ -1,0 +1,184 @@
+"""The engine's side of the server: a loop that steps, and the messages that cross to it and back.
+
+The engine belongs to the thread that runs this loop. Messages are named tuples of plain data: neither side ever holds an
+object that the other one changes.
+"""
+import logging
+import queue
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from .outputs import Stats, StepOutput
+from .params import RequestError, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+class EngineLike(Protocol):
+    """What the server needs from an engine. Only the loop's thread calls the methods."""
+
+    name: str
+    tokenizer: object
+    max_model_len: int
+
+    def add_request(self, prompt: list[int], params: SamplingParams) -> int: ...
+    def abort_request(self, request_id: int) -> bool: ...
+    def has_unfinished_requests(self) -> bool: ...
+    def step(self) -> list[StepOutput]: ...
+    def fail_step(self) -> list[int]: ...
+    def close(self) -> None: ...
+    def stats(self) -> Stats: ...
+
+
+# ---- to the engine's side
+
+
+class Add(NamedTuple):
+    """Queue all requests of a call, or none. The answer is Added, Refused or Failed."""
+
+    call_id: int
+    requests: list[tuple[list[int], SamplingParams]]
+
+
+class Abort(NamedTuple):
+    """End the requests of a call that are unfinished. The answer is Aborted."""
+
+    call_id: int
+
+
+class Stop(NamedTuple):
+    """End the loop. There is no answer."""
+
+
+# ---- from the engine's side
+
+
+class Added(NamedTuple):
+    """All requests of a call are queued."""
+
+    call_id: int
+
+
+class Refused(NamedTuple):
+    """None of a call's requests is queued, because of a RequestError with these arguments."""
+
+    call_id: int
+    message: str
+    param: str
+    code: str
+
+
+class Aborted(NamedTuple):
+    """No request of this call is left."""
+
+    call_id: int
+
+
+class Stepped(NamedTuple):
+    """The tokens of one step, each with its call and its request's index in that call."""
+
+    outputs: list[tuple[int, int, StepOutput]]
+
+
+class Failed(NamedTuple):
+    """These calls ended abnormally."""
+
+    call_ids: list[int]
+    reason: str
+
+
+class Died(NamedTuple):
+    """The loop has ended by an exception. No message follows."""
+
+    reason: str
+
+
+class EngineLoop:
+    """Steps an engine, and acts on messages between two steps. Everything here belongs to the thread that calls `run`."""
+
+    def __init__(
+        self,
+        engine: EngineLike,
+        inbox: queue.SimpleQueue,
+        send: Callable[[tuple, Stats], None],
+    ):
+        """Take messages from inbox, and call send with each message for the other side and the engine's stats."""
+        self.engine = engine
+        self.inbox = inbox
+        self.send = send
+        # The call of each unfinished request, and the request's index in it.
+        self.owners: dict[int, tuple[int, int]] = {}
+
+    def run(self) -> None:
+        try:
+            while self.read_messages():
+                if self.engine.has_unfinished_requests():
+                    self.step()
+        except Exception as error:
+            logger.exception("the engine has died")
+            self.post(Died(f"the engine has stopped: {error!r}"))
+        finally:
+            self.engine.close()
+
+    def read_messages(self) -> bool:
+        """Act on every message that is there; wait for one if there is nothing to compute. False after Stop."""
+        wait = not self.engine.has_unfinished_requests()
+        while True:
+            try:
+                message = self.inbox.get(block=wait)
+            except queue.Empty:
+                return True
+            match message:
+                case Add(call_id, requests):
+                    self.add(call_id, requests)
+                case Abort(call_id):
+                    self.remove(call_id)
+                    self.post(Aborted(call_id))
+                case Stop():
+                    return False
+            wait = False
+
+    def add(self, call_id: int, requests: list[tuple[list[int], SamplingParams]]) -> None:
+        try:
+            for index, (prompt_ids, params) in enumerate(requests):
+                request_id = self.engine.add_request(prompt_ids, params)
+                self.owners[request_id] = call_id, index
+        except RequestError as error:
+            self.remove(call_id)
+            self.post(Refused(call_id, str(error), error.param, error.code))
+        except Exception as error:
+            logger.exception("a request could not be added")
+            self.remove(call_id)
+            self.post(Failed([call_id], f"the engine could not take this request: {error!r}"))
+        else:
+            self.post(Added(call_id))
+
+    def remove(self, call_id: int) -> None:
+        """Abort what is left of a call's requests."""
+        for request_id, (owner, _) in list(self.owners.items()):
+            if owner == call_id:
+                del self.owners[request_id]
+                self.engine.abort_request(request_id)
+
+    def step(self) -> None:
+        """Take one step, and post its tokens. If it raises, the calls that took part fail and the others go on."""
+        try:
+            outputs = self.engine.step()
+        except Exception as error:
+            logger.exception("a step failed")
+            request_ids = self.engine.fail_step()
+            # If no request took part, the next step would raise too.
+            if not request_ids:
+                raise
+            call_ids = {self.owners[request_id][0] for request_id in request_ids}
+            for call_id in call_ids:
+                self.remove(call_id)
+            self.post(Failed(sorted(call_ids), f"the step that computed this request failed: {error!r}"))
+        else:
+            self.post(Stepped([(*self.owners[output.request_id], output) for output in outputs]))
+            for output in outputs:
+                if output.finish_reason is not None:
+                    del self.owners[output.request_id]
+
+    def post(self, message: Added | Refused | Aborted | Stepped | Failed | Died) -> None:
+        self.send(message, self.engine.stats())

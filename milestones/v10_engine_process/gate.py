@@ -1,0 +1,65 @@
+"""What every request passes before its body is read."""
+import hmac
+
+from .errors import ApiError, error_response
+from .service import Service
+
+MAX_BODY_BYTES = 4 * 2**20
+# What anybody may ask, at any time.
+OPEN = ("/health", "/version", "/docs", "/openapi.json")
+
+
+class Gate:
+    """503 for new work while the server drains, 401 without a key, 413 for a body that is too large."""
+
+    def __init__(self, app, service: Service):
+        self.app = app
+        self.service = service
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN:
+            return await self.app(scope, receive, send)
+        refused = self.refusal(scope["method"], dict(scope["headers"]))
+        if refused is not None:
+            return await error_response(refused)(scope, receive, send)
+        scope["api_key"] = self.key_of(dict(scope["headers"]))
+        num_bytes, complete = 0, False
+
+        async def receive_counted():
+            """As receive. A draining server does not wait for a request whose body has not arrived."""
+            nonlocal num_bytes, complete
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > MAX_BODY_BYTES:
+                raise too_large()
+            if not complete and message["type"] == "http.request" and not message.get("more_body"):
+                complete = True
+                self.service.num_active += 1
+            return message
+
+        try:
+            await self.app(scope, receive_counted, send)
+        finally:
+            self.service.num_active -= complete
+
+    def refusal(self, method: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        if self.service.draining and method != "GET":
+            message = "the server is shutting down; send this elsewhere"
+            return ApiError(503, message, headers={"Retry-After": "5", "Connection": "close"})
+        if self.service.api_keys and self.key_of(headers) is None:
+            return ApiError(401, "no valid API key; send Authorization: Bearer KEY", code="invalid_api_key")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > MAX_BODY_BYTES:
+            return too_large()
+        return None
+
+    def key_of(self, headers: dict[bytes, bytes]) -> str | None:
+        """The API key that a request was sent with, if it is one of ours."""
+        sent = headers.get(b"authorization", b"")
+        # Every key is compared, each in constant time: the time it takes must tell nothing about a key.
+        matches = [key for key in self.service.api_keys if hmac.compare_digest(sent, f"Bearer {key}".encode())]
+        return matches[0] if matches else None
+
+
+def too_large() -> ApiError:
+    return ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send less", code="body_too_large")

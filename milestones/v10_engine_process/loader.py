@@ -1,0 +1,134 @@
+"""safetensors to parameters: every tensor used once, every parameter filled."""
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import ModelConfig, read_json
+from .model import CausalLM
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; by default CUDA if there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {chosen.type} is not supported: nothing here has been tested on it; use cpu or cuda")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {chosen}, but this PyTorch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    return chosen
+
+
+class Checkpoint:
+    """The tensors of a directory's safetensors files, by name; nothing is read before it is asked for."""
+
+    def __init__(self, model_dir: Path):
+        self.files = {}
+        index = model_dir / "model.safetensors.index.json"
+        if not index.exists():
+            self.open(model_dir / "model.safetensors")
+            return
+        listed = read_json(index).get("weight_map")
+        names = listed.values() if isinstance(listed, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError(f"weight_map in {index} must say for each tensor the name of a file beside it")
+        for file_name in sorted(set(listed.values())):
+            self.open(model_dir / file_name)
+        refuse_difference("the index against its shards", set(listed), set(self.files))
+
+    def open(self, path: Path) -> None:
+        """Learn a file's tensor names."""
+        if not path.is_file():
+            raise ValueError(f"{path.parent} is not a complete checkpoint: it has no {path.name}")
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
+        for name in file.keys():
+            if name in self.files:
+                raise ValueError(f"tensor {name} is in two files, {path.name} being the second; keep one")
+            self.files[name] = file
+
+    def read(self, name: str, shape: torch.Size | None = None) -> Tensor:
+        """One tensor, as it is stored; ValueError if it is not finite or not of this shape (None: any)."""
+        tensor = self.files[name].get_tensor(name)
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(f"tensor {name} is stored as {tensor.dtype}; supported are {', '.join(DTYPES)}")
+        if shape is not None and tensor.shape != shape:
+            raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        # If one value is NaN, so are the smallest and the largest.
+        if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+            raise ValueError(f"tensor {name} has values that are not finite numbers; fetch or convert it again")
+        return tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding, which stands for the checkpoint's."""
+        if EMBEDDING not in self.files:
+            raise ValueError(f"the checkpoint has no tensor {EMBEDDING}")
+        return self.files[EMBEDDING].get_tensor(EMBEDDING).dtype
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype asked for; by default the checkpoint's own on a GPU, float32 on a CPU."""
+    if dtype is None:
+        return checkpoint.dtype if device.type == "cuda" else torch.float32
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return chosen
+
+
+def refuse_difference(what: str, wanted: set[str], stored: set[str]) -> None:
+    """Raise ValueError naming what is missing and what is left over."""
+    if wanted == stored:
+        return
+    parts = [f"{what} does not match"]
+    for word, names in (("missing", sorted(wanted - stored)), ("left over", sorted(stored - wanted))):
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            parts.append(f"{word}: {', '.join(names[:4])}{more}")
+    raise ValueError("; ".join(parts))
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> CausalLM:
+    """Build the decoder and give each parameter its tensor.
+
+    Raises:
+        ValueError: for a tensor that is missing, left over, not finite, or of another shape than config.json says.
+    """
+    # Each layer has tensors of its own: a number beyond theirs would only be built for minutes, then refused.
+    if config.num_layers > len(checkpoint.files):
+        raise ValueError(f"num_hidden_layers is {config.num_layers}; the checkpoint has {len(checkpoint.files)} tensors")
+    # A parameter on the meta device has a shape and no memory: each weight is allocated once.
+    with torch.device("meta"):
+        model = CausalLM(config)
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    stored = {name for name in checkpoint.files if not name.endswith("rotary_emb.inv_freq")}
+    if config.tied_head:
+        del wanted[HEAD]
+        if {HEAD, EMBEDDING} <= stored and torch.equal(checkpoint.read(HEAD), checkpoint.read(EMBEDDING)):
+            stored.remove(HEAD)
+    refuse_difference("the checkpoint against config.json", set(wanted), stored)
+    weights = {name: checkpoint.read(name, shape).to(device, dtype) for name, shape in wanted.items()}
+    if config.tied_head:
+        weights[HEAD] = weights[EMBEDDING]
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.requires_grad_(False).eval().to(device)

@@ -1,0 +1,117 @@
+"""What a request asks for. Nothing here needs torch, so a process without a model can import it."""
+import hashlib
+import math
+from dataclasses import dataclass, replace
+
+
+class RequestError(ValueError):
+    """An argument that cannot be what it is.
+
+    Attributes:
+        param: which argument, by its name: `temperature`, or `prompts[3]`.
+        code: what is wrong with it, for a program: `invalid_value`, or `context_length_exceeded`.
+    """
+
+    def __init__(self, message: str, param: str, code: str = "invalid_value"):
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens, and when to stop.
+
+    >>> try:
+    ...     SamplingParams(temperature=-1)
+    ... except RequestError as error:
+    ...     print(error)
+    temperature must be a number from 0 (greedy) up, got -1
+    """
+
+    max_tokens: int | None = 16  # new tokens at most; None: as many as there is room for
+    temperature: float = 0.0  # 0: the likeliest token, always
+    top_k: int = 0  # only the k likeliest; 0: all
+    top_p: float = 1.0  # only the likeliest that together reach this probability
+    seed: int | None = None  # None: fresh for each request
+    stop_token_ids: tuple[int, ...] = ()  # end the text, besides the checkpoint's own
+    ignore_eos: bool = False  # go on after the checkpoint's own
+    logprobs: int | None = None  # how many of the likeliest tokens to report; None: off
+    stop: tuple[str, ...] = ()  # end the text before the first of these in it
+    prompt_logprobs: bool = False  # report logprobs of the prompt's tokens too
+
+    def __post_init__(self):
+        check_integer("max_tokens", self.max_tokens, 1, optional=True)
+        check_integer("top_k", self.top_k, 0)
+        check_integer("seed", self.seed, -(2**63), 2**63 - 1, optional=True)
+        check_integer("logprobs", self.logprobs, 0, optional=True)
+        if not isinstance(self.stop_token_ids, (tuple, list)):
+            raise RequestError(f"stop_token_ids must be a tuple of token ids, got {self.stop_token_ids!r}", "stop_token_ids")
+        for token_id in self.stop_token_ids:
+            check_integer("each of stop_token_ids", token_id, 0, param="stop_token_ids")
+        if not isinstance(self.stop, (tuple, list)) or not all(isinstance(each, str) and each for each in self.stop):
+            raise RequestError(f"stop must be a tuple of texts, none of them empty, got {self.stop!r}", "stop")
+        if not isinstance(self.prompt_logprobs, bool):
+            raise RequestError(f"prompt_logprobs must be True or False, got {self.prompt_logprobs!r}", "prompt_logprobs")
+        if self.prompt_logprobs and self.logprobs is None:
+            raise RequestError("prompt_logprobs is True and logprobs None; set logprobs to 0 or more", "prompt_logprobs")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos must be True or False, got {self.ignore_eos!r}", "ignore_eos")
+        if not is_number(self.temperature) or self.temperature < 0:
+            raise RequestError(f"temperature must be a number from 0 (greedy) up, got {self.temperature!r}", "temperature")
+        # Logits divided by less than this may overflow float32.
+        if 0 < self.temperature < 1e-30:
+            raise RequestError(f"temperature {self.temperature!r} is too small to divide by; use 0 for greedy", "temperature")
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p must be above 0 and at most 1 (off), got {self.top_p!r}", "top_p")
+
+
+def choices(params: SamplingParams, num_choices: int) -> list[SamplingParams]:
+    """The requests behind one that wants several answers: the first as it is, each with a seed of its own.
+
+    >>> [choice.seed == 7 for choice in choices(SamplingParams(seed=7), 3)]
+    [True, False, False]
+    """
+    seeds = [params.seed, *(choice_seed(params.seed, i) for i in range(1, num_choices))]
+    return [replace(params, seed=seed) for seed in seeds]
+
+
+def choice_seed(seed: int | None, index: int) -> int | None:
+    """A hash of its arguments; None, which is fresh for each request, stays None."""
+    if seed is None:
+        return None
+    key = seed.to_bytes(8, "little", signed=True) + index.to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8, person=b"choice").digest(), "little", signed=True)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_integer(
+    name: str,
+    value: object,
+    low: int,
+    high: int | None = None,
+    *,
+    optional: bool = False,
+    param: str | None = None,
+) -> None:
+    """Raise RequestError unless value is an integer from low to high, or None if it is optional.
+
+    name is what the message calls it; param is the argument's name, by default the same.
+    """
+    if value is None and optional:
+        return
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < low or (high is not None and value > high):
+        upper = "up" if high is None else f"to {high}"
+        message = f"{name} must be an integer from {low} {upper}{' or None' * optional}, got {value!r}"
+        raise RequestError(message, param or name)
+
+
+def check_ids(name: str, token_ids: list[int], vocab_size: int, param: str | None = None) -> None:
+    """Raise RequestError unless all are token ids; a prompt has thousands, so they are looked at one by one only to say which."""
+    if set(map(type, token_ids)) - {int} or min(token_ids, default=0) < 0 or max(token_ids, default=0) >= vocab_size:
+        for token_id in token_ids:
+            check_integer(name, token_id, 0, vocab_size - 1, param=param)

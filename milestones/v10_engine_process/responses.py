@@ -1,0 +1,85 @@
+"""OpenAI's responses: one more face of the same service, which remembers what it said."""
+import asyncio
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse
+
+from .chat import tokenize_chat
+from .errors import ERRORS, ApiError, refusals
+from .params import SamplingParams
+from .responses_protocol import InputMessage, ResponseRequest
+from .responses_store import Run, Store
+from .streaming import ANSWERS, Events, unless_gone
+
+# Documented by OpenAI for a response that is fetched, not done here.
+NOT_RETRIEVED = ("include", "include[]", "include_obfuscation", "starting_after")
+
+router = APIRouter()
+
+
+@router.post("/v1/responses", responses=ANSWERS)
+async def create_response(request: Request, body: ResponseRequest):
+    service, store = request.app.state.service, request.app.state.responses
+    api_key = request.scope["api_key"]
+    service.check_model(body.model)
+    messages = earlier_turns(store, api_key, body.previous_response_id)
+    turns = body.input if isinstance(body.input, list) else [InputMessage(role="user", content=body.input)]
+    messages += [turn.plain() for turn in turns]
+    instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    with refusals("input"):
+        prompt_ids = await tokenize_chat(service, instructions + messages)
+        params = SamplingParams(
+            max_tokens=service.max_tokens(body.max_output_tokens, None, len(prompt_ids)),
+            temperature=body.temperature,
+            top_p=max(body.top_p, 1e-12),
+            logprobs=(body.top_logprobs or 0) if body.include else None,
+        )
+        run = Run(service, api_key, body, messages, len(prompt_ids))
+        run.generation = await service.async_engine.generate([(prompt_ids, params)])
+    if body.store:
+        store.add(run)
+    if body.background:
+        # Counted from here on like a request that is being answered, for the drain.
+        service.num_active += 1
+        run.task = asyncio.create_task(run.in_background())
+        return JSONResponse(run.describe())
+    if body.stream:
+        return Events(run, run.stream())
+    return await unless_gone(request, run, run.whole())
+
+
+def earlier_turns(store: Store, api_key: str | None, response_id: str | None) -> list[dict]:
+    """The conversation that a response belongs to, its own words included."""
+    if response_id is None:
+        return []
+    run = store.find(response_id, api_key)
+    if run is not None and not run.ended:
+        message = f"previous_response_id {response_id!r} is {run.status}; wait until it has ended"
+        raise ApiError(400, message, "previous_response_id", "previous_response_not_ended")
+    if run is None or run.status not in ("completed", "incomplete"):
+        why = "is not known here" if run is None else f"is {run.status}"
+        message = f"previous_response_id {response_id!r} {why}; send the whole conversation as input"
+        raise ApiError(400, message, "previous_response_id", "previous_response_not_found")
+    return [*run.messages, {"role": "assistant", "content": run.answer.text}]
+
+
+@router.get("/v1/responses/{response_id}", responses=ERRORS)
+async def retrieve_response(request: Request, response_id: str, stream: bool = False) -> JSONResponse:
+    if stream:
+        raise ApiError(400, "a stored response is not streamed again; leave stream out", "stream")
+    for name in NOT_RETRIEVED:
+        if name in request.query_params:
+            raise ApiError(400, f"{name} is not supported here; leave it out", name)
+    run = request.app.state.responses.get(response_id, request.scope["api_key"])
+    if run.ended:
+        run.fetched.set()
+    return JSONResponse(run.describe())
+
+
+@router.post("/v1/responses/{response_id}/cancel", responses=ERRORS)
+async def cancel_response(request: Request, response_id: str) -> JSONResponse:
+    run = request.app.state.responses.get(response_id, request.scope["api_key"])
+    if not run.body.background:
+        raise ApiError(400, "only a response that was made with background can be cancelled", "response_id")
+    run.cancel()
+    return JSONResponse(run.describe())

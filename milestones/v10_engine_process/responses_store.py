@@ -1,0 +1,229 @@
+"""Responses under way and ended, and how long they are remembered."""
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from .answers import Answer
+from .async_engine import Generation, GenerationFailed
+from .errors import ApiError
+from .protocol import new_id, now
+from .responses_protocol import ResponseRequest
+from .service import Service
+from .writer import event
+
+logger = logging.getLogger(__name__)
+
+# This many responses are remembered; then the oldest are forgotten.
+STORE_SIZE = 1000
+
+
+class Run:
+    """A response from the moment it is asked for until it is forgotten."""
+
+    def __init__(
+        self,
+        service: Service,
+        api_key: str | None,
+        body: ResponseRequest,
+        messages: list[dict],
+        num_prompt: int,
+    ):
+        self.service = service
+        self.api_key = api_key  # the client's, who alone may see this response
+        self.body = body
+        self.messages = messages  # the conversation without instructions
+        self.num_prompt = num_prompt
+        self.id = new_id("resp_")
+        self.item_id = new_id("msg_")
+        self.created_at = now()
+        self.completed_at = None
+        self.answer = Answer(0)
+        self.tokens: list[tuple] = []  # of the text, with logprobs, if they are wanted
+        self.entries: list[dict] | None = []  # the same as clients get it, several times larger, so dropped at the end
+        self.status = "queued" if body.background else "in_progress"
+        self.error = None
+        self.failure: Exception | None = None
+        self.fetched = asyncio.Event()  # set when somebody has seen how it ended
+        self.generation: Generation | None = None
+        self.task: asyncio.Task | None = None
+        self.num_events = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.status not in ("queued", "in_progress")
+
+    def part(self) -> dict:
+        return {
+            "type": "output_text",
+            "text": self.answer.text,
+            "annotations": [],
+            "logprobs": self.spelled(self.tokens) if self.entries is None else self.entries,
+        }
+
+    def item(self) -> dict:
+        status = self.status if self.status in ("in_progress", "completed") else "incomplete"
+        return {
+            "id": self.item_id,
+            "type": "message",
+            "role": "assistant",
+            "status": status,
+            "content": [self.part()],
+        }
+
+    def usage(self) -> dict:
+        return {
+            "input_tokens": self.num_prompt,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": self.answer.num_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": self.num_prompt + self.answer.num_tokens,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """The response as it is now."""
+        body = self.body
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created_at,
+            "completed_at": self.completed_at,
+            "status": self.status,
+            "background": body.background,
+            "error": self.error,
+            "incomplete_details": {"reason": "max_output_tokens"} if self.status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata,
+            "model": body.model,
+            "output": [self.item()] if self.answer.num_tokens or self.status in ("completed", "incomplete") else [],
+            "parallel_tool_calls": True,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {"effort": None, "summary": None},
+            "safety_identifier": body.safety_identifier,
+            "prompt_cache_key": body.prompt_cache_key,
+            "service_tier": "default",
+            "store": body.store,
+            "temperature": body.temperature,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": "auto",
+            "tools": [],
+            "top_logprobs": body.top_logprobs or 0,
+            "top_p": body.top_p,
+            "truncation": "disabled",
+            "usage": self.usage() if self.ended else None,
+            "user": body.user,
+        }
+
+    async def events(self) -> AsyncIterator[dict]:
+        """Run to the end, and say each thing that happens."""
+        place = {"item_id": self.item_id, "output_index": 0, "content_index": 0}
+        empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        try:
+            yield self.event("created", response=self.describe())
+            self.status = "in_progress"
+            yield self.event("in_progress", response=self.describe())
+            yield self.event("output_item.added", output_index=0, item=self.item() | {"content": []})
+            yield self.event("content_part.added", **place, part=empty)
+            async for _, output in self.generation:
+                text, tokens = self.answer.push(output)
+                self.tokens += tokens
+                new = self.spelled(tokens)
+                self.entries += new
+                if text or new:
+                    yield self.event("output_text.delta", **place, delta=text, logprobs=new)
+            self.status = "completed" if self.answer.finish_reason == "stop" else "incomplete"
+            self.completed_at = now() if self.status == "completed" else None
+            part = self.part()
+            yield self.event("output_text.done", **place, text=part["text"], logprobs=part["logprobs"])
+            yield self.event("content_part.done", **place, part=part)
+            yield self.event("output_item.done", output_index=0, item=self.item())
+            yield self.event(self.status, response=self.describe())
+        except GenerationFailed as error:
+            self.fail(error, str(error))
+            yield self.event("error", **self.error, param=None) | {"type": "error"}
+            yield self.event("failed", response=self.describe())
+        except Exception as error:
+            self.fail(error, "the server has a bug; its log says more")
+            raise
+        finally:
+            self.entries = None
+            if not self.ended:
+                self.status = "cancelled"
+
+    def spelled(self, tokens: list[tuple]) -> list[dict]:
+        return [entry.model_dump() for entry in self.service.names.of_chat(tokens, self.body.top_logprobs or 0)]
+
+    def fail(self, error: Exception, message: str) -> None:
+        self.failure = error
+        self.status = "failed"
+        self.error = {"code": "server_error", "message": message}
+
+    def event(self, name: str, **more) -> dict:
+        self.num_events += 1
+        return {"type": f"response.{name}", "sequence_number": self.num_events - 1, **more}
+
+    async def stream(self) -> AsyncIterator[dict]:
+        async for each in self.events():
+            yield {"event": each["type"], "data": event(each)}
+
+    async def whole(self) -> JSONResponse:
+        async for _ in self.events():
+            pass
+        if self.failure:
+            raise self.failure
+        return JSONResponse(self.describe())
+
+    async def in_background(self) -> None:
+        """Run to the end with nobody waiting. If the server drains by then, stay until a client has fetched the result."""
+        try:
+            async for _ in self.events():
+                pass
+            if self.service.draining:
+                await self.fetched.wait()
+        except Exception:
+            logger.exception("a response in the background failed")
+        finally:
+            self.service.num_active -= 1
+
+    def abort(self) -> None:
+        """Nobody waits for it any more: cancel it, if it has not ended."""
+        if not self.ended:
+            self.status = "cancelled"
+        self.generation.abort()
+
+    def cancel(self) -> None:
+        """End a response in the background, if it has not ended."""
+        if not self.ended:
+            self.abort()
+            self.task.cancel()
+
+
+class Store:
+    """The last responses, by id."""
+
+    def __init__(self, size: int = STORE_SIZE):
+        self.size = size
+        self.runs: OrderedDict[str, Run] = OrderedDict()
+
+    def add(self, run: Run) -> None:
+        self.runs[run.id] = run
+        # Never one that runs: nobody could cancel it any more.
+        ended = [old.id for old in self.runs.values() if old.ended] if len(self.runs) > self.size else []
+        for response_id in ended[: len(self.runs) - self.size]:
+            del self.runs[response_id]
+
+    def find(self, response_id: str, api_key: str | None) -> Run | None:
+        """A response that was stored for this client and is not forgotten."""
+        run = self.runs.get(response_id)
+        return run if run and run.api_key == api_key else None
+
+    def get(self, response_id: str, api_key: str | None) -> Run:
+        """As `find`, but ApiError if there is none."""
+        run = self.find(response_id, api_key)
+        if run is None:
+            raise ApiError(404, f"there is no response {response_id!r}; it was not stored, or is forgotten", "response_id")
+        return run

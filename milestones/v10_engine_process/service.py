@@ -1,0 +1,61 @@
+"""What the endpoints share."""
+from .async_engine import AsyncEngine
+from .engine_process import EngineProcess
+from .engine_thread import EngineThread
+from .errors import ApiError
+from .names import TokenNames
+from .params import RequestError
+from .protocol import now
+from .text import vocabulary_bytes
+
+
+class Service:
+    """An engine, and how it is offered to clients. Belongs to the event loop."""
+
+    def __init__(
+        self,
+        runner: EngineThread | EngineProcess,
+        model_name: str,
+        api_keys: tuple[str, ...] = (),
+        max_waiting: int = 256,
+        default_max_tokens: int | None = None,
+        drain_seconds: float = 30.0,
+    ):
+        self.async_engine = AsyncEngine(runner, max_waiting)
+        self.models = [model_name]
+        self.started = now()
+        self.names = TokenNames(vocabulary_bytes(runner.tokenizer), set(runner.tokenizer.all_special_ids))
+        self.api_keys = api_keys
+        self.default_max_tokens = default_max_tokens
+        # A longer text has too many tokens, whatever they are: each is at most as long as the longest of the vocabulary, times 4,
+        # since a tokenizer may normalize text to fewer bytes first.
+        self.max_text_bytes = 4 * runner.max_model_len * max(map(len, self.names.vocabulary))
+        self.drain_seconds = drain_seconds
+        self.draining = False
+        self.num_active = 0  # requests that are being answered
+
+    def check_model(self, name: str) -> None:
+        if name not in self.models:
+            served = ", ".join(map(repr, self.models))
+            raise ApiError(404, f"the model {name!r} is not served here; {served} is", "model", "model_not_found")
+
+    def check_count(self, num_prompts: int, n: int) -> None:
+        """ApiError if a call asks for more answers than may wait at once, before any is prepared."""
+        num_requests, limit = num_prompts * n, self.async_engine.max_waiting
+        if num_requests > limit:
+            param = "prompt" if n == 1 else "n"
+            raise ApiError(400, f"n x prompts is {num_requests}, but a call has at most {limit} requests; split it into several calls", param)
+
+    def check_size(self, texts: list[str]) -> None:
+        """RequestError for a text that cannot fit, before it is tokenized."""
+        num_bytes = max((len(text.encode()) for text in texts), default=0)
+        if num_bytes > self.max_text_bytes:
+            message = f"prompt has {num_bytes} bytes, too many for max_model_len = {self.async_engine.max_model_len}; shorten it"
+            raise RequestError(message, "prompt", "context_length_exceeded")
+
+    def max_tokens(self, asked: int | None, default: int | None, num_prompt: int) -> int:
+        """What was asked for; else the default, as far as there is room for it."""
+        if asked is not None:
+            return asked
+        room = max(1, self.async_engine.max_model_len - num_prompt)
+        return min(limit for limit in (default, self.default_max_tokens, room) if limit is not None)

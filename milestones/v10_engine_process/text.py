@@ -1,0 +1,126 @@
+"""Text to tokens, and tokens to text a whole character at a time."""
+import re
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from .params import RequestError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+
+
+def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer."""
+    # It imports PyTorch, which the server's process does without.
+    from transformers import AutoTokenizer
+
+    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{model_dir} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there")
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    # The tokenizers library raises plain Exception for a file that it cannot parse.
+    except Exception as error:
+        raise ValueError(f"the tokenizer of {model_dir} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text as it is, with the BOS that the tokenizer adds."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"prompt must be valid Unicode: {error}", "prompt") from None
+    return tokenizer(text).input_ids
+
+
+def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    """The bytes that each token stands for; a special token stands for its name.
+
+    A token may be a part of a character; `decode` would give U+FFFD for it.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    names = set(tokenizer.get_added_vocab())
+    # A byte-level vocabulary is written in printable characters, one a byte.
+    of_character = {}
+    if "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
+        of_character = {character: byte for byte, character in bytes_to_unicode().items()}
+    spelled = []
+    for token in tokens:
+        if token is None:
+            spelled.append(b"")
+        elif token not in names and of_character:
+            spelled.append(bytes(of_character[character] for character in token))
+        elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+            spelled.append(bytes.fromhex(token[3:5]))
+        else:
+            spelled.append(token.replace("\u2581", " ").encode())
+    return spelled
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """The checkpoint's template around messages (role, content), up to where the assistant speaks.
+
+    Encode it with `add_special_tokens=False`: the template brings its own BOS.
+    """
+    if not tokenizer.chat_template:
+        raise RequestError("this checkpoint has no chat template; send the prompt as plain text", "messages")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # A template is a program, its author's; many of them refuse an order of roles that they do not know.
+    except Exception as error:
+        raise RequestError(f"the checkpoint's chat template refuses these messages: {error}", "messages") from error
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """The tokens of a conversation, with the BOS that the template has."""
+    return tokenizer(chat_text(tokenizer, messages), add_special_tokens=False).input_ids
+
+
+class TextStream:
+    """The text of a growing list of tokens, in pieces that never hold a part of a character, nor of a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()):
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.token_ids = []
+        self.text = ""
+        self.held = ""  # decoded, but perhaps the beginning of a stop string
+        self.stopped_by = None  # the stop string that was found
+        # Tokens [start, end) are in text already. They are decoded again with each newcomer, because some
+        # tokenizers drop the space before the first token; the window keeps the cost independent of the length.
+        self.start = 0
+        self.end = 0
+
+    def push(self, token_ids: list[int], last: bool) -> str:
+        """Add tokens; return the text that became certain: after the last of them, all of it."""
+        self.token_ids += token_ids
+        known = self.decode(self.token_ids[self.start : self.end])
+        text = self.decode(self.token_ids[self.start :])
+        # A character whose bytes are spread over tokens decodes to U+FFFD until its last byte is there.
+        if text.endswith("\ufffd") and not last:
+            return ""
+        self.start, self.end = self.end, len(self.token_ids)
+        piece, self.held = self.split(self.held + text[len(known) :], last)
+        self.text += piece
+        return piece
+
+    def split(self, text: str, last: bool) -> tuple[str, str]:
+        """Split text into what may be sent and what must wait; once a stop string is found, nothing waits.
+
+        >>> TextStream(None, stop=("END",)).split("a friEN", last=False)
+        ('a fri', 'EN')
+        """
+        matches = [(text.index(stop), stop) for stop in self.stop if stop in text]
+        if matches:
+            end, self.stopped_by = min(matches)
+            return text[:end], ""
+        if last:
+            return text, ""
+        longest = max(map(len, self.stop), default=1)
+        for size in range(min(longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self.stop):
+                return text[:-size], text[-size:]
+        return text, ""
+
+    def decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,310 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+# %% [markdown]
+# # v10, followed along: an engine in a process of its own
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stepserve/stepserve/blob/main/notebooks/v10_engine_process.ipynb)
+#
+# You weigh the messages that cross, start an engine in another process, put a busy thread beside it, and then kill it,
+# stop it, and leave it without a server. About twenty minutes. Before each run there is a question: write your answer
+# down first.
+
+# %%
+import subprocess
+import sys
+from pathlib import Path
+
+root = next((path for path in (Path.cwd(), *Path.cwd().parents) if (path / "milestones").is_dir()), None)
+if root is None:  # on Colab: fetch the repository and what it needs
+    root = Path("stepserve").resolve()
+    subprocess.run(["git", "clone", "--depth", "1", "https://github.com/stepserve/stepserve", str(root)], check=True)
+    subprocess.run([sys.executable, str(root / "shared" / "commands" / "install.py"), "here"], check=True)
+sys.path.insert(0, str(root))
+
+# %%
+import asyncio
+import os
+import signal
+import socket
+import threading
+import time
+import warnings
+from contextlib import contextmanager
+from functools import partial
+
+import matplotlib.pyplot as plt
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, where Jupyter has no widgets
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from milestones.v10_engine_process import SamplingParams, engine_process
+from milestones.v10_engine_process.engine_loop import Abort, Aborted, Add, Died, Stepped
+from milestones.v10_engine_process.engine_process import EngineProcess, load_engine, packed, receive_message
+from milestones.v10_engine_process.outputs import Stats, StepOutput
+from shared.checkpoints import POCKET
+from shared.verify.serving import wait_until
+
+# %% [markdown]
+# ## 1. Bytes
+#
+# A message crosses as its length and its pickle. Below, the message of a step in which each running request got a token.
+#
+# **Predict.** With one request it takes 194 bytes. How many with 16? And how many sends does the socket see if the bytes of
+# two messages are written in three pieces: how many messages does the other side receive?
+
+# %%
+stats = Stats(running=1, waiting=0, free_blocks=8190, total_blocks=8192)
+
+
+def step_of(number):
+    """The message of a step with this many tokens."""
+    return Stepped([(call_id, 0, StepOutput(call_id, 300, " there", None, None)) for call_id in range(1, number + 1)])
+
+
+sizes = {number: len(packed((step_of(number), stats))) for number in (1, 4, 16, 64)}
+for number, num_bytes in sizes.items():
+    print(f"{number:3} tokens: {num_bytes:5} bytes, {num_bytes / number:6.1f} per token")
+print("the beginning:", packed((step_of(1), stats))[:12].hex(" "))
+assert sizes[1] == 194 and packed((step_of(1), stats))[:4] == (190).to_bytes(4, "big")
+
+# %%
+ours, theirs = socket.socketpair()
+data = packed(("first", 1)) + packed(("second", 2))
+pieces = data[:2], data[2:30], data[30:]
+threading.Thread(target=lambda: [ours.sendall(piece) or time.sleep(0.05) for piece in pieces]).start()
+received = [receive_message(theirs) for _ in range(2)]
+print("pieces:", [len(piece) for piece in pieces], "  received:", received)
+ours.close()
+print("after the end:", receive_message(theirs))
+assert received == [("first", 1), ("second", 2)]
+
+# %% [markdown]
+# Most of the 194 bytes are names of classes, which a pickle writes once, so 16 tokens take three times as much and not
+# sixteen times. `receive_message` reads on until it has as many bytes as the length says, wherever the pieces end.
+#
+# ## 2. Another process
+#
+# `a_process` starts an engine in a process of its own, and an event loop in a thread of this one to talk to it. What arrives is
+# kept in a list.
+#
+# **Predict.** Which of the two processes has PyTorch? Three requests of 4 tokens are added together. How many messages come
+# back?
+
+# %%
+class Beside:
+    """A runner, an event loop in a thread, and everything that the engine has sent."""
+
+    def __init__(self, runner):
+        self.runner, self.received = runner, []
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.run(runner.start(self.receive))
+
+    def run(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
+
+    def receive(self, message, stats):
+        self.received.append((time.monotonic(), message, stats))
+
+    def send(self, *messages):
+        for message in messages:
+            self.loop.call_soon_threadsafe(self.runner.send, message)
+
+    def of(self, kind):
+        return [(at, message) for at, message, _ in self.received if isinstance(message, kind)]
+
+
+@contextmanager
+def a_process():
+    """An engine in a process of its own, for as long as the block lasts."""
+    runner = EngineProcess(partial(load_engine, POCKET, device="cpu", max_num_seqs=16)).wait_until_ready()
+    beside = Beside(runner)
+    try:
+        yield beside
+    finally:
+        beside.run(runner.stop(timeout_s=0.5))
+
+
+def tokens(number):
+    """Parameters of a request that takes exactly this many tokens."""
+    return SamplingParams(max_tokens=number, ignore_eos=True)
+
+
+def has_torch(pid):
+    """Whether a process has PyTorch's library in its memory."""
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+with a_process() as beside:
+    story = beside.runner.tokenizer("Once upon a time").input_ids
+    print("PyTorch:", {"here": "torch" in sys.modules, "in the engine's process": has_torch(beside.runner.process.pid)})
+    beside.send(Add(1, [(story, tokens(4))] * 3))
+    wait_until(lambda: len(beside.of(Stepped)) == 4)
+for _, message, stats in beside.received:
+    said = [output.text for _, _, output in message.outputs] if isinstance(message, Stepped) else ""
+    print(f"{type(message).__name__:8} {said} {stats.running} running")
+assert "torch" not in sys.modules
+
+# %% [markdown]
+# Five messages for twelve tokens, and this notebook has not imported PyTorch. The tokenizer that it uses was sent by the engine.
+#
+# ## 3. A busy thread beside it
+#
+# Sixteen requests run, first in quiet, then beside a thread that counts in pure Python. Each way in turn: the engine in a thread
+# of this process, as in v09, and in a process of its own.
+#
+# **Predict.** Before each operation of a step a thread may have to wait 5 ms for the interpreter lock, and a step has some four
+# hundred of them. How many steps per second are left in each way?
+
+# %% tags=["varies"]
+SECONDS = 2.0
+
+
+def count(seconds):
+    """Pure Python that holds the interpreter lock whenever it can."""
+    end, number = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        number += 1
+
+
+def measure(beside):
+    beside.send(Add(1, [(story, tokens(1500))] * 16))
+    wait_until(lambda: beside.of(Stepped))
+    found = {}
+    for name, work in {"quiet": time.sleep, "busy": count}.items():
+        time.sleep(0.3)
+        before, start = len(beside.of(Stepped)), time.monotonic()
+        thread = threading.Thread(target=work, args=(SECONDS,))
+        thread.start()
+        thread.join()
+        # What the engine has sent by now is read before the count.
+        time.sleep(0.1)
+        found[name] = (len(beside.of(Stepped)) - before) / (time.monotonic() - start)
+    beside.send(Abort(1))
+    wait_until(lambda: beside.of(Aborted))
+    return found
+
+
+with a_process() as beside:
+    in_a_process = measure(beside)
+
+import torch
+
+from milestones.v10_engine_process.engine_thread import EngineThread
+
+torch.set_num_threads(1)
+beside = Beside(EngineThread(load_engine(POCKET, device="cpu", max_num_seqs=16)))
+in_a_thread = measure(beside)
+beside.run(beside.runner.stop(timeout_s=5))
+for name, found in {"thread": in_a_thread, "process": in_a_process}.items():
+    print(f"{name:8} steps per second: quiet {found['quiet']:6.1f}, beside a busy thread {found['busy']:6.1f}")
+figure, axes = plt.subplots(figsize=(7, 2.2))
+axes.barh(["process, busy", "process, quiet", "thread, busy", "thread, quiet"], [in_a_process["busy"], in_a_process["quiet"], in_a_thread["busy"], in_a_thread["quiet"]])
+axes.set(xlabel="steps per second")
+plt.show()
+assert in_a_thread["busy"] < in_a_thread["quiet"]
+
+# %% [markdown]
+# How much the thread loses depends on the machine: the engine gives the lock away in every operation, and whether it gets it
+# back at once or 5 ms later depends on how fast the other thread is awake. With two cores it is fast, and the engine comes
+# nearly to a stop. A process loses only what the machine itself takes: cores, caches, and the time of a third process if there are
+# only two cores.
+#
+# ## 4. The engine dies
+#
+# A request is under way, and the engine's process is killed as the kernel would kill it when memory runs out.
+#
+# **Predict.** No line of the engine's code runs after the kill. What tells this process, and how soon?
+
+# %%
+with a_process() as beside:
+    beside.send(Add(1, [(story, tokens(1500))]))
+    wait_until(lambda: len(beside.of(Stepped)) > 10)
+    killed_at = time.monotonic()
+    os.kill(beside.runner.process.pid, signal.SIGKILL)
+    wait_until(lambda: beside.of(Died))
+    [(at, message)] = beside.of(Died)
+print(message)
+assert message.reason == "the engine's process has ended (SIGKILL)" and at - killed_at < 1
+
+# %% [markdown]
+# The system closed the engine's end of the socket, and `read` came to the end of the stream. `AsyncEngine` gets a `Died`, as it would from
+# an engine's loop that ends with an exception, and fails every call.
+#
+# ## 5. The engine hangs
+#
+# SIGSTOP stops a process, which then does nothing, and closes nothing. Here silence may last two seconds; the server allows
+# ten.
+#
+# **Predict.** The process is stopped for one second, and then for good. Which of the two is noticed?
+
+# %%
+engine_process.SILENCE_S = 2.0
+with a_process() as beside:
+    pid = beside.runner.process.pid
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(1)
+    os.kill(pid, signal.SIGCONT)
+    time.sleep(1.5)
+    print("stopped for a second:", [message for _, message in beside.of(Died)] or "goes on")
+    assert not beside.of(Died)
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: beside.of(Died))
+    print("stopped for good:    ", beside.of(Died)[0][1].reason)
+engine_process.SILENCE_S = 10.0
+
+# %% [markdown]
+# ## 6. The server dies
+#
+# A script starts an engine, prints the process's number, and is killed.
+#
+# **Predict.** Who ends the engine? What if it is in the middle of a step?
+
+# %%
+script = f"""
+import sys, time
+sys.path.insert(0, {str(root)!r})
+from functools import partial
+from milestones.v10_engine_process.engine_process import EngineProcess, load_engine
+runner = EngineProcess(partial(load_engine, {str(POCKET)!r})).wait_until_ready()
+print(runner.process.pid, flush=True)
+time.sleep(600)
+"""
+server = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+engine_pid = int(server.stdout.readline())
+
+
+def is_there(pid):
+    """Whether a process runs; one that has ended and is not waited for does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+print("before:", {"engine": is_there(engine_pid)})
+server.kill()
+server.wait()
+wait_until(lambda: not is_there(engine_pid), 5)
+print("after: ", {"engine": is_there(engine_pid)})
+
+# %% [markdown]
+# The engine's reading thread came to the end of the stream and ended its process, whatever its main thread was doing. Nobody has to clean
+# up after a server, and a GPU's memory is free for the next one.
+#
+# ## To try
+#
+# 1. In part 1, put logprobs into the outputs: `{300: -0.5, 301: -2.0}`. What does a step of 64 cost then?
+# 2. In part 3, let the busy thread sleep for a millisecond now and then. How much does the engine in the thread gain?
+# 3. In part 6, send SIGTERM to the engine's process instead. What happens, and why is it meant to be so?
+#
+# The chapter's text is [milestones/v10_engine_process/README.md](../milestones/v10_engine_process/README.md).
+# `python -m shared.verify.killing` kills servers and engines under load, `make traps-v10` plants the chapter's seeded bugs,
+# `make diff-v10` shows all that it changed.

@@ -1,0 +1,95 @@
+"""A chapter's server as a user starts it, with all of its processes: what measurements and tests of it begin with.
+
+Reads: the chapter, /proc (Linux).
+"""
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+from shared.chapters import ROOT, Chapter
+from shared.checkpoints import POCKET
+
+
+class Served:
+    """A chapter's server as a user starts it, in a process group of its own."""
+
+    def __init__(self, chapter: Chapter, *flags: str, wait: bool = True):
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")
+        self.temporary = tempfile.TemporaryDirectory()
+        command = [*chapter.command, "serve", "--model", str(POCKET), "--port", "0", *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": self.temporary.name}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=self.log, start_new_session=True)
+        self.pids = {"server": self.process.pid}
+        if wait:
+            self.wait_until_it_serves()
+
+    def wait_until_it_serves(self) -> None:
+        while "  curl " not in self.said():
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended before it served:\n{self.said()}")
+            time.sleep(0.02)
+        self.url = self.said().split("  curl ")[1].split()[0].removesuffix("/v1/completions")
+        for pid in descendants(self.process.pid):
+            if "spawn_main" in command_of(pid):
+                self.pids["engine"] = pid
+
+    def said(self) -> str:
+        return Path(self.log.name).read_text(errors="replace")
+
+    def ask(self, body: dict, **options) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/completions", json={"model": "pocket"} | body, timeout=60, **options)
+
+    @contextlib.contextmanager
+    def stream(self, body: dict):
+        """The lines of a stream that does not end early."""
+        asked = {"model": "pocket", "stream": True, "ignore_eos": True} | body
+        with httpx.stream("POST", f"{self.url}/v1/completions", json=asked, timeout=60) as response:
+            yield response.iter_lines()
+
+    def wait(self, timeout_s: float) -> int:
+        return self.process.wait(timeout_s)
+
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(self, *error) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
+        self.temporary.cleanup()
+
+
+def processes_of(served: Served) -> list[int]:
+    """The processes of a server's session that are there, itself included; one that has ended and is not waited for is not."""
+    found = []
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError, ValueError):
+            state, _parent, _group, session = stat_of(int(entry))
+            if session == served.process.pid and state != "Z":
+                found.append(int(entry))
+    return found
+
+
+def stat_of(pid: int) -> tuple[str, int, int, int]:
+    """State, parent, process group and session."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], int(fields[1]), int(fields[2]), int(fields[3])
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        for child in map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()

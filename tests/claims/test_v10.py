@@ -1,0 +1,395 @@
+"""v10: the engine in a process of its own."""
+import asyncio
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+
+import pytest
+
+from shared.bench.served import Served, processes_of
+from shared.chapters import ROOT
+from shared.checkpoints import POCKET
+from shared.verify.killing import kill
+from shared.verify.serving import serving, wait_until
+from tests.support.fake_engine import FakeEngine
+from tests.support.http import HTTP
+
+ENGINE_FILES = ["backends.py", "batch.py", "cache.py", "config.py", "engine.py", "layers.py", "loader.py", "model.py", "sampling.py"]
+FRONT_FILES = ["chat.py", "completions.py", "errors.py", "gate.py", "process.py", "protocol.py", "responses.py", "streaming.py"]
+
+
+@pytest.mark.until("v11")
+def test_engine_and_endpoints_are_the_last_chapters(chapter):
+    for name in [*ENGINE_FILES, *FRONT_FILES, "engine_loop.py", "engine_thread.py"]:
+        assert (chapter.path / name).read_bytes() == (chapter.previous.path / name).read_bytes(), name
+
+
+# ---- what crosses
+
+
+@pytest.fixture
+def fake(chapter, make_engine):
+    return FakeEngine(chapter, make_engine("pocket").tokenizer, places=64)
+
+
+class Wire:
+    """The server's end of a socket, with another end that a test holds."""
+
+    def __init__(self, module):
+        self.module = module
+        self.runner = module.EngineProcess.__new__(module.EngineProcess)
+        self.runner.socket, self.end = socket.socketpair()
+        self.runner.silent_s, self.runner.stopping = 0.0, False
+        self.runner.process = type("Process", (), {"join": lambda *_: None, "kill": lambda *_: None, "exitcode": 0})()
+        self.received = []
+
+    def receive(self, message, stats):
+        self.received.append((message, stats))
+
+
+@pytest.mark.parametrize("streams", [1, 16, 64])
+def test_a_step_is_one_message_however_many_run(chapter, Params, module, fake, streams):
+    """Counted on the socket, behind everything that the chapter does to a message."""
+    process, loop = module("engine_process"), module("engine_loop")
+    ours, its = socket.socketpair()
+    process.leave = sys.exit
+    threading.Thread(target=process.run_engine, args=(its, lambda: fake), daemon=True).start()
+    assert isinstance(process.receive_message(ours)[0], process.Ready)
+    fake.gate.clear()
+    # The first may be in a step before the others are there; that step is held until they are.
+    for call_id in range(streams):
+        ours.sendall(process.packed(loop.Add(call_id, [([20] * 5, Params(max_tokens=5))])))
+    time.sleep(0.1)
+    fake.gate.set()
+    messages = []
+    while sum(len(each.outputs) for each in messages if isinstance(each, loop.Stepped)) < 5 * streams:
+        messages.append(process.receive_message(ours)[0])
+    steps = [len(each.outputs) for each in messages if isinstance(each, loop.Stepped)]
+    assert 5 <= len(steps) <= 6 and max(steps) >= streams - 1
+    ours.close()
+
+
+def test_messages_arrive_whole_and_in_order_wherever_the_bytes_are_cut(chapter, module):
+    """A read may end in the middle of a length, and may bring the end of one message with the whole of the next."""
+    process, loop, outputs = module("engine_process"), module("engine_loop"), module("outputs")
+    stats = outputs.Stats(1, 2, 3, 4)
+    sent = [(loop.Added(1), stats), (loop.Stepped([(1, 0, outputs.StepOutput(1, 7, "é" * 50_000, None, None))]), stats)]
+    sent += [(loop.Aborted(number), stats) for number in range(50)]
+    data = b"".join(map(process.packed, sent))
+    for cuts in ([1] * 60 + [len(data)], [3, 5, 100_000, 1, len(data)], [len(data)]):
+        wire = Wire(process)
+
+        async def cross():
+            await wire.runner.start(wire.receive)
+            place = 0
+            for cut in cuts:
+                piece, place = data[place : place + cut], place + cut
+                await asyncio.to_thread(wire.end.sendall, piece)
+                await asyncio.sleep(0.001)
+            while len(wire.received) < len(sent):
+                await asyncio.sleep(0.001)
+            wire.runner.stopping = True
+            wire.end.close()
+            await wire.runner.reading
+
+        asyncio.run(asyncio.wait_for(cross(), 10))
+        assert wire.received == sent
+        # And the other way, where a thread reads.
+        ours, its = socket.socketpair()
+        found = []
+        reader = threading.Thread(target=lambda: found.extend(iter(partial(process.receive_message, its), None)))
+        reader.start()
+        place = 0
+        for cut in cuts:
+            ours.sendall(data[place : place + cut])
+            place += cut
+        ours.close()
+        reader.join(10)
+        assert found == sent
+
+
+@pytest.mark.parametrize("kept", [0, 2, 9])
+def test_a_message_that_is_cut_off_by_the_end_is_no_message(chapter, module, kept):
+    process = module("engine_process")
+    ours, its = socket.socketpair()
+    ours.sendall(process.packed(("whole",)) + process.packed(("cut off",))[:kept])
+    ours.close()
+    assert process.receive_message(its) == ("whole",) and process.receive_message(its) is None
+
+
+def test_a_message_is_small(chapter, module):
+    """64 tokens: named tuples of numbers and texts, with one name for their class."""
+    process, loop, outputs = module("engine_process"), module("engine_loop"), module("outputs")
+    step = loop.Stepped([(call_id, 0, outputs.StepOutput(call_id, 300, " word", None, None)) for call_id in range(64)])
+    data = process.packed((step, outputs.Stats(64, 0, 10, 100)))
+    assert struct.unpack("!I", data[:4]) == (len(data) - 4,) and len(data) < 64 * 40
+
+
+def test_an_abort_does_not_overtake_its_add(chapter, Params, module):
+    process, loop = module("engine_process"), module("engine_loop")
+    wire = Wire(process)
+
+    async def send():
+        await wire.runner.start(wire.receive)
+        for call_id in range(20):
+            wire.runner.send(loop.Add(call_id, [([20] * 5000, Params(max_tokens=5))]))
+            wire.runner.send(loop.Abort(call_id))
+        read = [(await asyncio.to_thread(process.receive_message, wire.end)) for _ in range(40)]
+        assert [(type(each).__name__, each.call_id) for each in read] == [(name, i) for i in range(20) for name in ("Add", "Abort")]
+        wire.runner.stopping = True
+        wire.end.close()
+        await wire.runner.reading
+
+    asyncio.run(asyncio.wait_for(send(), 10))
+
+
+# ---- who waits for whom
+
+
+def test_the_event_loop_never_waits_for_an_engine_that_reads_nothing(chapter, Params, module):
+    process, loop = module("engine_process"), module("engine_loop")
+    wire = Wire(process)
+    # A call that waits would wait for ever.
+    rescue = threading.Timer(5, wire.end.shutdown, [socket.SHUT_RDWR])
+    rescue.start()
+
+    async def send():
+        await wire.runner.start(wire.receive)
+        start = time.monotonic()
+        for call_id in range(50):
+            wire.runner.send(loop.Add(call_id, [([20] * 20_000, Params(max_tokens=5))]))
+        assert time.monotonic() - start < 1
+        rescue.cancel()
+        wire.runner.stopping = True
+        reading = asyncio.create_task(asyncio.to_thread(lambda: [process.receive_message(wire.end) for _ in range(50)]))
+        assert [each.call_id for each in await reading] == list(range(50))
+        wire.end.close()
+        await wire.runner.reading
+
+    asyncio.run(asyncio.wait_for(send(), 20))
+
+
+def test_an_engine_whose_server_reads_nothing_waits_and_holds_nothing(chapter, Params, module, fake):
+    """It stops in the middle of a step's message, and goes on when the server reads again; nothing is lost."""
+    process, loop = module("engine_process"), module("engine_loop")
+    ours, its = socket.socketpair()
+    process.leave = sys.exit
+    threading.Thread(target=process.run_engine, args=(its, lambda: fake), daemon=True).start()
+    process.receive_message(ours)
+    steps, step = [], fake.step
+    fake.step = lambda: steps.append(None) or step()
+    ours.sendall(process.packed(loop.Add(1, [([20] * 30_000, Params(max_tokens=30_000))])))
+    waits_at = None
+    while waits_at != len(steps) or not steps:
+        waits_at = len(steps)
+        time.sleep(0.3)
+    assert len(steps) < 20_000
+    tokens = 0
+    while tokens < 30_000:
+        message, _ = process.receive_message(ours)
+        tokens += len(getattr(message, "outputs", ()))
+    ours.close()
+
+
+# ---- a hung engine, and one that only takes long
+
+
+def test_a_hung_engine_is_noticed_and_a_long_step_is_not_a_hang(chapter, module, fake, monkeypatch):
+    process = module("engine_process")
+    monkeypatch.setattr(process, "ALIVE_S", 0.05)
+    monkeypatch.setattr(process, "SILENCE_S", 0.5)
+    body = {"model": "pocket", "prompt": [20, 21], "max_tokens": 2}
+    fake.gate.clear()
+    with serving(chapter, fake) as server:
+        threading.Timer(1.5, fake.gate.set).start()
+        assert HTTP.post(f"{server.url}/v1/completions", json=body).status_code == 200
+    monkeypatch.setattr(process, "say_alive", lambda channel: None)
+    fake.gate.clear()
+    with serving(chapter, fake) as server:
+        answer = HTTP.post(f"{server.url}/v1/completions", json=body, timeout=10)
+        assert answer.status_code == 500
+        assert "the engine's process said nothing for" in answer.json()["error"]["message"]
+        health = HTTP.get(f"{server.url}/health")
+        assert health.status_code == 503 and health.json() == {
+            "status": "dead",
+            "running": 0,
+            "waiting": 0,
+            "free_blocks": 0,
+            "total_blocks": 0,
+        }
+        wait_until(lambda: server.should_exit, 4)
+        fake.gate.set()
+
+
+def test_while_the_server_itself_stood_still_nobody_was_silent(chapter, module, monkeypatch):
+    """Its clock went on, and what the engine said in that time lies in the socket."""
+    process = module("engine_process")
+    monkeypatch.setattr(process, "ALIVE_S", 0.05)
+    monkeypatch.setattr(process, "SILENCE_S", 0.5)
+    wire, ended, killed = Wire(process), threading.Event(), []
+    wire.runner.process.kill = lambda: killed.append(time.monotonic())
+
+    def say_alive():
+        while not ended.wait(0.05):
+            wire.end.sendall(process.packed((process.Alive(), None)))
+
+    async def stand_still():
+        await wire.runner.start(wire.receive)
+        speaker = threading.Thread(target=say_alive)
+        speaker.start()
+        await asyncio.sleep(0.2)
+        time.sleep(1)
+        await asyncio.sleep(0.4)
+        assert not killed and not wire.received
+        ended.set()
+        speaker.join()
+        await asyncio.sleep(1)
+        assert killed
+        wire.runner.stopping = True
+        wire.end.close()
+        await wire.runner.reading
+
+    asyncio.run(asyncio.wait_for(stand_still(), 10))
+
+
+# ---- two processes
+
+
+def run(chapter, code):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+
+
+def test_the_servers_modules_import_no_torch(chapter):
+    code = "import importlib, sys\n" + "".join(
+        f"importlib.import_module('milestones.{chapter.name}.{name}')\n" for name in ("process", "service", "__main__", "engine_process")
+    )
+    done = run(chapter, code + "print('torch' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.parametrize(("model_dir", "says"), [("nowhere", "nowhere is no directory"), (str(POCKET), "block_size must be")])
+def test_what_the_engine_refuses_at_its_start_is_said_as_before(chapter, module, model_dir, says):
+    process = module("engine_process")
+    runner = process.EngineProcess(partial(process.load_engine, model_dir, block_size=0))
+    with pytest.raises(ValueError) as caught:
+        runner.wait_until_ready()
+    in_one_process = pytest.raises(ValueError, chapter.load().Engine, model_dir, block_size=0)
+    assert str(caught.value) == str(in_one_process.value)
+
+
+def test_a_process_that_ends_before_it_is_ready_is_an_error_and_not_a_wait(chapter, module):
+    process = module("engine_process")
+    with pytest.raises(ValueError, match=r"has ended \(exit code 7\) before it was ready"):
+        process.EngineProcess(partial(os._exit, 7)).wait_until_ready()
+
+
+def test_bytes_that_are_no_message_end_both_sides(chapter, module):
+    """A bug must not leave a process that reads nothing any more: the engine ends, and the server hears of it."""
+    process, loop = module("engine_process"), module("engine_loop")
+    runner = process.EngineProcess(partial(process.load_engine, POCKET)).wait_until_ready()
+
+    async def write_nonsense():
+        received = asyncio.Queue()
+        await runner.start(lambda message, stats: received.put_nowait(message))
+        runner.writer.write(struct.pack("!I", 3) + b"abc")
+        assert await received.get() == loop.Died("the engine's process has ended (exit code 1)")
+        # And the other way.
+        wire = Wire(process)
+        await wire.runner.start(wire.receive)
+        wire.end.sendall(struct.pack("!I", 3) + b"abc")
+        await wire.runner.reading
+        assert [message for message, _ in wire.received] == [loop.Died("the engine's process has ended (exit code 0)")]
+
+    asyncio.run(asyncio.wait_for(write_nonsense(), 20))
+
+
+@pytest.fixture(scope="module")
+def served(chapter):
+    with Served(chapter) as served:
+        yield served
+
+
+def test_the_server_has_no_torch_and_the_engine_no_http_after_they_have_answered(served):
+    served.ask({"prompt": "Once", "max_tokens": 5, "logprobs": 2, "echo": True}).raise_for_status()
+    maps = {name: open(f"/proc/{pid}/maps").read() for name, pid in served.pids.items()}
+    assert "libtorch" in maps["engine"] and "libtorch" not in maps["server"]
+    threads = {name: len(os.listdir(f"/proc/{pid}/task")) for name, pid in served.pids.items()}
+    assert threads["engine"] >= 3
+
+
+def test_signals_to_the_engine_alone_change_nothing(served):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(served.pids["engine"], number)
+    time.sleep(0.2)
+    assert served.ask({"prompt": "Once", "max_tokens": 5}).status_code == 200
+
+
+def test_a_server_that_is_stopped_for_a_while_blames_nobody(served):
+    with served.stream({"prompt": "Once", "max_tokens": 300}) as lines:
+        next(lines)
+        os.kill(served.pids["server"], signal.SIGSTOP)
+        time.sleep(1.5)
+        os.kill(served.pids["server"], signal.SIGCONT)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
+
+
+def test_a_killed_engine_is_told_to_everybody_at_once_and_the_server_ends_with_1(chapter):
+    with Served(chapter) as served:
+        told = kill(served, "engine", streams=8, after_s=0.3)
+        assert told.answered + told.failed == 8 and told.hung == 0 and told.failed
+        assert told.seconds_to_answer < 1 and told.seconds_to_end < 10 and told.exit_code == 1
+        assert "has ended (SIGKILL)" in told.error
+        assert not processes_of(served)
+
+
+def test_a_request_that_the_engine_has_not_answered_is_told_of_its_death(chapter):
+    with Served(chapter) as served:
+        os.kill(served.pids["engine"], signal.SIGSTOP)
+        told = kill(served, "engine", streams=3, after_s=0.5)
+        assert (told.answered, told.failed, told.hung) == (0, 3, 0)
+        assert told.seconds_to_answer < 1 and "has ended (SIGKILL)" in told.error
+
+
+def test_of_a_killed_server_nothing_is_left(chapter):
+    with Served(chapter) as served:
+        told = kill(served, "server", streams=8, after_s=0.3)
+        assert told.hung == 0
+        wait_until(lambda: not processes_of(served), 5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.whole)])
+def test_ctrl_c_reaches_both_and_the_answers_come_to_their_ends(chapter, number):
+    with Served(chapter) as served:
+        with served.stream({"prompt": "Once", "max_tokens": 200}) as lines:
+            next(lines)
+            os.killpg(served.pids["server"], number)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
+        assert served.wait(15) == 0 and "Traceback" not in served.said()
+        assert not processes_of(served)
+
+
+def test_a_script_that_keeps_its_engine_to_the_end_ends(chapter):
+    """Python's own exit sends SIGTERM to the children of multiprocessing, and waits for them."""
+    module = f"milestones.{chapter.name}.engine_process"
+    code = f"from {module} import EngineProcess, load_engine\nfrom functools import partial\n"
+    code += f"runner = EngineProcess(partial(load_engine, {str(POCKET)!r})).wait_until_ready()\nprint(runner.process.pid)"
+    done = run(chapter, code)
+    assert done.returncode == 0, done.stderr
+    wait_until(lambda: not os.path.exists(f"/proc/{int(done.stdout)}"), 5)
+
+
+def test_a_server_that_cannot_begin_takes_its_engine_with_it(chapter):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        with Served(chapter, "--port", port, wait=False) as served:
+            assert served.wait(20) == 2
+            assert f"127.0.0.1:{port} cannot be listened on" in served.said()
+            wait_until(lambda: not processes_of(served), 5)
