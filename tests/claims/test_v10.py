@@ -131,6 +131,23 @@ def test_a_message_is_small(chapter, module):
     assert struct.unpack("!I", data[:4]) == (len(data) - 4,) and len(data) < 64 * 40
 
 
+@pytest.mark.until("v11")
+def test_the_text_tells_how_many_bytes_cross(chapter, Params, module):
+    process, loop, outputs = module("engine_process"), module("engine_loop"), module("outputs")
+    stats = outputs.Stats(1, 0, 8190, 8192)
+
+    def step(number, reason=None):
+        word = " there" if reason is None else " was"
+        return loop.Stepped([(each, 0, outputs.StepOutput(each, 300, word, None, reason)) for each in range(1, number + 1)]), stats
+
+    text = chapter.text.read_text()
+    add = loop.Add(1, [([0, 419, 414, 265, 333], Params(max_tokens=2))])
+    for message in (add, (loop.Added(1), stats), step(1), step(1, "length"), (process.Alive(), None)):
+        assert f"| {len(process.packed(message))} |" in text, message
+    sizes = [len(process.packed(step(number))) for number in (16, 64)]
+    assert f"With 16 streams a step's message has {sizes[0]} bytes, with 64 streams {sizes[1]:,}." in text, sizes
+
+
 def test_an_abort_does_not_overtake_its_add(chapter, Params, module):
     process, loop = module("engine_process"), module("engine_loop")
     wire = Wire(process)
