@@ -20,7 +20,7 @@ from shared.book import diff
 from shared.book.doctests import check_package
 from shared.chapters import CHAPTERS, CONTENTS, ROOT, Book, Row, find, first_with
 from shared.checkpoints import RANDOM, checkpoint
-from shared.commands import demo, doctor, install, run
+from shared.commands import demo, doctor, install, run, serve
 from shared.results import rows_of, write_row
 from shared.verify.reference import reference
 from tests import matrix
@@ -558,3 +558,23 @@ def test_a_noisy_measurement_says_so(capsys, monkeypatch):
     timings = {"wall_ms": 1.0, "cpu_ms": 1.0, "spread": 0.9, "repeats": 2}
     growth.print_growth({"v01": {"3": timings, "worst_spread": 0.9, "ratio": 1.0}})
     assert "noisy: runs differ by up to 90%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "served"),
+    [("llama", ["--served-model-name", "llama"]), ("owner/name", ["--served-model-name", "owner/name"]), ("a-link", [])],
+)
+def test_serve_leaves_a_directory_its_own_name_and_the_user_the_last_word(monkeypatch, tmp_path, model, served):
+    """The name of a checkpoint by id went behind the user's own, and won."""
+    snapshot = checkpoint("qwen3")
+    monkeypatch.setattr(checkpoints, "download", lambda hub_id: snapshot)
+    monkeypatch.chdir(tmp_path)
+    Path("a-link").symlink_to(snapshot)
+    calls = []
+    module = SimpleNamespace(main=calls.append)
+    monkeypatch.setattr(serve.importlib, "import_module", lambda name: module)
+    where = {"llama": str(checkpoint("llama")), "owner/name": str(snapshot), "a-link": "a-link"}[model]
+    serve.main(["--served-model-name", "mine", "--model", model, "--port", "0"])
+    serve.main([f"--model={model}"])
+    want = ["serve", "--model", where, *served]
+    assert calls == [[*want, "--served-model-name", "mine", "--port", "0"], want]

@@ -2,27 +2,34 @@
 
     python -m shared.commands.serve [--model directory-or-hub-id] [flags of the chapter's serve command]
 """
+import argparse
 import importlib
 import sys
+from pathlib import Path
 
 from shared.chapters import last_with
 
 
 def main(argv: list[str]) -> int:
+    """Resolve the model, and leave the rest to the chapter."""
     from shared.checkpoints import checkpoint
 
     chapter = last_with("serve")
-    if "--model" in argv[:-1]:
-        where = argv.index("--model") + 1
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    args, others = parser.parse_known_args(argv)
+    model = []
+    if args.model is not None:
         try:
-            model_dir = checkpoint(argv[where])
+            model = ["--model", str(checkpoint(args.model))]
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        # A checkpoint of the hub lies in a directory that is named by a hash.
-        name = [] if model_dir.name in argv[where] else ["--served-model-name", argv[where]]
-        argv = [*argv[:where], str(model_dir), *name, *argv[where + 1:]]
-    return importlib.import_module(f"milestones.{chapter.name}.__main__").main(["serve", *argv])
+        # A directory has a name of its own; other checkpoints lie in directories that are named by a hash.
+        if not Path(args.model).is_dir():
+            model += ["--served-model-name", args.model]
+    # What the user says comes last, and counts.
+    return importlib.import_module(f"milestones.{chapter.name}.__main__").main(["serve", *model, *others])
 
 
 if __name__ == "__main__":
