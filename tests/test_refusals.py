@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.checkpoints import checkpoint
 
@@ -65,7 +65,78 @@ def test_a_config_that_is_no_json_object(refused, copy_of, text):
 def test_weights_that_are_not_there(refused, copy_of):
     path = copy_of("llama")
     (path / "model.safetensors").unlink()
-    assert refused(path) == f"{path} is not a complete checkpoint: it has no model.safetensors"
+    assert refused(path) == (
+        f"{path} is not a complete checkpoint: it has no model.safetensors and no model.safetensors.index.json"
+    )
+
+
+# The files of one checkpoint, each kind with a norm of its own.
+SINGLE, BIN = "model.safetensors", "pytorch_model.bin"
+INDEX, SHARDS = "model.safetensors.index.json", "model-*.safetensors"
+
+
+@pytest.fixture
+def with_weights(copy_of):
+    """A checkpoint that has these weight files and no others; empty files for other names."""
+
+    def with_weights(*kinds):
+        path = copy_of("llama3-hub")
+        tensors = {name: tensor for shard in path.glob(SHARDS) for name, tensor in load_file(shard).items()}
+        for kind in {INDEX, SHARDS} - set(kinds):
+            for file in path.glob(kind):
+                file.unlink()
+        for kind in set(kinds) - {INDEX, SHARDS}:
+            (path / kind).touch()
+        changed = {name: tensor + 1 for name, tensor in tensors.items()}
+        if SINGLE in kinds:
+            save_file(changed, path / SINGLE, metadata={"format": "pt"})
+        if BIN in kinds:
+            torch.save({name: tensor + 1 for name, tensor in changed.items()}, path / BIN)
+        return path
+
+    return with_weights
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (SINGLE,),
+        (SINGLE, SHARDS),
+        (SINGLE, INDEX),
+        (SINGLE, INDEX, SHARDS),
+        (SINGLE, INDEX, SHARDS, BIN),
+        (INDEX, SHARDS),
+        (INDEX, SHARDS, BIN),
+        (INDEX, SHARDS, "consolidated.safetensors", "model.fp16.safetensors"),
+    ],
+)
+def test_of_several_weights_hugging_faces_choice_is_read(with_weights, module, kinds):
+    """An index and old shards beside a single file: the shards used to be read, and nothing was said."""
+    path = with_weights(*kinds)
+    want = AutoModelForCausalLM.from_pretrained(path).state_dict()
+    stored = module("loader").Checkpoint(path)
+    assert set(stored.files) == set(want)
+    for name in stored.files:
+        assert torch.equal(stored.read(name), want[name]), name
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        ((SHARDS,), "model-00001-of-00006.safetensors, model-00002-of-00006.safetensors"),
+        ((BIN,), "pytorch_model.bin cannot be read: convert with save_pretrained"),
+        (("consolidated.safetensors",), "consolidated.safetensors cannot be read"),
+        (("consolidated.00.pth",), "consolidated.00.pth cannot be read"),
+        (("model.fp16.safetensors",), "model.fp16.safetensors cannot be read"),
+        (("model.gguf",), "model.gguf cannot be read"),
+        ((INDEX,), "it has no model-00001-of-00006.safetensors"),
+        ((INDEX, BIN), "it has no model-00001-of-00006.safetensors"),
+    ],
+)
+def test_weights_in_other_files_are_refused_and_named(with_weights, refused, kinds, message):
+    assert message in refused(with_weights(*kinds))
+
+
 
 
 def test_a_shard_that_is_not_there(refused, copy_of):
@@ -167,6 +238,40 @@ def test_the_largest_finite_numbers_of_float16_are_accepted(copy_of, chapter):
             tensors["model.norm.weight"].fill_(65504.0)
             save_file(tensors, shard, metadata={"format": "pt"})
     chapter.load().Engine(path, dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("stored", "value", "dtype"),
+    [
+        (torch.bfloat16, 1e5, "float16"),
+        (torch.bfloat16, -1e5, "float16"),
+        (torch.bfloat16, 1e5, "bfloat16"),
+        (torch.bfloat16, 3e38, "float32"),
+        (torch.float32, 65519.0, "float16"),  # rounds down to the largest
+        (torch.float32, 65520.0, "float16"),  # and this to infinity
+        (torch.float32, 1e-30, "float16"),
+        (torch.float32, 3.4e38, "bfloat16"),
+        (torch.float32, 3.3e38, "bfloat16"),
+        (torch.float16, -65504.0, "bfloat16"),
+    ],
+)
+def test_a_value_that_only_overflows_when_it_is_converted(refused, copy_of, chapter, stored, value, dtype):
+    """It used to be loaded as an infinity, and every text was empty."""
+    path = copy_of("llama")
+
+    def change(tensors):
+        tensors.update({name: tensor.to(stored) for name, tensor in tensors.items()})
+        tensors["model.layers.2.mlp.up_proj.weight"].view(-1)[7:8].fill_(value)
+
+    rewrite(path, change)
+    hugging_face = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    if all(weight.isfinite().all() for weight in hugging_face.parameters()):
+        chapter.load().Engine(path, dtype=dtype)
+    else:
+        sentence = refused(path, dtype=dtype)
+        assert sentence.startswith("tensor model.layers.2.mlp.up_proj.weight has values from ")
+        assert f"{torch.tensor(value, dtype=stored).item():g}" in sentence
+        assert sentence.endswith(f"too large for torch.{dtype}; choose a wider dtype")
 
 
 @pytest.mark.parametrize("head_dim", [2**16 + 2, 10**12])

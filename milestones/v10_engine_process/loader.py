@@ -36,10 +36,16 @@ class Checkpoint:
 
     def __init__(self, model_dir: Path):
         self.files = {}
-        index = model_dir / "model.safetensors.index.json"
-        if not index.exists():
-            self.open(model_dir / "model.safetensors")
+        single, index = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
+        # The order is transformers': an index beside the single file is not read.
+        if single.is_file():
+            self.open(single)
             return
+        if not index.is_file():
+            unread = [path.name for end in ("safetensors", "bin", "pth", "gguf") for path in model_dir.glob(f"*.{end}")]
+            hint = f"; {', '.join(sorted(unread)[:4])} cannot be read: convert with save_pretrained" if unread else ""
+            missing = f"it has no {single.name} and no {index.name}"
+            raise ValueError(f"{model_dir} is not a complete checkpoint: {missing}{hint}")
         listed = read_json(index).get("weight_map")
         names = listed.values() if isinstance(listed, dict) else [None]
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
@@ -61,16 +67,25 @@ class Checkpoint:
                 raise ValueError(f"tensor {name} is in two files, {path.name} being the second; keep one")
             self.files[name] = file
 
-    def read(self, name: str, shape: torch.Size | None = None) -> Tensor:
-        """One tensor, as it is stored; ValueError if it is not finite or not of this shape (None: any)."""
+    def read(self, name: str, shape: torch.Size | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, as it is stored; ValueError if it is not of this shape (None: any), or not finite.
+
+        dtype: what the caller converts it to; a value that only overflows there is refused too.
+        """
         tensor = self.files[name].get_tensor(name)
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"tensor {name} is stored as {tensor.dtype}; supported are {', '.join(DTYPES)}")
         if shape is not None and tensor.shape != shape:
             raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
         # If one value is NaN, so are the smallest and the largest.
-        if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+        bounds = torch.aminmax(tensor) if tensor.numel() else ()
+        if not all(bound.isfinite() for bound in bounds):
             raise ValueError(f"tensor {name} has values that are not finite numbers; fetch or convert it again")
+        # Rounding keeps the order: if the smallest and the largest stay finite in dtype, so does all between them.
+        if not all(bound.to(dtype).isfinite() for bound in bounds):
+            low, high = (bound.item() for bound in bounds)
+            values = f"values from {low:g} to {high:g}"
+            raise ValueError(f"tensor {name} has {values}, too large for {dtype}; choose a wider dtype")
         return tensor
 
     @property
@@ -127,7 +142,7 @@ def load_model(
         if {HEAD, EMBEDDING} <= stored and torch.equal(checkpoint.read(HEAD), checkpoint.read(EMBEDDING)):
             stored.remove(HEAD)
     refuse_difference("the checkpoint against config.json", set(wanted), stored)
-    weights = {name: checkpoint.read(name, shape).to(device, dtype) for name, shape in wanted.items()}
+    weights = {name: checkpoint.read(name, shape, dtype).to(device, dtype) for name, shape in wanted.items()}
     if config.tied_head:
         weights[HEAD] = weights[EMBEDDING]
     model.load_state_dict(weights, strict=True, assign=True)
