@@ -1,6 +1,8 @@
 """Refusals: each names the parameter, the range, the value and the remedy; each is read here."""
 import json
+import os
 import shutil
+from functools import lru_cache
 
 import pytest
 import torch
@@ -137,6 +139,9 @@ def test_weights_in_other_files_are_refused_and_named(with_weights, refused, kin
     assert message in refused(with_weights(*kinds))
 
 
+def test_a_weight_file_that_only_the_config_names(refused, copy_of):
+    path = copy_of("llama", transformers_weights="other.safetensors")
+    assert "transformers_weights is 'other.safetensors', which is not supported" in refused(path)
 
 
 def test_a_shard_that_is_not_there(refused, copy_of):
@@ -186,7 +191,7 @@ def test_a_tokenizer_that_is_not_there_or_broken(refused, copy_of):
     path = copy_of("llama")
     (path / "tokenizer.json").write_text("{")
     assert f"the tokenizer of {path} cannot be read" in refused(path)
-    assert "Field 'attention_bias' expected bool" in refused(copy_of("qwen3", attention_bias=None))
+    assert "Field 'use_cache' expected bool" in refused(copy_of("qwen3", use_cache=None))
     (path / "tokenizer.json").unlink()
     assert f"{path} has no tokenizer" in refused(path)
 
@@ -314,7 +319,27 @@ def test_rotary_frequencies_in_the_file_are_accepted(copy_of, chapter):
         ("mistral", {"sliding_window": 319}, "sliding_window is 319, below the 320 tokens"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_window is 64"),
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "has sliding_attention"),
+        ("qwen3", {"layer_types": ["full_attention"] * 2}, "layer_types in config.json must be a list of 3 names"),
+        ("qwen2", {"layer_types": []}, "layer_types in config.json must be a list of 3 names, got []"),
+        ("mistral", {"sliding_window": "16"}, "sliding_window in config.json must be an integer >= 1, got '16'"),
+        ("mistral", {"sliding_window": 0}, "sliding_window in config.json must be an integer >= 1, got 0"),
+        ("qwen2", {"max_window_layers": "1"}, "max_window_layers in config.json must be an integer >= 0, got '1'"),
+        ("qwen2", {"use_sliding_window": 1}, "use_sliding_window in config.json must be true or false, got 1"),
+        ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings in config.json must be true or false, got"),
+        ("qwen2", {"tie_word_embeddings": None}, "tie_word_embeddings in config.json is null, which model_type qwen2"),
+        ("mistral", {"num_key_value_heads": None}, "num_key_value_heads in config.json is null, which model_type"),
+        ("qwen2", {"head_dim": None}, "head_dim in config.json is null, which model_type qwen2 does not allow; leave"),
+        ("llama", {"head_dim": 0}, "head_dim in config.json must be an integer >= 1, got 0"),
+        ("llama", {"num_attention_heads": 7, "num_key_value_heads": 7}, "hidden_size is 60, not a multiple of num_att"),
+        ("llama", {"attention_bias": None}, "attention_bias is None, which is not supported; only False is"),
+        ("llama", {"mlp_bias": None}, "mlp_bias is None, which is not supported; only False is"),
+        ("mistral", {"hidden_act": None}, "hidden_act is None, which is not supported; only 'silu' is"),
+        ("qwen3", {"is_causal": False}, "is_causal is False, which is not supported; only True is"),
+        ("llama", {"attention_chunk_size": 16}, "attention_chunk_size is 16"),
+        ("qwen2", {"per_layer_config": {"1": {"intermediate_size": 44}}}, "per_layer_config is {'1': "),
+        ("llama", {"text_config": {"sliding_window": 16}}, "text_config is {'sliding_window': 16}"),
+        ("llama", {"sliding_window": 64}, "sliding_window is 64, below the 320 tokens"),
         ("llama", {"attention_bias": True}, "attention_bias is True"),
         ("qwen3", {"attention_bias": True}, "attention_bias is True"),
         ("llama", {"mlp_bias": True}, "mlp_bias is True"),
@@ -335,7 +360,7 @@ def test_rotary_frequencies_in_the_file_are_accepted(copy_of, chapter):
         ("llama3-hub", {"rope_theta": None}, "rope_theta in config.json must be a number above 0, got None"),
         ("llama3-hub", {"rope_theta": float("inf")}, "rope_theta in config.json must be a number above 0, got inf"),
         ("llama3-hub", {"rope_scaling": "llama3"}, "must be objects, got 'llama3'"),
-        ("qwen3", {"layer_types": [1]}, "layer_types in config.json must be a list of names, got [1]"),
+        ("qwen3", {"layer_types": [1] * 3}, "layer_types in config.json must be a list of 3 names, got [1, 1, 1]"),
         ("llama", {"num_hidden_layers": 0}, "num_hidden_layers in config.json must be an integer >= 1, got 0"),
     ],
 )
@@ -351,7 +376,10 @@ def test_what_is_not_supported_is_refused_by_name(refused, copy_of, name, change
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 28}),
         ("qwen3", {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": True, "sliding_window": 4096}),
         ("mistral", {"attention_bias": True}),  # a key its family does not have
-        ("llama", {"sliding_window": 64}),  # likewise
+        ("mistral", {"use_sliding_window": None, "max_window_layers": "x"}),  # likewise
+        ("mistral", {"sliding_window": 16, "layer_types": ["full_attention"] * 3}),
+        ("llama", {"sliding_window": 320}),
+        ("llama", {"hidden_act": "swish", "partial_rotary_factor": None, "num_experts": None}),
         ("llama", {"attention_bias": ..., "hidden_act": ..., "mlp_bias": ...}),
         ("llama", {"quantization_config": None, "num_experts": 0, "partial_rotary_factor": 1.0}),
         ("llama", {"a_key_of_a_later_release": [1, 2]}),
@@ -375,6 +403,91 @@ def test_a_missing_key_takes_transformers_default_for_its_family(module, family)
             assert AutoConfig.for_model(family, use_sliding_window=True).sliding_window == value
         elif hasattr(theirs, key):
             assert getattr(theirs, key) == value, key
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOWS = [
+    {},
+    {"use_sliding_window": False},
+    {"use_sliding_window": True},
+    {"use_sliding_window": True, "max_window_layers": 0},
+    {"use_sliding_window": True, "max_window_layers": 2},
+    {"use_sliding_window": True, "max_window_layers": 3},
+    {"use_sliding_window": False, "max_window_layers": 3},
+    {"use_sliding_window": True, "layer_types": [FULL, FULL, FULL]},
+    {"use_sliding_window": False, "layer_types": [FULL, FULL, FULL]},
+    {"use_sliding_window": True, "layer_types": [FULL, SLIDING, FULL]},
+    {"use_sliding_window": False, "layer_types": [SLIDING, SLIDING, SLIDING]},
+]
+
+
+@lru_cache(maxsize=None)
+def hugging_faces_tokens(family, config):
+    """What transformers generates after 30 tokens, or the kind of its error; config is JSON."""
+    path = checkpoint(family)
+    folder = path.with_name(f"{path.name}-{os.getpid()}")
+    shutil.copytree(path, folder)
+    (folder / "config.json").write_text(config)
+    prompt = torch.tensor([[(i * 37 + 5) % 390 + 8 for i in range(30)]])
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        out = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+        return tuple(out[0, 30:].tolist())
+    except Exception as error:
+        return type(error)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("changes", WINDOWS, ids=str)
+def test_a_window_is_on_where_hugging_faces_tokens_show_one(copy_of, module, family, changes):
+    """Mistral's class has no use_sliding_window: a false one used to switch its window off."""
+    load = module("config").load_config
+    path = copy_of(family, sliding_window=16, **({"layer_types": ...} | changes))
+    tokens = hugging_faces_tokens(family, (path / "config.json").read_text())
+    if isinstance(tokens, type):
+        with pytest.raises(ValueError):
+            load(path)
+    else:
+        plain = hugging_faces_tokens(family, (checkpoint(family) / "config.json").read_text())
+        assert load(path).sliding_window == (None if tokens == plain else 16)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_key_may_be_null_where_it_may_be_in_its_class(copy_of, module, family):
+    config = module("config")
+    for key in [*config.defaults_of(family), *config.UNSUPPORTED]:
+        families = config.UNSUPPORTED.get(key, [(family,)])[0]
+        if family not in families or key in ("is_causal", "is_encoder_decoder"):  # refused, and null is false there
+            continue
+        path = copy_of(family, **{key: None})
+        try:
+            theirs = AutoConfig.from_pretrained(path)
+            with torch.device("meta"):
+                attention = AutoModelForCausalLM.from_config(theirs).model.layers[0].self_attn
+        except Exception:
+            with pytest.raises(ValueError, match=key):
+                config.load_config(path)
+        else:
+            ours = config.load_config(path)
+            assert ours.head_dim == attention.head_dim
+            assert ours.num_kv_heads * ours.head_dim == attention.k_proj.out_features
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("inside", [..., 64])
+@pytest.mark.parametrize("beside", [..., 32])
+@pytest.mark.parametrize("form", ["rope_scaling", "rope_parameters"])
+def test_the_length_that_llama3_scaling_begins_at_stands_in_several_places(copy_of, module, inside, beside, form):
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5000.0}
+    rope |= {} if inside is ... else {"original_max_position_embeddings": inside}
+    path = copy_of("llama", rope_parameters=..., original_max_position_embeddings=beside)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {form: rope}))
+    want = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).model.rotary_emb.inv_freq
+    got = module("layers").rope_frequencies(module("config").load_config(path))
+    assert torch.allclose(got, want, rtol=1e-6)  # two orders of the same float32 products
 
 
 def test_a_window_that_is_left_out_is_the_familys(copy_of, module):

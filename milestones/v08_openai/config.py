@@ -23,9 +23,7 @@ DEFAULTS = {
         "num_key_value_heads": None,
         "vocab_size": 32000,
         "max_position_embeddings": 2048,
-        "use_sliding_window": False,
         "sliding_window": None,
-        "max_window_layers": 0,
         "eos_token_id": 2,
     },
     "mistral": {
@@ -33,9 +31,7 @@ DEFAULTS = {
         "num_key_value_heads": 8,
         "vocab_size": 32000,
         "max_position_embeddings": 131072,
-        "use_sliding_window": True,
         "sliding_window": 4096,
-        "max_window_layers": 0,
         "eos_token_id": 2,
     },
     "qwen2": {
@@ -61,15 +57,31 @@ DEFAULTS = {
     },
 }
 
-# Features that would change the arithmetic: the families that know the key, and the value that leaves it off.
+# The keys above that may be null, and in which families: the same types as in transformers' classes.
+NULLABLE = {
+    "head_dim": ("llama", "mistral"),
+    "num_key_value_heads": ("llama", "qwen2", "qwen3"),
+    "rope_theta": FAMILIES,  # where rope_parameters has its own
+    "sliding_window": FAMILIES,
+    "eos_token_id": FAMILIES,
+}
+
+# Features that would change the arithmetic, or the files that are read: the families in which the key counts, and the
+# values that leave it off.
 UNSUPPORTED = {
-    "hidden_act": (FAMILIES, "silu"),
-    "attention_bias": (("llama", "qwen3"), False),
-    "mlp_bias": (("llama",), False),
-    "partial_rotary_factor": (FAMILIES, 1.0),
-    "quantization_config": (FAMILIES, None),
-    "num_experts": (FAMILIES, 0),
-    "num_local_experts": (FAMILIES, 0),
+    "hidden_act": (FAMILIES, ("silu", "swish")),
+    "attention_bias": (("llama", "qwen3"), (False,)),
+    "mlp_bias": (("llama",), (False,)),
+    "partial_rotary_factor": (FAMILIES, (1.0, None)),
+    "quantization_config": (FAMILIES, (None,)),
+    "num_experts": (FAMILIES, (0, None)),
+    "num_local_experts": (FAMILIES, (0, None)),
+    "is_causal": (FAMILIES, (True,)),
+    "is_encoder_decoder": (FAMILIES, (False,)),
+    "attention_chunk_size": (("llama", "mistral"), (None,)),
+    "per_layer_config": (FAMILIES, (None,)),
+    "text_config": (FAMILIES, (None,)),
+    "transformers_weights": (FAMILIES, (None,)),
 }
 
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -138,20 +150,26 @@ def load_config(model_dir: Path) -> ModelConfig:
     if family not in FAMILIES:
         raise ValueError(f"model_type is {family!r}; supported are {', '.join(FAMILIES)}")
     for key, (families, off) in UNSUPPORTED.items():
-        if family in families and stored.get(key) and stored[key] != off:
-            raise ValueError(f"{key} is {stored[key]!r}, which is not supported; only {off!r} is")
+        if family in families and key in stored and stored[key] not in off:
+            raise ValueError(f"{key} is {stored[key]!r}, which is not supported; only {off[0]!r} is")
     raw = defaults_of(family) | stored
+    for key in defaults_of(family):
+        if key in stored and stored[key] is None and family not in NULLABLE.get(key, ()):
+            raise ValueError(f"{key} in config.json is null, which model_type {family} does not allow; leave the key out")
     num_heads = positive(raw, "num_attention_heads")
     num_kv_heads = num_heads if raw["num_key_value_heads"] is None else positive(raw, "num_key_value_heads")
     if num_heads % num_kv_heads:
         raise ValueError(f"num_attention_heads is {num_heads}, not a multiple of num_key_value_heads, {num_kv_heads}")
-    head_dim = positive(raw, "head_dim") if raw["head_dim"] else positive(raw, "hidden_size") // num_heads
+    hidden_size = positive(raw, "hidden_size")
+    if family == "llama" and hidden_size % num_heads:
+        raise ValueError(f"hidden_size is {hidden_size}, not a multiple of num_attention_heads, {num_heads}")
+    head_dim = hidden_size // num_heads if raw["head_dim"] is None else positive(raw, "head_dim")
     if head_dim % 2 or head_dim > 2**16:
         raise ValueError(f"head_dim is {head_dim}; rotary embedding needs an even one, and nobody has more than {2**16}")
     rope_theta, rope_scaling = load_rope(raw)
     return ModelConfig(
         family=family,
-        hidden_size=positive(raw, "hidden_size"),
+        hidden_size=hidden_size,
         intermediate_size=positive(raw, "intermediate_size"),
         num_layers=positive(raw, "num_hidden_layers"),
         num_heads=num_heads,
@@ -159,7 +177,7 @@ def load_config(model_dir: Path) -> ModelConfig:
         head_dim=head_dim,
         vocab_size=positive(raw, "vocab_size"),
         norm_eps=number(raw, "rms_norm_eps"),
-        tied_head=bool(raw["tie_word_embeddings"]),
+        tied_head=flag(raw, "tie_word_embeddings"),
         max_positions=positive(raw, "max_position_embeddings"),
         sliding_window=load_sliding_window(raw),
         rope_theta=rope_theta,
@@ -175,9 +193,19 @@ def defaults_of(family: str) -> dict:
 
 def positive(raw: dict, key: str) -> int:
     """A size of the model; ValueError unless it is an integer >= 1."""
+def positive(raw: dict, key: str, least: int = 1) -> int:
+    """A size of the model; ValueError unless it is an integer >= least."""
     value = raw[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{key} in config.json must be an integer >= 1, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{key} in config.json must be an integer >= {least}, got {value!r}")
+    return value
+
+
+def flag(raw: dict, key: str) -> bool:
+    """A feature that is on or off; ValueError unless it is true or false."""
+    value = raw[key]
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} in config.json must be true or false, got {value!r}")
     return value
 
 
@@ -206,6 +234,9 @@ def load_rope(raw: dict) -> tuple[float, dict[str, float]]:
     theta = number(raw | rope, "rope_theta")
     if rope_type == "default":
         return theta, {}
+    # In transformers this one is read beside the object before it is read in it, and has a default.
+    key = "original_max_position_embeddings"
+    rope = rope | {key: raw.get(key, rope.get(key, raw["max_position_embeddings"]))}
     missing = [key for key in LLAMA3_KEYS if key not in rope]
     if missing:
         raise ValueError(f"rope_type llama3 needs {', '.join(missing)}; config.json has only {', '.join(rope)}")
@@ -213,23 +244,29 @@ def load_rope(raw: dict) -> tuple[float, dict[str, float]]:
 
 
 def load_sliding_window(raw: dict) -> int | None:
-    """Tokens that a query may look back on in some layer, or None if every layer looks back on all."""
-    layer_types = raw.get("layer_types")
-    names = layer_types or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"layer_types in config.json must be a list of names, got {names!r}")
+    """Tokens that a query may look back on in some layer, or None if every layer looks back on all.
+
+    Llama's class has no window, but transformers' cache obeys one that config.json names, so it counts here too.
+    """
+    num_layers = positive(raw, "num_hidden_layers")
+    window, first_layer = raw["sliding_window"], 0
+    # Only Qwen's classes have these two keys: elsewhere they mean nothing, whatever config.json holds.
+    if raw["model_type"].startswith("qwen"):
+        first_layer = positive(raw, "max_window_layers", least=0)
+        window = window if flag(raw, "use_sliding_window") else None
+    names = raw.get("layer_types")
+    if names is None:
+        return positive(raw, "sliding_window") if window is not None and first_layer < num_layers else None
+    if not isinstance(names, list) or len(names) != num_layers or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"layer_types in config.json must be a list of {num_layers} names, got {names!r}")
     others = sorted(set(names) - {"full_attention", "sliding_attention"})
     if others:
         raise ValueError(f"layer_types has {', '.join(others)}, which is not supported; only full_attention is")
-    # Llama has no such key, whatever its config.json holds.
-    windowed = raw["model_type"] != "llama" and raw["use_sliding_window"]
-    if layer_types is None:
-        return raw["sliding_window"] if windowed and raw["max_window_layers"] < raw["num_hidden_layers"] else None
-    if "sliding_attention" not in layer_types:
+    if "sliding_attention" not in names:
         return None
-    if not windowed or raw["sliding_window"] is None:
+    if window is None:
         raise ValueError("layer_types has sliding_attention, which is not supported; only full_attention is")
-    return raw["sliding_window"]
+    return positive(raw, "sliding_window")
 
 
 def load_end_ids(model_dir: Path, raw: dict) -> tuple[int, ...]:
