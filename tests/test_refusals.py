@@ -540,6 +540,47 @@ def test_generation_config_does_not_choose_the_sampling(copy_of, chapter, Params
     assert plain.generate([[9]], params) == other.generate([[9]], params)
 
 
+# ---- code and names
+
+
+CODE = ["code.MyTokenizer", "code.MyTokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("file", "auto_map"),
+    [
+        ("tokenizer_config.json", {"AutoTokenizer": CODE}),
+        ("tokenizer_config.json", {"AutoTokenizer": [CODE[0], None]}),
+        ("tokenizer_config.json", CODE),
+        ("tokenizer_config.json", {"AutoTokenizer": ["owner/name--code.MyTokenizer", None]}),
+        ("config.json", {"AutoConfig": "code.MyConfig", "AutoModelForCausalLM": "code.MyModel"}),
+    ],
+)
+def test_a_checkpoints_own_code_is_never_run(refused, copy_of, module, monkeypatch, capsys, tmp_path, file, auto_map):
+    """It used to ask on stdout, wait for an answer, and run the file after a y."""
+    path = copy_of("llama")
+    (path / "code.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
+    stored = json.loads((path / file).read_text())
+    (path / file).write_text(json.dumps(stored | {"auto_map": auto_map, "tokenizer_class": "MyTokenizer"}))
+    monkeypatch.setattr("builtins.input", lambda _="": "y")
+    (path / "model.safetensors").unlink()  # it is said before any weight is read
+    assert refused(path).startswith(f"auto_map in {path / file} is {auto_map!r}: a checkpoint's own Python is never run")
+    # Nor by who reads the tokenizer alone.
+    try:
+        module("text").load_tokenizer(path)
+    except ValueError:
+        pass
+    assert not (tmp_path / "was_run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_an_auto_map_that_names_nothing_is_accepted(copy_of, chapter):
+    path = copy_of("llama", auto_map={})
+    stored = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(stored | {"auto_map": {}}))
+    chapter.load().Engine(path)
+
+
 # ---- device and dtype
 
 

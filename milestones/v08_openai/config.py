@@ -152,6 +152,7 @@ def load_config(model_dir: Path) -> ModelConfig:
     for key, (families, off) in UNSUPPORTED.items():
         if family in families and key in stored and stored[key] not in off:
             raise ValueError(f"{key} is {stored[key]!r}, which is not supported; only {off[0]!r} is")
+    refuse_code(model_dir)
     raw = defaults_of(family) | stored
     for key in defaults_of(family):
         if key in stored and stored[key] is None and family not in NULLABLE.get(key, ()):
@@ -191,8 +192,17 @@ def defaults_of(family: str) -> dict:
     return COMMON_DEFAULTS | DEFAULTS[family]
 
 
-def positive(raw: dict, key: str) -> int:
-    """A size of the model; ValueError unless it is an integer >= 1."""
+def refuse_code(model_dir: Path) -> None:
+    """Raise ValueError if a checkpoint names Python files of its own to be run in place of transformers' classes."""
+    for path in (model_dir / "config.json", model_dir / "tokenizer_config.json"):
+        code = read_json(path).get("auto_map") if path.exists() else None
+        if code:
+            raise ValueError(
+                f"auto_map in {path} is {code!r}: a checkpoint's own Python is never run; if transformers' classes for "
+                "this model_type give the same tokens, remove auto_map"
+            )
+
+
 def positive(raw: dict, key: str, least: int = 1) -> int:
     """A size of the model; ValueError unless it is an integer >= least."""
     value = raw[key]
