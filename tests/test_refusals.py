@@ -581,6 +581,39 @@ def test_an_auto_map_that_names_nothing_is_accepted(copy_of, chapter):
     chapter.load().Engine(path)
 
 
+def test_a_checkpoint_is_called_what_the_user_calls_it(chapter, tmp_path, monkeypatch):
+    """A link to a hub snapshot used to be served under the snapshot's hash."""
+    commit = "c1899de289a04d12100db370d81485cdf75e47ca"
+
+    def name_of(path):
+        return chapter.load().Engine(path).name
+
+    def snapshot(repo):
+        path = tmp_path / "hub" / repo / "snapshots" / commit
+        shutil.copytree(checkpoint("llama"), path)
+        return path
+
+    qwen, gpt2 = snapshot("models--Qwen--Qwen3-0.6B"), snapshot("models--gpt2")
+    assert name_of(qwen) == name_of(f"{qwen}/") == "Qwen/Qwen3-0.6B"
+    assert name_of(gpt2) == "gpt2"
+    (tmp_path / "my-model").symlink_to(qwen)
+    (tmp_path / "of-a-link").symlink_to(tmp_path / "my-model")
+    assert name_of(tmp_path / "my-model") == name_of(f"{tmp_path}/my-model/") == "my-model"
+    assert name_of(tmp_path / "of-a-link") == "of-a-link"
+    (tmp_path / "cache").symlink_to(tmp_path / "hub")
+    assert name_of(tmp_path / "cache" / qwen.relative_to(tmp_path / "hub")) == "Qwen/Qwen3-0.6B"
+    monkeypatch.chdir(tmp_path)
+    assert name_of("my-model") == name_of("./my-model") == "my-model"
+    monkeypatch.chdir(qwen)
+    assert name_of(".") == name_of("") == "Qwen/Qwen3-0.6B"
+    plain = tmp_path / "plain"
+    shutil.copytree(checkpoint("llama"), plain)
+    assert name_of(plain) == "plain"
+    (plain / "sub").mkdir()
+    monkeypatch.chdir(plain / "sub")
+    assert name_of("..") == "plain"
+
+
 # ---- device and dtype
 
 

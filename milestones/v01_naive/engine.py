@@ -6,7 +6,7 @@ import torch
 
 from .batch import Batch, build_batch
 from .config import load_config
-from .loader import Checkpoint, choose_device, choose_dtype, load_model
+from .loader import Checkpoint, choose_device, choose_dtype, choose_name, load_model
 from .outputs import RequestOutput, StepOutput
 from .params import RequestError, SamplingParams, check_ids, check_integer
 from .sampling import sample, top_logprobs
@@ -39,7 +39,7 @@ class Engine:
         """
         # what is asked for
         model_dir = Path(model_dir)
-        self.name = model_dir.resolve().name
+        self.name = choose_name(model_dir)
         self.config = load_config(model_dir)
         self.max_model_len = choose_length(max_model_len, self.config.max_positions)
         self.config.check_length(self.max_model_len)

@@ -1,4 +1,5 @@
 """safetensors to parameters: every tensor used once, every parameter filled."""
+import os
 from pathlib import Path
 
 import torch
@@ -14,6 +15,21 @@ DTYPES = {
     "float16": torch.float16,
 }
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def choose_name(model_dir: Path) -> str:
+    """What clients call a checkpoint: its directory's name, or the link's; for a hub snapshot, its repository's.
+
+    >>> choose_name(Path("models--Qwen--Qwen3-0.6B/snapshots/c1899de289a04d12100db370d81485cdf75e47ca"))
+    'Qwen/Qwen3-0.6B'
+    """
+    path = Path(os.path.abspath(model_dir))
+    # A link was named by the user, who knows it by that name.
+    path = path if path.is_symlink() else path.resolve()
+    repo = path.parent.parent.name
+    if path.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.removeprefix("models--").replace("--", "/")
+    return path.name
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

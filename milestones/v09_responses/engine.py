@@ -9,7 +9,7 @@ from .backends import choose_backend
 from .batch import Batch, Draw, build_batch
 from .cache import BlockPool, KVCache, kv_bytes_per_token, memory_bytes
 from .config import load_config
-from .loader import Checkpoint, choose_device, choose_dtype, load_model
+from .loader import Checkpoint, choose_device, choose_dtype, choose_name, load_model
 from .outputs import RequestOutput, Stats, StepOutput
 from .params import RequestError, SamplingParams, check_ids, check_integer
 from .sampling import sample, top_logprobs
@@ -72,7 +72,7 @@ class Engine:
         """
         # what is asked for
         model_dir = Path(model_dir)
-        self.name = model_dir.resolve().name
+        self.name = choose_name(model_dir)
         self.config = load_config(model_dir)
         self.max_model_len = choose_length(max_model_len, self.config.max_positions)
         self.config.check_length(self.max_model_len)
