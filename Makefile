@@ -98,7 +98,7 @@ test-tools: $(READY)
 	@$(PYTEST) --tools
 
 test-all: $(READY)
-	@for chapter in $(CHAPTERS); do $(PYTEST) --full $$chapter || exit 1; done
+	@for chapter in $(CHAPTERS); do $(PYTEST) --full $$chapter --both-ways || exit 1; done
 	@$(PYTEST) --tools
 	@$(call ON_GPU,--all)
 

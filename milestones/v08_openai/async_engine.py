@@ -160,6 +160,7 @@ class AsyncEngine:
                     self.end(call_id, GenerationFailed(reason))
             case Died(reason):
                 self.died = True
+                self.unanswered.clear()
                 self.fail_all(GenerationFailed(reason))
 
     def deliver(self, call_id: int, index: int, output: StepOutput) -> None:

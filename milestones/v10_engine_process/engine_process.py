@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 LENGTH = struct.Struct("!I")  # bytes of the message that follows: four bytes, the largest first
 ALIVE_S = 1.0  # how often the engine's process says that it is alive
 SILENCE_S = 10.0  # an engine that has said nothing for so long is hung
+END_S = 1.0  # how long a process may take to end once its end of the socket is closed
 
 
 # ---- from the engine's process, beside the messages of its loop
@@ -77,21 +78,19 @@ class EngineProcess:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             process.start()
+            # At Python's exit multiprocessing would send SIGTERM, and wait.
+            atexit.register(process.kill)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        # At Python's exit multiprocessing would send SIGTERM, and wait.
-        atexit.register(process.kill)
         return process
 
     def wait_until_ready(self) -> "EngineProcess":
         """This, once the engine is made; ValueError if it cannot be."""
-        received = receive_message(self.socket)
-        if received is None:
+        message, self.stats = receive_message(self.socket) or (None, None)
+        if not isinstance(message, Ready):
             self.process.join()
-            raise ValueError(f"{how_it_ended(self.process.exitcode)} before it was ready")
-        message, self.stats = received
-        if isinstance(message, NoEngine):
-            raise ValueError(message.reason)
+            self.socket.close()
+            raise ValueError(message.reason if message else f"{how_it_ended(self.process.exitcode)} before it was ready")
         self.name, self.tokenizer, self.max_model_len = message
         return self
 
@@ -133,10 +132,12 @@ class EngineProcess:
         self.writer.close()
         # If it has ended already, this does nothing.
         self.process.kill()
-        await asyncio.to_thread(self.process.join)
+        await asyncio.to_thread(self.process.join, END_S)
+        atexit.unregister(self.process.kill)
         if not self.stopping and not has_died:
             hung = f"the engine's process said nothing for {SILENCE_S:.0f} s, and was killed"
             reason = hung if self.silent_s >= SILENCE_S else how_it_ended(self.process.exitcode)
+            logger.error(reason)
             receive(Died(reason), Stats(running=0, waiting=0, free_blocks=0, total_blocks=0))
 
     async def watch(self) -> None:
@@ -147,13 +148,14 @@ class EngineProcess:
         self.process.kill()
 
 
-def how_it_ended(exit_code: int) -> str:
-    """
+def how_it_ended(exit_code: int | None) -> str:
+    """exit_code: minus a signal's number; None if nobody knows.
+
     >>> how_it_ended(-9)
     "the engine's process has ended (SIGKILL)"
     """
-    reason = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
-    return f"the engine's process has ended ({reason})"
+    names = {-each.value: each.name for each in signal.Signals}
+    return f"the engine's process has ended ({names.get(exit_code, f'exit code {exit_code}')})"
 
 
 # ---- in the engine's process
@@ -181,6 +183,9 @@ def run_engine(end: socket.socket, make_engine: Callable[[], EngineLike]) -> Non
     except ValueError as error:
         channel.send(NoEngine(str(error)), None)
         leave(2)
+    except Exception:
+        logger.exception("the engine cannot be made")
+        leave(1)
     channel.send(Ready(engine.name, engine.tokenizer, engine.max_model_len), engine.stats())
     threading.Thread(target=say_alive, args=(channel,), name="alive", daemon=True).start()
     EngineLoop(engine, inbox, channel.send).run()

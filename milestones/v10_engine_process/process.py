@@ -1,5 +1,6 @@
 """The server's process: its application, its socket, its beginning and its end."""
 import json
+import multiprocessing
 import os
 import shlex
 import socket
@@ -69,6 +70,9 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig, frame) -> None:
         """On the first signal begin to drain: what runs may end, new requests get 503. On the second one, end at once."""
         if self.service.draining:
+            # Without the server it would end by itself, but not if it is hung.
+            for child in multiprocessing.active_children():
+                child.kill()
             os._exit(1)
         self.service.draining = True
         self.fail_at = time.monotonic() + self.service.drain_seconds - FAIL_S

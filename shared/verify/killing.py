@@ -47,11 +47,12 @@ class Told:
     left: str = ""  # processes and files that are left
 
 
-def kill(served: Served, what: str, streams: int, after_s: float, lengths: tuple[int, ...] = (400,)) -> Told:
+def kill(served: Served, what: str, streams: int, after_s: float, lengths: tuple[int, ...] = (400,), patience_s: float = END_S) -> Told:
     """Kill the engine or the server while this many clients are served, and wait for all of them.
 
     Args:
         lengths: how many tokens the clients ask for, one after the other.
+        patience_s: for how long clients and processes may take to end.
     """
     told, lock, shared_before = Told(), threading.Lock(), shared_files(served)
     threads = [threading.Thread(target=be_a_client, args=(served, told, lock, index, lengths), daemon=True) for index in range(streams)]
@@ -61,12 +62,12 @@ def kill(served: Served, what: str, streams: int, after_s: float, lengths: tuple
     start = time.monotonic()
     os.kill(served.pids[what], signal.SIGKILL)
     for thread in threads:
-        thread.join(max(0.0, start + END_S - time.monotonic()))
+        thread.join(max(0.0, start + patience_s - time.monotonic()))
     told.hung = sum(thread.is_alive() for thread in threads)
     told.seconds_to_answer = time.monotonic() - start
     with contextlib.suppress(subprocess.TimeoutExpired):
-        told.exit_code = served.process.wait(max(0.0, start + END_S - time.monotonic()))
-    while processes_of(served) and time.monotonic() < start + END_S:
+        told.exit_code = served.process.wait(max(0.0, start + patience_s - time.monotonic()))
+    while processes_of(served) and time.monotonic() < start + patience_s:
         time.sleep(0.01)
     told.seconds_to_end = time.monotonic() - start
     told.left = ", ".join([*map(str, processes_of(served)), *(shared_files(served) - shared_before)])
