@@ -32,6 +32,7 @@ sys.path.insert(0, str(root))
 
 # %%
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -45,6 +46,7 @@ import matplotlib.pyplot as plt
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, where Jupyter has no widgets
 os.environ["OMP_NUM_THREADS"] = "1"
+logging.getLogger("milestones").setLevel(logging.CRITICAL)  # parts 4 and 5 end an engine on purpose, which is logged
 
 from milestones.v10_engine_process import SamplingParams, engine_process
 from milestones.v10_engine_process.engine_loop import Abort, Aborted, Add, Died, Stepped
@@ -96,8 +98,8 @@ assert received == [("first", 1), ("second", 2)]
 # `a_process` starts an engine in a process of its own, and an event loop in a thread of this one to talk to it. What arrives is
 # kept in a list.
 #
-# **Predict.** Which of the two processes has PyTorch? Three requests of 4 tokens are added together. How many messages come
-# back?
+# **Predict.** Three requests of 4 tokens are added together. How many messages come back? Where does the tokenizer come from that
+# turns the prompt into tokens here?
 
 # %%
 class Beside:
@@ -125,8 +127,14 @@ class Beside:
 
 @contextmanager
 def a_process():
-    """An engine in a process of its own, for as long as the block lasts."""
-    runner = EngineProcess(partial(load_engine, POCKET, device="cpu", max_num_seqs=16)).wait_until_ready()
+    """An engine in a process of its own, for as long as the block lasts. (What it writes to stderr is swallowed.)"""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    runner = EngineProcess(partial(load_engine, POCKET, device="cpu", max_num_seqs=16))
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    os.close(nowhere)
+    runner.wait_until_ready()
     beside = Beside(runner)
     try:
         yield beside
@@ -146,16 +154,15 @@ def has_torch(pid):
 
 with a_process() as beside:
     story = beside.runner.tokenizer("Once upon a time").input_ids
-    print("PyTorch:", {"here": "torch" in sys.modules, "in the engine's process": has_torch(beside.runner.process.pid)})
     beside.send(Add(1, [(story, tokens(4))] * 3))
     wait_until(lambda: len(beside.of(Stepped)) == 4)
 for _, message, stats in beside.received:
     said = [output.text for _, _, output in message.outputs] if isinstance(message, Stepped) else ""
     print(f"{type(message).__name__:8} {said} {stats.running} running")
-assert "torch" not in sys.modules
+assert [type(message).__name__ for _, message, _ in beside.received] == ["Added"] + ["Stepped"] * 4
 
 # %% [markdown]
-# Five messages for twelve tokens, and this notebook has not imported PyTorch. The tokenizer that it uses was sent by the engine.
+# Five messages for twelve tokens. The tokenizer was sent by the engine, in `Ready`.
 #
 # ## 3. A busy thread beside it
 #
@@ -267,7 +274,7 @@ engine_process.SILENCE_S = 10.0
 #
 # A script starts an engine, prints the process's number, and is killed.
 #
-# **Predict.** Who ends the engine? What if it is in the middle of a step?
+# **Predict.** Which of the two processes has PyTorch? Who ends the engine? What if it is in the middle of a step?
 
 # %%
 script = f"""
@@ -289,6 +296,8 @@ def is_there(pid):
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+print("PyTorch:", {"in the server": has_torch(server.pid), "in the engine": has_torch(engine_pid)})
+assert has_torch(engine_pid) and not has_torch(server.pid)
 print("before:", {"engine": is_there(engine_pid)})
 server.kill()
 server.wait()
