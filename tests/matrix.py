@@ -28,25 +28,6 @@ PARITIES = {
     "test_text.py",
     "test_tokens.py",
 }
-# These start processes and servers, or run whole workloads.
-WHOLE_RUNS = {
-    "test_clients.py",
-    "test_command_line.py",
-    "test_faults.py",
-    "test_on_a_gpu.py",
-    "test_openai.py",
-    "test_openai_under_stress.py",
-    "test_protocol.py",
-    "test_responses.py",
-    "test_responses_protocol.py",
-    "test_responses_under_stress.py",
-    "test_server.py",
-    "test_server_fuzz.py",
-    "test_server_under_stress.py",
-    "test_soak.py",
-    "test_stop_strings.py",
-    "test_trace.py",
-}
 # These serve an engine. Where it can have a process of its own they run in that way, and with `--engine thread` in
 # `make test-all`: that is the way of the chapters before, in the same files but for two.
 SERVERS = {
@@ -60,6 +41,15 @@ SERVERS = {
     "test_server.py",
     "test_server_fuzz.py",
     "test_server_under_stress.py",
+}
+# These start processes and servers, or run whole workloads.
+WHOLE_RUNS = SERVERS | {
+    "test_command_line.py",
+    "test_faults.py",
+    "test_on_a_gpu.py",
+    "test_soak.py",
+    "test_stop_strings.py",
+    "test_trace.py",
 }
 POCKET = "pocket"
 CHECKPOINTS = (POCKET, *RANDOM)  # of a test that takes `checkpoint_name`

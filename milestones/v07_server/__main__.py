@@ -27,7 +27,7 @@ ENGINE_FLAGS = {
 SERVER_FLAGS = {
     "host": dict(default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"),
     "port": dict(type=int, default=8000, help="0 takes a free one (default: 8000)"),
-    "served_model_name": dict(metavar="NAME", help="what clients call the model (default: the directory's name)"),
+    "served_model_name": dict(metavar="NAME", help="what clients call the model (default: its directory's name, or its repository's on the hub)"),
 }
 SAMPLING_FLAGS = {
     "max_tokens": dict(type=int, default=128, metavar="N", help="new tokens at most (default: 128)"),

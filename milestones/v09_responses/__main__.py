@@ -29,7 +29,7 @@ SERVER_FLAGS = {
     "host": dict(default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"),
     "port": dict(type=int, default=8000, help="0 takes a free one (default: 8000)"),
     "api_key": dict(metavar="KEY", action="append", help="ask every client for it; repeat it to have several (default: none)"),
-    "served_model_name": dict(metavar="NAME", help="what clients call the model (default: the directory's name)"),
+    "served_model_name": dict(metavar="NAME", help="what clients call the model (default: its directory's name, or its repository's on the hub)"),
     "max_waiting": dict(type=int, default=256, metavar="N", help="more waiting requests get 429 (default: 256)"),
     "default_max_tokens": dict(type=int, metavar="N", help="cap for requests that name none: they get 16, in chat what there is room for"),
     "drain_seconds": dict(type=float, default=30.0, metavar="S", help="seconds in which to end after SIGTERM; at least 5 (default: 30)"),

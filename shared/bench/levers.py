@@ -19,7 +19,9 @@ Reads: the chapters. Writes: docs/results/levers.json.
 import argparse
 import importlib
 import json
+import os
 import statistics
+import subprocess
 import sys
 from contextlib import ExitStack
 
@@ -119,14 +121,14 @@ class Pulled(serving.Server):
     """A chapter's server with a lever pulled, whose engine has a process of its own."""
 
     def __init__(self, chapter, lever: str):
-        serving.Child.__init__(self, "serve", chapter, lever, module="shared.bench.levers", stderr=serving.subprocess.PIPE)
+        serving.Child.__init__(self, "serve", chapter, lever, module="shared.bench.levers", stderr=subprocess.PIPE)
         self.way = "process"
 
 
 def measure(chapter) -> dict:
     bodies = workload(16 + 4 * STREAMS, serving.SEED, "pocket")
     with ExitStack() as stack:
-        stack.callback(serving.os.sched_setaffinity, 0, serving.os.sched_getaffinity(0))
+        stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
         servers = {}
         # One after the other: seven that load a model at once would take minutes.
         for lever in LEVERS:

@@ -42,8 +42,8 @@ class Served:
     def said(self) -> str:
         return Path(self.log.name).read_text(errors="replace")
 
-    def ask(self, body: dict, **options) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/completions", json={"model": "pocket"} | body, timeout=60, **options)
+    def ask(self, body: dict) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/completions", json={"model": "pocket"} | body, timeout=60)
 
     @contextlib.contextmanager
     def stream(self, body: dict):
@@ -71,16 +71,15 @@ def processes_of(served: Served) -> list[int]:
     found = []
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError, ValueError):
-            state, _parent, _group, session = stat_of(int(entry))
+            state, session = state_and_session(int(entry))
             if session == served.process.pid and state != "Z":
                 found.append(int(entry))
     return found
 
 
-def stat_of(pid: int) -> tuple[str, int, int, int]:
-    """State, parent, process group and session."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return fields[0], int(fields[1]), int(fields[2]), int(fields[3])
+def state_and_session(pid: int) -> tuple[str, int]:
+    state, _parent, _group, session, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return state, int(session)
 
 
 def descendants(pid: int) -> list[int]:
