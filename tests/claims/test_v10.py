@@ -454,7 +454,8 @@ def test_ctrl_c_reaches_both_and_the_answers_come_to_their_ends(chapter, number)
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
         assert served.wait(15) == 0 and "Traceback" not in served.said()
-        assert not processes_of(served)
+        # multiprocessing's own helper ends a moment after the server.
+        wait_until(lambda: not processes_of(served), 5)
 
 
 def test_a_script_that_keeps_its_engine_to_the_end_ends(chapter):
