@@ -34,27 +34,36 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """The bytes that each token stands for; a special token stands for its name.
+    """The bytes that each token adds to the text before it; of a special token, those of its name.
 
-    A token may be a part of a character; `decode` would give U+FFFD for it.
+    A token may be a part of a character, which is decoded to U+FFFD.
     """
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    names = set(tokenizer.get_added_vocab())
-    # A byte-level vocabulary is written in printable characters, one a byte.
+    decoder = tokenizer.backend_tokenizer.decoder
+    # A byte-level vocabulary is written in printable characters, one a byte. A token with any other is a word as written.
     of_character = {}
-    if "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
+    if "ByteLevel" in str(decoder):
         of_character = {character: byte for byte, character in bytes_to_unicode().items()}
     spelled = []
-    for token in tokens:
+    for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer))):
         if token is None:
-            spelled.append(b"")
-        elif token not in names and of_character:
+            text = ""
+        else:
+            text = f" {token}" if decoder is None else decoder.decode(["a", token])[1:]
+        if "\ufffd" not in text:
+            spelled.append(text.encode())
+        elif of_character.keys() >= set(token):
             spelled.append(bytes(of_character[character] for character in token))
         elif re.fullmatch("<0x[0-9A-F]{2}>", token):
             spelled.append(bytes.fromhex(token[3:5]))
         else:
-            spelled.append(token.replace("\u2581", " ").encode())
+            spelled.append(text.encode())
     return spelled
+
+
+def drops_first_space(tokenizer: PreTrainedTokenizerBase, vocabulary: list[bytes]) -> bool:
+    """Whether a text is decoded without the space of its first token, as by Llama 2's tokenizer."""
+    words = [token_id for token_id, raw in enumerate(vocabulary) if raw.startswith(b" ")]
+    return bool(words) and not tokenizer.decode(words[0]).startswith(" ")
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
