@@ -266,6 +266,8 @@ def make_tokenizer(kind: str) -> "PreTrainedTokenizerFast":
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)],
         )
+        # Only for the training, so that a word's first token holds its space, as in Llama 2's vocabulary.
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         special += ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
         alphabet = ["▁"]
     trainer = trainers.BpeTrainer(
@@ -281,6 +283,7 @@ def make_tokenizer(kind: str) -> "PreTrainedTokenizerFast":
         # The byte tokens are ordinary ones; only the trainer had to be told of them first.
         state = json.loads(tokenizer.to_str())
         state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
+        state["pre_tokenizer"] = None
         tokenizer = Tokenizer.from_str(json.dumps(state))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

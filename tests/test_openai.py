@@ -210,3 +210,35 @@ def test_who_names_no_max_tokens_in_chat_gets_what_there_is_room_for(client):
 @pytest.mark.parametrize("wrong", [{"prompt": [3, 10**9]}, {"prompt": PROMPT, "max_tokens": 600}])
 def test_what_the_engine_refuses_is_a_400_too(server, wrong):
     assert_names(post(server, "/v1/completions", {"model": "pocket", "max_tokens": 1} | wrong), "prompt")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completion_keeps_its_first_space_and_a_chats_answer_has_none(chapter, make_engine, module, stream):
+    """Where the tokenizer drops the space of the first token that it decodes, as Llama 2's does."""
+    engine, params = make_engine("mistral"), chapter.load().SamplingParams(max_tokens=2, ignore_eos=True)
+    encode, tokenizer = module("text").encode_chat, engine.tokenizer
+    prompts = [str(i) for i in range(60)]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+
+    def first_with_a_space(all_ids):
+        """Of prompts, the first that the model continues with a space and a word: its index and the tokens."""
+        for i, done in enumerate(engine.generate(all_ids, params)):
+            if tokenizer.convert_ids_to_tokens(done.token_ids)[0].startswith("▁") and "\ufffd" not in done.text:
+                return i, done.token_ids
+
+    i, completed = first_with_a_space([tokenizer(prompt).input_ids for prompt in prompts])
+    j, answered = first_with_a_space([encode(tokenizer, chat) for chat in chats])
+    # `serving` calls every model pocket.
+    body = {"model": "pocket", "temperature": 0, "max_tokens": 2, "ignore_eos": True, "stream": stream}
+    with serving(chapter, engine) as server:
+
+        def choices_of(path, **asked):
+            response = post(server, path, body | asked)
+            return [e["choices"][0] for e in events_of(response)] if stream else response.json()["choices"]
+
+        echoed = choices_of("/v1/completions", prompt=prompts[i], echo=True)
+        said = choices_of("/v1/chat/completions", messages=chats[j])
+    want = tokenizer.decode(tokenizer(prompts[i]).input_ids + completed, skip_special_tokens=True)
+    assert "".join(choice["text"] for choice in echoed) == want and want[len(prompts[i])] == " "
+    answer = "".join(choice["delta" if stream else "message"].get("content", "") for choice in said)
+    assert answer == tokenizer.decode(answered, skip_special_tokens=True) and not answer.startswith(" ")

@@ -1,5 +1,6 @@
 """Text: equal to Hugging Face's decode, in pieces that never split a character, with one BOS."""
 import pytest
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from shared.checkpoints import RANDOM, checkpoint, make_tokenizer
 from shared.verify.reference import reference
@@ -22,8 +23,8 @@ def tokenizer(request):
     return make_tokenizer(request.param)
 
 
-def pieces(module, tokenizer, token_ids):
-    stream = module("text").TextStream(tokenizer)
+def pieces(module, tokenizer, token_ids, prompt_ids=None):
+    stream = module("text").TextStream(tokenizer, prompt_ids)
     out = [stream.push([token_id], last=i == len(token_ids) - 1) for i, token_id in enumerate(token_ids)]
     assert "".join(out) == stream.text
     return out
@@ -60,6 +61,125 @@ def test_any_tokens_at_all_decode_as_hugging_face_does(chapter, module, rng):
             assert "".join(pieces(module, tokenizer, token_ids)) == want
 
 
+def byte_ids(tokenizer, data):
+    """A token per byte."""
+    vocabulary = tokenizer.get_vocab()
+    names = [f"<0x{byte:02X}>" for byte in data] if "<0x00>" in vocabulary else [bytes_to_unicode()[byte] for byte in data]
+    return [vocabulary[name] for name in names]
+
+
+def decoded_lengths(monkeypatch, module):
+    """How many tokens each call of `decode` was given, from now on."""
+    lengths = []
+    decode = module("text").TextStream.decode
+    monkeypatch.setattr(module("text").TextStream, "decode", lambda stream, ids: lengths.append(len(ids)) or decode(stream, ids))
+    return lengths
+
+
+@pytest.mark.parametrize("head", [b"", b"a", b"\x80"])
+@pytest.mark.parametrize("lone", [b"\x80", b"\xc3", b"\xe2", b"\xe2\x82", b"\xf0\x9f", b"\xf0\x9f\x99", b"\xff", "\ufffd".encode()])
+@pytest.mark.parametrize("tail", [b"", b"z", b"\xe2", "€".encode(), "🙂".encode() * 9])
+def test_a_run_of_broken_bytes_comes_in_pieces_and_costs_the_same_per_token(
+    chapter, module, tokenizer, monkeypatch, head, lone, tail
+):
+    """It was decoded as a whole with each token, and shown at its end."""
+    lengths = decoded_lengths(monkeypatch, module)
+    before, run, after = (byte_ids(tokenizer, data) for data in (head, lone * 60, tail))
+    out = pieces(module, tokenizer, before + run + after)
+    shown, want = "".join(out), tokenizer.decode(before + run + after, skip_special_tokens=True)
+    # A byte-fallback decoder takes back the characters before a broken byte, if bytes they were. What is shown is shown.
+    taken_back = head == b"a" or lone == "\ufffd".encode()
+    if not (taken_back and "<0x00>" in tokenizer.get_vocab()):
+        assert shown == want
+    in_run = out[len(before) : len(before) + len(run)]
+    assert all(any(in_run[i : i + 6]) for i in range(len(run) - 6))
+    assert max(lengths) <= 25 and sum(lengths) <= 60 * len(out)
+
+
+def test_what_looks_broken_for_a_while_may_still_become_a_character(chapter, module, tokenizer):
+    """Whichever byte of a character the run before it ends with."""
+    for bytes_before in range(4, 40):
+        token_ids = byte_ids(tokenizer, b"\x80" * bytes_before + "🙂 €é".encode())
+        out = pieces(module, tokenizer, token_ids)
+        assert "".join(out) == tokenizer.decode(token_ids, skip_special_tokens=True)
+        assert all(piece == "" or piece == "\ufffd" * len(piece) for piece in out[:bytes_before])
+
+
+def test_special_tokens_and_unknown_ids_are_passed_over_wherever_they_stand(chapter, module, tokenizer, rng):
+    """Behind one, the space was lost with tokenizers that drop the first."""
+    words = tokenizer(" The cache, the queue; a token 🙂 was there").input_ids
+    textless = [*tokenizer.all_special_ids, len(tokenizer), len(tokenizer) + 7]
+    for count in (1, 2, 9):
+        for _ in range(20):
+            token_ids = list(words)
+            for token_id in rng.choices(textless, k=count):
+                token_ids.insert(rng.randrange(len(token_ids) + 1), token_id)
+            assert "".join(pieces(module, tokenizer, token_ids)) == tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def test_a_run_of_special_tokens_within_a_character_costs_the_same_per_token(chapter, module, tokenizer, monkeypatch):
+    lengths = decoded_lengths(monkeypatch, module)
+    first, *others = byte_ids(tokenizer, "🙂".encode())
+    out = pieces(module, tokenizer, [first, *[tokenizer.eos_token_id] * 50, *others])
+    assert "".join(out) == "🙂" and max(lengths) <= 4
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "The cache keeps what the engine has seen", "日 日 🙂 🙂 é é", "  a   b", "a \ufffd b"])
+def test_a_completion_continues_its_prompt(chapter, module, tokenizer, text):
+    """Wherever it begins, its text is what Hugging Face decodes more of the whole than of the prompt."""
+    token_ids = tokenizer(text).input_ids
+    for split in range(1, len(token_ids)):
+        prompt_ids, output_ids = token_ids[:split], token_ids[split:]
+        prompt = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+        if prompt.endswith("\ufffd"):
+            continue
+        for textless in ([], [tokenizer.eos_token_id], [tokenizer.eos_token_id, len(tokenizer)] * 3):
+            out = pieces(module, tokenizer, output_ids, prompt_ids + textless)
+            assert prompt + "".join(out) == tokenizer.decode(token_ids, skip_special_tokens=True)
+        alone = pieces(module, tokenizer, output_ids)
+        assert "".join(alone) == tokenizer.decode(output_ids, skip_special_tokens=True)
+
+
+def test_of_a_long_prompt_only_the_end_is_decoded(chapter, module, tokenizer, monkeypatch):
+    lengths = decoded_lengths(monkeypatch, module)
+    prompt_ids = tokenizer("The cache, the queue " * 1000).input_ids + [tokenizer.eos_token_id] * 1000
+    for end in ([], byte_ids(tokenizer, "é".encode()), byte_ids(tokenizer, b"\x80" * 1000)):
+        module("text").TextStream(tokenizer, prompt_ids + end)
+    assert len(lengths) < 300 and max(lengths) <= 4
+
+
+@pytest.mark.parametrize("name", ["pocket", "mistral"])
+def test_the_engine_continues_a_prompt_and_begins_a_new_text(make_engine, name, Params, monkeypatch):
+    """Llama 2's and Mistral's completions began without their first space."""
+    engine = make_engine(name)
+    token_ids = engine.tokenizer("The cache keeps what the engine has seen").input_ids
+    decode = engine.tokenizer.decode
+    for split in range(1, len(token_ids)):
+        prompt_ids, output_ids = token_ids[:split], token_ids[split:]
+        ids = iter([*output_ids, *output_ids])
+        monkeypatch.setattr(engine.model, "compute_logits", lambda hidden: one_hot(hidden, next(ids), engine.config.vocab_size))
+        [continued] = engine.generate([prompt_ids], Params(max_tokens=len(output_ids), ignore_eos=True))
+        [new] = engine.generate([prompt_ids], Params(max_tokens=len(output_ids), ignore_eos=True, new_text=True))
+        assert continued.token_ids == new.token_ids == output_ids
+        assert decode(prompt_ids, skip_special_tokens=True) + continued.text == decode(token_ids, skip_special_tokens=True)
+        assert new.text == decode(output_ids, skip_special_tokens=True)
+
+
+def one_hot(hidden, token_id, vocab_size):
+    import torch
+
+    logits = torch.zeros(len(hidden), vocab_size)
+    logits[:, token_id] = 1.0
+    return logits
+
+
+def test_the_small_tokenizer_with_spaces_in_its_words_resembles_llama_2s():
+    """With four such tokens of 391 it hid every lost space."""
+    words = [name for name in make_tokenizer("metaspace").get_vocab() if not name.startswith("<") and len(name) > 1]
+    assert len([name for name in words if name.startswith("▁")]) >= len(words) / 3
+    assert make_tokenizer("metaspace").tokenize("the cache, and 2 of it")[0] == "▁the"
+
+
 # A decoder with byte fallback calls a whole run of bytes broken for one bad byte, also those that made a character when
 # they were streamed. A random model produces such runs; no text encodes to one.
 @pytest.mark.parametrize("name", ["pocket", *(name for name, spec in RANDOM.items() if spec.tokenizer == "byte_level")])
@@ -83,9 +203,10 @@ def test_decoding_looks_at_a_window_however_long_the_text(chapter, module):
         return decode(token_ids)
 
     stream.decode = watched
-    for token_id in tokenizer("the cache 🙂 " * 100, add_special_tokens=False).input_ids:
+    token_ids = tokenizer("the cache 🙂 " * 100, add_special_tokens=False).input_ids
+    for token_id in token_ids:
         stream.push([token_id], last=False)
-    assert len(stream.token_ids) > 500
+    assert len(token_ids) > 500
     assert longest <= 9
 
 

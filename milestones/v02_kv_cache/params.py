@@ -35,6 +35,7 @@ class SamplingParams:
     seed: int | None = None  # None: fresh for each request
     stop_token_ids: tuple[int, ...] = ()  # end the text, besides the checkpoint's own
     ignore_eos: bool = False  # go on after the checkpoint's own
+    new_text: bool = False  # the output is a text of its own, as an answer in a chat is; otherwise it continues the prompt
     logprobs: int | None = None  # how many of the likeliest tokens to report; None: off
 
     def __post_init__(self):
@@ -48,6 +49,8 @@ class SamplingParams:
             check_integer("each of stop_token_ids", token_id, 0, param="stop_token_ids")
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos must be True or False, got {self.ignore_eos!r}", "ignore_eos")
+        if not isinstance(self.new_text, bool):
+            raise RequestError(f"new_text must be True or False, got {self.new_text!r}", "new_text")
         if not is_number(self.temperature) or self.temperature < 0:
             raise RequestError(f"temperature must be a number from 0 (greedy) up, got {self.temperature!r}", "temperature")
         # Logits divided by less than this may overflow float32.

@@ -144,7 +144,7 @@ class Engine:
             params=params,
             max_tokens=max_tokens,
             end_ids=self.config.end_ids,
-            stream=TextStream(self.tokenizer),
+            stream=TextStream(self.tokenizer, None if params.new_text else prompt_ids),
         )
 
     def add_request(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> int:

@@ -97,7 +97,7 @@ def make_engine(args: argparse.Namespace) -> Engine:
 
 def run_generate(args: argparse.Namespace) -> int:
     """Complete the prompts and print their texts, one after the other."""
-    params = SamplingParams(**chosen(args, SAMPLING_FLAGS))
+    params = SamplingParams(**chosen(args, SAMPLING_FLAGS), new_text=args.chat)
     engine = make_engine(args)
     prompts = args.prompts
     if args.chat:

@@ -64,6 +64,7 @@ async def create_chat_completion(request: Request, body: ChatRequest):
         params = body.sampling_params(
             service.max_tokens(body.max_completion_tokens or body.max_tokens, None, len(prompt_ids)),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            new_text=True,
         )
         generation = await service.async_engine.generate([(prompt_ids, choice) for choice in choices(params, body.n)])
     answers = [Answer(i) for i in range(body.n)]

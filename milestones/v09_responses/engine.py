@@ -200,7 +200,7 @@ class Engine:
             params=params,
             max_tokens=max_tokens,
             end_ids=self.config.end_ids,
-            stream=TextStream(self.tokenizer, tuple(params.stop)),
+            stream=TextStream(self.tokenizer, None if params.new_text else prompt_ids, tuple(params.stop)),
         )
 
     def add_request(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> int:

@@ -110,7 +110,7 @@ def run_generate(args: argparse.Namespace) -> int:
     """Complete the prompts and print their texts, one after the other."""
     from .text import encode_chat
 
-    params = SamplingParams(**chosen(args, SAMPLING_FLAGS))
+    params = SamplingParams(**chosen(args, SAMPLING_FLAGS), new_text=args.chat)
     engine = make_engine(args)
     prompts = args.prompts
     if args.chat:

@@ -7,9 +7,10 @@ from .protocol import CompletionLogprobs, TokenLogprob, TopLogprob
 class TokenNames:
     """The text and the bytes of each token."""
 
-    def __init__(self, vocabulary: list[bytes], special_ids: set[int]):
+    def __init__(self, vocabulary: list[bytes], special_ids: set[int], drops_first_space: bool = False):
         self.vocabulary = vocabulary
         self.special_ids = special_ids  # not part of any text
+        self.drops_first_space = drops_first_space  # so a text's first token is shorter there
 
     def bytes_of(self, token_id: int) -> bytes:
         """Nothing for a token that the model has but the tokenizer lacks."""
@@ -27,10 +28,12 @@ class TokenNames:
         """At which character of their text each token begins; part of a character begins where the character does."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         offsets, num_characters = [], 0
+        drops_space = self.drops_first_space
         for token_id in token_ids:
             offsets.append(num_characters)
             raw = b"" if token_id in self.special_ids else self.bytes_of(token_id)
-            num_characters += len(decoder.decode(raw))
+            num_characters += len(decoder.decode(raw.removeprefix(b" ") if drops_space else raw))
+            drops_space = drops_space and not raw
         return offsets
 
     def of_completion(self, tokens: list) -> CompletionLogprobs:
@@ -39,10 +42,20 @@ class TokenNames:
         for offset, token_id, logprobs in tokens:
             said.tokens.append(self.text_of(token_id))
             said.token_logprobs.append(None if logprobs is None else finite(logprobs[token_id]))
-            top = None if logprobs is None else {self.text_of(each): finite(value) for each, value in logprobs.items()}
-            said.top_logprobs.append(top)
+            said.top_logprobs.append(None if logprobs is None else self.by_text(token_id, logprobs))
             said.text_offset.append(offset)
         return said
+
+    def by_text(self, chosen: int, logprobs: dict[int, float]) -> dict[str, float]:
+        """Logprobs by the texts of their tokens. Of tokens with one text, the chosen or else the likeliest has it.
+
+        The others are called token_id:119, as vLLM has it.
+        """
+        named = {}
+        for token_id in sorted(logprobs, key=lambda token_id: (token_id != chosen, -logprobs[token_id])):
+            text = self.text_of(token_id)
+            named[f"token_id:{token_id}" if text in named else text] = finite(logprobs[token_id])
+        return named
 
     def of_chat(self, tokens: list, count: int) -> list[TokenLogprob]:
         """Logprobs as chat has them, with the count likeliest tokens of each place."""

@@ -123,7 +123,7 @@ class GenerationRequest(Body):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling_params(self, max_tokens: int | None, **logprobs) -> SamplingParams:
+    def sampling_params(self, max_tokens: int | None, **others) -> SamplingParams:
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -133,7 +133,7 @@ class GenerationRequest(Body):
             seed=self.seed,
             ignore_eos=self.ignore_eos,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-            **logprobs,
+            **others,
         )
 
 

@@ -33,6 +33,7 @@ async def create_response(request: Request, body: ResponseRequest):
             temperature=body.temperature,
             top_p=max(body.top_p, 1e-12),
             logprobs=(body.top_logprobs or 0) if body.include else None,
+            new_text=True,
         )
         run = Run(service, api_key, body, messages, len(prompt_ids))
         run.generation = await service.async_engine.generate([(prompt_ids, params)])

@@ -8,6 +8,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from .params import RequestError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+CHARACTER_BYTES = 4  # of UTF-8, at most
+RUN_END = 3 * CHARACTER_BYTES  # tokens kept of each end of a run of broken bytes
+LOOK_BACK = 64  # tokens of a prompt that are searched for its last character; special tokens may follow it
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
@@ -34,27 +37,36 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """The bytes that each token stands for; a special token stands for its name.
+    """The bytes that each token adds to the text before it; of a special token, those of its name.
 
-    A token may be a part of a character; `decode` would give U+FFFD for it.
+    A token may be a part of a character, which is decoded to U+FFFD.
     """
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    names = set(tokenizer.get_added_vocab())
-    # A byte-level vocabulary is written in printable characters, one a byte.
+    decoder = tokenizer.backend_tokenizer.decoder
+    # A byte-level vocabulary is written in printable characters, one a byte. A token with any other is a word as written.
     of_character = {}
-    if "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
+    if "ByteLevel" in str(decoder):
         of_character = {character: byte for byte, character in bytes_to_unicode().items()}
     spelled = []
-    for token in tokens:
+    for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer))):
         if token is None:
-            spelled.append(b"")
-        elif token not in names and of_character:
+            text = ""
+        else:
+            text = f" {token}" if decoder is None else decoder.decode(["a", token])[1:]
+        if "\ufffd" not in text:
+            spelled.append(text.encode())
+        elif of_character.keys() >= set(token):
             spelled.append(bytes(of_character[character] for character in token))
         elif re.fullmatch("<0x[0-9A-F]{2}>", token):
             spelled.append(bytes.fromhex(token[3:5]))
         else:
-            spelled.append(token.replace("\u2581", " ").encode())
+            spelled.append(text.encode())
     return spelled
+
+
+def drops_first_space(tokenizer: PreTrainedTokenizerBase, vocabulary: list[bytes]) -> bool:
+    """Whether a text is decoded without the space of its first token, as by Llama 2's tokenizer."""
+    words = [token_id for token_id, raw in enumerate(vocabulary) if raw.startswith(b" ")]
+    return bool(words) and not tokenizer.decode(words[0]).startswith(" ")
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
@@ -76,31 +88,52 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     return tokenizer(chat_text(tokenizer, messages), add_special_tokens=False).input_ids
 
 
+def num_broken(text: str) -> int:
+    """The number of U+FFFD that a text ends with."""
+    return len(text) - len(text.rstrip("\ufffd"))
+
+
 class TextStream:
     """The text of a growing list of tokens, in pieces that never hold a part of a character, nor of a stop string."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int] | None = None, stop: tuple[str, ...] = ()):
         self.tokenizer = tokenizer
         self.stop = stop
-        self.token_ids = []
         self.text = ""
         self.held = ""  # decoded, but perhaps the beginning of a stop string
         self.stopped_by = None  # the stop string that was found
-        # Tokens [start, end) are in text already. They are decoded again with each newcomer, because some
-        # tokenizers drop the space before the first token; the window keeps the cost independent of the length.
-        self.start = 0
-        self.end = 0
+        # Some tokenizers drop the space before the first token that they decode. So each new token is decoded behind
+        # tokens whose text is out already, of this text or of the prompt that it continues.
+        self.window = self.end_of(prompt_ids or [])
+        self.num_known = len(self.window)  # tokens of the window whose text is out
+        self.num_chars = len(self.decode(self.window)) if self.window else 0  # characters of the window's text
+        self.num_sent = self.num_chars  # of these, those that are out
 
     def push(self, token_ids: list[int], last: bool) -> str:
         """Add tokens; return the text that became certain: after the last of them, all of it."""
-        self.token_ids += token_ids
-        known = self.decode(self.token_ids[self.start : self.end])
-        text = self.decode(self.token_ids[self.start :])
-        # A character whose bytes are spread over tokens decodes to U+FFFD until its last byte is there.
-        if text.endswith("\ufffd") and not last:
-            return ""
-        self.start, self.end = self.end, len(self.token_ids)
-        piece, self.held = self.split(self.held + text[len(known) :], last)
+        self.window += [token_id for token_id in token_ids if self.has_text(token_id)]
+        text = self.decode(self.window)
+        end = len(text)
+        # A character whose bytes are spread over tokens decodes to U+FFFD until its last byte is there. Where each byte
+        # has one, a shorter text ends with a U+FFFD that is meant.
+        is_broken = text.endswith("\ufffd") and len(text) >= self.num_chars and not last
+        if is_broken:
+            if len(self.window) - self.num_known < CHARACTER_BYTES:
+                self.num_chars = len(text)
+                return ""
+            # So many tokens have the bytes of a whole character. These make none, except perhaps the last three.
+            num_open = num_broken(self.decode(self.window[1 - CHARACTER_BYTES :]))
+            end = max(end - min(num_open, num_broken(text)), self.num_sent)
+        piece = text[self.num_sent : end]
+        if is_broken:
+            # The start of a run of broken bytes shows that it is broken; its end may still become a character.
+            self.window = self.window[:RUN_END] + self.window[RUN_END:][-RUN_END:]
+        elif len(self.window) > self.num_known:
+            self.window = self.window[self.num_known :][-CHARACTER_BYTES:]
+            self.num_known = len(self.window)
+        self.num_chars = len(self.decode(self.window))
+        self.num_sent = self.num_chars - (len(text) - end)
+        piece, self.held = self.split(self.held + piece, last)
         self.text += piece
         return piece
 
@@ -121,6 +154,20 @@ class TextStream:
             if any(stop.startswith(text[-size:]) for stop in self.stop):
                 return text[:-size], text[-size:]
         return text, ""
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether a token is decoded at all: special ones are not. Of two, a dropped space leaves one."""
+        return self.decode([token_id, token_id]) != ""
+
+    def end_of(self, prompt_ids: list[int]) -> list[int]:
+        """The prompt's last character or more, in whole tokens; nothing if it ends within a character."""
+        window = []
+        for token_id in reversed(prompt_ids[-LOOK_BACK:]):
+            if self.has_text(token_id) and len(window) < CHARACTER_BYTES:
+                window.insert(0, token_id)
+                if "\ufffd" not in self.decode(window):
+                    return window
+        return []
 
     def decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -76,3 +76,76 @@ def test_offsets_are_found_in_one_pass(module, make_engine):
     begun = time.thread_time()
     names.offsets(ids * 2000)
     assert time.thread_time() - begun < 1
+
+
+def decoders_and_words():
+    """A vocabulary for each decoder that `tokenizers` has for language models."""
+    from tokenizers import decoders
+
+    llama = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    yield decoders.ByteLevel(), ["日本", "Ġ日", "Ġthe", "ÃŃ", "Ã", "aé", "ï¿½", "Ġâ", "<0xE2>", "▁a"]
+    yield decoders.Sequence([*llama, decoders.Strip(" ", 1, 0)]), ["▁two", "▁", "▁▁x", "日", "\ufffd", "<0x77>", "<0xE2>", "<0xe2>", "Ġ"]
+    yield decoders.Sequence(llama), ["▁two", "▁", "日", "<0xFF>"]
+    yield decoders.Metaspace(), ["▁two", "▁", "日", "<0xE2>"]
+    yield decoders.WordPiece(), ["two", "##ing", "日", "▁"]
+    yield decoders.BPEDecoder(), ["two</w>", "tw", "日</w>"]
+    yield None, ["two", "日", "▁"]
+
+
+@pytest.mark.parametrize(("decoder", "words"), list(decoders_and_words()))
+def test_a_tokens_bytes_are_what_hugging_face_decodes_for_it(module, decoder, words):
+    """A byte-level vocabulary with a word as written ended the server with a KeyError."""
+    from tokenizers import AddedToken, Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "a", "b", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    tokenizer.add_tokens(["語", AddedToken(" added", normalized=False)])
+    tokenizer.add_special_tokens(["<s>", "<｜end▁of▁text｜>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", clean_up_tokenization_spaces=False)
+    found = module("text").vocabulary_bytes(tokenizer)
+    assert len(found) == len(tokenizer)
+    for token_id, raw in enumerate(found):
+        assert raw.decode(errors="replace") == tokenizer.decode([1, token_id])[len(tokenizer.decode([1])) :]
+    # What is decoded to U+FFFD is told apart.
+    spelled = {word: found[token_id] for word, token_id in vocabulary.items()}
+    if "Ã" in words:
+        assert [spelled[word] for word in ("Ã", "Ġâ", "aé", "ï¿½", "日本")] == [b"\xc3", b" \xe2", b"a\xe9", b"\xef\xbf\xbd", "日本".encode()]
+    if "<0x77>" in words:
+        assert [spelled[word] for word in ("<0x77>", "<0xE2>", "\ufffd")] == [b"w", b"\xe2", b"\xef\xbf\xbd"]
+
+
+@pytest.mark.parametrize("name", ["pocket", "llama", "mistral"])
+@pytest.mark.parametrize("text", ["The cache keeps what was there", " leading", "  two", "é 🙂 日本", "a", ""])
+def test_offsets_are_lengths_of_what_hugging_face_decodes(module, make_engine, name, text):
+    """With Llama 2's kind of tokenizer all but the first were one too high."""
+    tokenizer = make_engine(name).tokenizer
+    vocabulary = module("text").vocabulary_bytes(tokenizer)
+    drops_space = module("text").drops_first_space(tokenizer, vocabulary)
+    assert drops_space == (name == "mistral")
+    names = module("names").TokenNames(vocabulary, set(tokenizer.all_special_ids), drops_space)
+    token_ids = tokenizer(text).input_ids
+    for i, offset in enumerate(names.offsets(token_ids)):
+        before = tokenizer.decode(token_ids[:i], skip_special_tokens=True)
+        assert offset == len(before) or before.endswith("\ufffd")
+
+
+def test_tokens_with_one_text_keep_their_logprobs(module):
+    """The lower overwrote the chosen one's."""
+    names = module("names").TokenNames([b"w", b"w", b"x", b"w", b"", b"\xe2", b"\xe2"], set())
+    logprobs = {0: -0.08, 1: -3.08, 2: -4.0, 3: -5.0, 4: -6.0, 5: -7.0, 6: float("-inf"), 9: -8.0}
+    for chosen in logprobs:
+        for order in (list(logprobs), list(logprobs)[::-1]):
+            said = names.of_completion([(0, chosen, {token_id: logprobs[token_id] for token_id in order})])
+            [tops] = said.top_logprobs
+            assert len(tops) == len(logprobs)
+            assert tops[said.tokens[0]] == said.token_logprobs[0]
+            if chosen == 0:
+                assert tops == {
+                    "w": -0.08, "token_id:1": -3.08, "x": -4.0, "token_id:3": -5.0,
+                    "": -6.0, "token_id:9": -8.0, "bytes:\\xe2": -7.0, "token_id:6": -9999.0,
+                }  # fmt: skip
+            if chosen == 3:
+                assert (tops["w"], tops["token_id:0"], tops["token_id:1"]) == (-5.0, -0.08, -3.08)
