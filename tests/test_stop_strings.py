@@ -139,3 +139,29 @@ def test_several_answers_draw_with_seeds_of_their_own_and_the_first_is_the_plain
 def test_bad_values_are_refused_by_name(Params, options, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         Params(**options)
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_stop_string_that_is_a_special_token_ends_the_text(make_engine, Params, monkeypatch, ignore_eos):
+    """It is in no text, so it was never found."""
+    engine = make_engine("pocket")
+    for name in engine.tokenizer.all_special_tokens:
+        special = engine.tokenizer.convert_tokens_to_ids(name)
+        words = engine.tokenizer("the cat", add_special_tokens=False).input_ids
+        for stop in ((name,), ("never said", name)):
+            ids = iter([*words, special, *words])
+            monkeypatch.setattr(engine, "choose_tokens", lambda _hidden, _draws: ([next(ids)], [None]))
+            [done] = engine.generate([[9]], Params(max_tokens=9, stop=stop, ignore_eos=ignore_eos))
+            assert (done.text, done.finish_reason, done.stop_reason) == ("the cat", "stop", special)
+            assert done.token_ids == [*words, special]
+
+
+def test_a_stop_string_is_found_before_its_bytes_are_certain(make_engine, Params, monkeypatch):
+    """A line end is a byte token for Llama 2, and the next byte could spoil it; but there is no next one."""
+    engine = make_engine("mistral")
+    ids = engine.tokenizer("the cat\n", add_special_tokens=False).input_ids
+    assert engine.tokenizer.convert_ids_to_tokens(ids[-1]) == "<0x0A>"
+    said = iter([*ids, *ids])
+    monkeypatch.setattr(engine, "choose_tokens", lambda _hidden, _draws: ([next(said)], [None]))
+    [done] = engine.generate([[9]], Params(max_tokens=len(ids) + 4, stop=("\n",), ignore_eos=True, new_text=True))
+    assert (done.text, done.token_ids, done.stop_reason) == ("the cat", ids, "\n")

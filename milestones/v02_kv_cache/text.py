@@ -1,4 +1,6 @@
 """Text to tokens, and tokens to text a whole character at a time."""
+import codecs
+import re
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -6,9 +8,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .params import RequestError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-CHARACTER_BYTES = 4  # of UTF-8, at most
-RUN_END = 3 * CHARACTER_BYTES  # tokens kept of each end of a run of broken bytes
-LOOK_BACK = 64  # tokens of a prompt that are searched for its last character; special tokens may follow it
+LOOK_BACK = 64  # tokens of a prompt that its completion is decoded behind; the last of them may be special
+WINDOW = 8  # tokens that a text goes on behind
+LONGEST_RUN = 32  # byte tokens whose characters wait for the end of their run
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
@@ -50,9 +52,15 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     return tokenizer(chat_text(tokenizer, messages), add_special_tokens=False).input_ids
 
 
-def num_broken(text: str) -> int:
-    """The number of U+FFFD that a text ends with."""
-    return len(text) - len(text.rstrip("\ufffd"))
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that are no text, whether or not they have a role, such as to end one."""
+    return {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def byte_of(token: str) -> bytes:
+    """The byte of a token that stands for one, <0x0A>, as vocabularies with byte fallback have them; of others nothing."""
+    found = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
+    return bytes.fromhex(found[1]) if found else b""
 
 
 class TextStream:
@@ -60,53 +68,68 @@ class TextStream:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int] | None = None):
         self.tokenizer = tokenizer
+        self.special_ids = special_ids(tokenizer)
         self.text = ""
         # Some tokenizers drop the space before the first token that they decode. So each new token is decoded behind
-        # tokens whose text is out already, of this text or of the prompt that it continues.
-        self.window = self.end_of(prompt_ids or [])
-        self.num_known = len(self.window)  # tokens of the window whose text is out
-        self.num_chars = len(self.decode(self.window)) if self.window else 0  # characters of the window's text
-        self.num_sent = self.num_chars  # of these, those that are out
+        # others whose text is out already, of this text or of the prompt that it continues.
+        self.window: list[int] = []
+        self.run: list[int] = []  # tokens of one byte each, behind the window
+        self.run_bytes = b""
+        self.extend(self.last_of(prompt_ids or [], LOOK_BACK))
+        self.num_out = len(self.decode(self.window + self.run))  # of their characters, those that are out
 
     def push(self, token_ids: list[int], last: bool) -> str:
         """Add tokens; return the text that became certain: after the last of them, all of it."""
-        self.window += [token_id for token_id in token_ids if self.has_text(token_id)]
-        text = self.decode(self.window)
-        end = len(text)
-        # A character whose bytes are spread over tokens decodes to U+FFFD until its last byte is there. Where each byte
-        # has one, a shorter text ends with a U+FFFD that is meant.
-        is_broken = text.endswith("\ufffd") and len(text) >= self.num_chars and not last
-        if is_broken:
-            if len(self.window) - self.num_known < CHARACTER_BYTES:
-                self.num_chars = len(text)
-                return ""
-            # So many tokens have the bytes of a whole character. These make none, except perhaps the last three.
-            num_open = num_broken(self.decode(self.window[1 - CHARACTER_BYTES :]))
-            end = max(end - min(num_open, num_broken(text)), self.num_sent)
-        piece = text[self.num_sent : end]
-        if is_broken:
-            # The start of a run of broken bytes shows that it is broken; its end may still become a character.
-            self.window = self.window[:RUN_END] + self.window[RUN_END:][-RUN_END:]
-        elif len(self.window) > self.num_known:
-            self.window = self.window[self.num_known :][-CHARACTER_BYTES:]
-            self.num_known = len(self.window)
-        self.num_chars = len(self.decode(self.window))
-        self.num_sent = self.num_chars - (len(text) - end)
+        self.extend(token_ids)
+        text, num_open = self.decode_end(last)
+        end = max(len(text) - num_open, self.num_out)
+        piece = text[self.num_out : end]
+        self.num_out = end if self.run else min(end, len(text))
+        self.shorten_window()
         self.text += piece
         return piece
 
-    def has_text(self, token_id: int) -> bool:
-        """Whether a token is decoded at all: special ones are not. Of two, a dropped space leaves one."""
-        return self.decode([token_id, token_id]) != ""
+    def extend(self, token_ids: list[int]) -> None:
+        """Append the tokens that are decoded: no special ones, and none that the tokenizer lacks."""
+        for token_id in token_ids:
+            token = self.tokenizer.convert_ids_to_tokens(token_id)
+            if token is None or token_id in self.special_ids:
+                continue
+            byte = byte_of(token)
+            is_long = len(self.run) >= LONGEST_RUN and self.run_bytes.decode(errors="ignore").encode() == self.run_bytes
+            if not byte or is_long:
+                self.window += self.run
+                self.run, self.run_bytes = [], b""
+            (self.run if byte else self.window).append(token_id)
+            self.run_bytes += byte
 
-    def end_of(self, prompt_ids: list[int]) -> list[int]:
-        """The prompt's last character or more, in whole tokens; nothing if it ends within a character."""
-        window = []
-        for token_id in reversed(prompt_ids[-LOOK_BACK:]):
-            if self.has_text(token_id) and len(window) < CHARACTER_BYTES:
-                window.insert(0, token_id)
-                if "\ufffd" not in self.decode(window):
-                    return window
+    def decode_end(self, last: bool) -> tuple[str, int]:
+        """The text of window and run, and how many characters at its end the next token may change."""
+        if last or not self.run:
+            text = self.decode(self.window + self.run)
+            # A character whose bytes are spread over tokens decodes to U+FFFD until its last byte is there.
+            return text, int(text.endswith("\ufffd") and not last)
+        # A run is decoded as a whole: to characters, or for one bad byte to U+FFFD for each.
+        text = self.decode(self.window)
+        try:
+            characters, _ = codecs.utf_8_decode(self.run_bytes)
+        except UnicodeDecodeError:
+            return text + "\ufffd" * len(self.run), 0
+        return text + characters, len(characters)
+
+    def shorten_window(self) -> None:
+        """Forget tokens that the next one's text does not depend on."""
+        if len(self.window) > 2 * WINDOW:
+            kept = self.last_of(self.window, WINDOW)
+            self.num_out += len(self.decode(kept)) - len(self.decode(self.window))
+            self.window = kept
+
+    def last_of(self, token_ids: list[int], size: int) -> list[int]:
+        """The last tokens, of bytes only whole characters."""
+        for start in range(max(len(token_ids) - size, 0), len(token_ids)):
+            token = self.tokenizer.convert_ids_to_tokens(token_ids[start]) or ""
+            if start == 0 or not b"\x80" <= byte_of(token) < b"\xc0":
+                return token_ids[start:]
         return []
 
     def decode(self, token_ids: list[int]) -> str:

@@ -317,7 +317,6 @@ class Engine:
         """Append a token to a sequence, and say what became certain with it."""
         seq.append(token_id)
         seq.logprobs.append(top)
-        offset = len(seq.stream.text) + len(seq.stream.held)
         # The token that ends a text is not part of it.
         text = seq.stream.push([] if seq.finish_reason == "stop" else [token_id], last=seq.finished)
         if seq.stream.stopped_by is not None:
@@ -330,7 +329,7 @@ class Engine:
             finish_reason=seq.finish_reason,
             prompt_logprobs=seq.prompt_logprobs if seq.num_output == 1 else None,
             stop_reason=seq.stop_reason,
-            offset=offset,
+            offset=seq.stream.offset,
         )
 
     def request_output(self, seq: Sequence) -> RequestOutput:

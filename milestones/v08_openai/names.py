@@ -26,14 +26,18 @@ class TokenNames:
 
     def offsets(self, token_ids: list[int]) -> list[int]:
         """At which character of their text each token begins; part of a character begins where the character does."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         offsets, num_characters = [], 0
         drops_space = self.drops_first_space
         for token_id in token_ids:
-            offsets.append(num_characters)
             raw = b"" if token_id in self.special_ids else self.bytes_of(token_id)
-            num_characters += len(decoder.decode(raw.removeprefix(b" ") if drops_space else raw))
+            said = raw.removeprefix(b" ") if drops_space else raw
             drops_space = drops_space and not raw
+            # A first byte that goes on with a character begins where it does; one that breaks it off, behind the U+FFFD.
+            num_characters += len(decoder.decode(said[:1]))
+            ends_one = said and not decoder.getstate()[0]
+            offsets.append(num_characters - 1 if ends_one else num_characters)
+            num_characters += len(decoder.decode(said[1:]))
         return offsets
 
     def of_completion(self, tokens: list) -> CompletionLogprobs:

@@ -6,10 +6,11 @@ from fastapi import APIRouter, Request
 from transformers import PreTrainedTokenizerBase
 
 from .answers import Answer
+from .names import TokenNames
 from .params import choices
 from .protocol import Completion, CompletionChoice, CompletionRequest
 from .streaming import ANSWERS, Events, unless_gone
-from .text import encode
+from .text import encode, token_starts
 from .writer import Writer
 
 router = APIRouter()
@@ -18,16 +19,22 @@ router = APIRouter()
 class Prompt(NamedTuple):
     token_ids: list[int]
     text: str  # empty if nobody wants it
+    offsets: list[int]  # at which character of it each token begins; empty if nobody wants it
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str] | list[list[int]], echo: bool) -> list[Prompt]:
-    """Tokens of texts; texts of tokens only if they are echoed."""
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str] | list[list[int]], echo: bool, names: TokenNames | None
+) -> list[Prompt]:
+    """Tokens of texts; texts of tokens only if they are echoed, and offsets if names are given."""
     encoded = []
     for prompt in prompts:
         if isinstance(prompt, str):
-            encoded.append(Prompt(encode(tokenizer, prompt), prompt))
+            token_ids, text = encode(tokenizer, prompt), prompt
+            offsets = token_starts(tokenizer, prompt) if echo and names else []
         else:
-            encoded.append(Prompt(prompt, tokenizer.decode(prompt, skip_special_tokens=True) if echo else ""))
+            token_ids, text = prompt, tokenizer.decode(prompt, skip_special_tokens=True) if echo else ""
+            offsets = names.offsets(prompt) if echo and names else []
+        encoded.append(Prompt(token_ids, text, offsets))
     return encoded
 
 
@@ -48,8 +55,7 @@ class CompletionWriter(Writer):
             if answer.index not in self.begun:
                 text = prompt.text + text
                 if answer.prompt_logprobs is not None:
-                    offsets = names.offsets(prompt.token_ids)
-                    tokens = [*zip(offsets, prompt.token_ids, answer.prompt_logprobs, strict=True), *tokens]
+                    tokens = [*zip(prompt.offsets, prompt.token_ids, answer.prompt_logprobs, strict=True), *tokens]
         self.begun.add(answer.index)
         logprobs = None if self.body.logprobs is None else names.of_completion(tokens)
         return CompletionChoice(index=answer.index, text=text, logprobs=logprobs, finish_reason=answer.finish_reason)
@@ -73,7 +79,8 @@ async def create_completion(request: Request, body: CompletionRequest):
     service.check_model(body.model)
     service.check_count(len(body.prompts), body.n)
     service.check_size([prompt for prompt in body.prompts if isinstance(prompt, str)])
-    prompts = await service.async_engine.tokenize(encode_prompts, body.prompts, body.echo)
+    names = None if body.logprobs is None else service.names
+    prompts = await service.async_engine.tokenize(encode_prompts, body.prompts, body.echo, names)
     # The engine gives every request a token; a request that wants none has it thrown away.
     max_tokens = 1 if body.max_tokens == 0 else body.max_tokens
     requests = []

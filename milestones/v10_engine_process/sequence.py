@@ -26,6 +26,7 @@ class Sequence:
         self.stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(end_ids))
         self.seed = random.getrandbits(63) if params.seed is None else params.seed
         self.stream = stream
+        self.stop_ids |= stream.stop_ids
         self.logprobs = []
         self.prompt_logprobs = [None] * self.num_prompt if params.prompt_logprobs else None  # the first has none
         self.finish_reason = None

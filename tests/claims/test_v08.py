@@ -37,7 +37,7 @@ def test_a_whole_answer_is_put_together_once(module):
     service = SimpleNamespace(names=Names([b"x"] * 3, set()))
     body = module("protocol").CompletionRequest(model="m", prompt="p", logprobs=0)
     answers = [module("answers").Answer(0)]
-    prompts = [completions.Prompt([1], "p")]
+    prompts = [completions.Prompt([1], "p", [])]
     writer = completions.CompletionWriter(service, body, generation(), answers, 1, prompts=prompts)
     whole = asyncio.run(writer.whole())
     assert whole.choices[0].text == "x" * 50 and whole.choices[0].logprobs.text_offset == list(range(50))
