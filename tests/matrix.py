@@ -20,6 +20,7 @@ from shared.checkpoints import RANDOM
 PARITIES = {
     "test_arrivals.py",
     "test_engine.py",
+    "test_finite.py",
     "test_modules.py",
     "test_previous.py",
     "test_refusals.py",

@@ -1,6 +1,7 @@
 """Completions as OpenAI's own client sees them, over a real socket."""
 import pytest
 
+from shared.verify.serving import serving
 from shared.verify.soak_server import crowd
 from tests.support.http import assert_names, events_of, post
 from tests.support.served import PROMPT, alone, client, server  # noqa: F401
@@ -24,6 +25,22 @@ def test_a_completion_is_what_the_engine_says(client, alone):
 
 def test_who_names_no_max_tokens_gets_16(client):
     assert client.completions.create(model="pocket", prompt=PROMPT, temperature=0).usage.completion_tokens == 16
+
+
+def test_top_p_of_zero_is_the_likeliest_token_even_of_equals(chapter, make_engine, monkeypatch):
+    engine = make_engine("pocket")
+    compute = engine.model.compute_logits
+
+    def with_a_twin(hidden):
+        logits = compute(hidden)
+        logits[:, [50, 60, 70]] = logits.max() + 1
+        return logits
+
+    monkeypatch.setattr(engine.model, "compute_logits", with_a_twin)
+    with serving(chapter, engine) as server:
+        body = {"model": "pocket", "prompt": PROMPT, "max_tokens": 4, "top_p": 0}
+        texts = {post(server, "/v1/completions", body | {"seed": seed}).json()["choices"][0]["text"] for seed in range(12)}
+        assert texts == {engine.tokenizer.decode([50]) * 4}
 
 
 def test_top_p_of_zero_is_the_likeliest_token(client, alone):

@@ -89,34 +89,38 @@ def run_generate(args: argparse.Namespace) -> int:
         prompts = [encode_chat(engine.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
     start = time.perf_counter()
     if args.stream:
-        num_tokens = stream_texts(engine, prompts, params)
+        num_tokens, num_failed = stream_texts(engine, prompts, params)
     else:
         completions = engine.generate(prompts, params)
         num_tokens = sum(len(completion.token_ids) for completion in completions)
+        num_failed = sum(completion.finish_reason == "error" for completion in completions)
         for completion in completions:
             print(completion.text)
     if args.stats:
         print(describe_run(engine, num_tokens, time.perf_counter() - start), file=sys.stderr)
-    return 0
+    if num_failed:
+        print(f"{num_failed} of {len(prompts)} texts are cut off: the model's logits were not finite numbers", file=sys.stderr)
+    return 1 if num_failed else 0
 
 
-def stream_texts(engine: Engine, prompts: list, params: SamplingParams) -> int:
-    """Print each text as it comes, later ones held back until their turn; return the number of new tokens."""
+def stream_texts(engine: Engine, prompts: list, params: SamplingParams) -> tuple[int, int]:
+    """Print each text as it comes, later ones held back until their turn; return how many tokens came and texts failed."""
     request_ids = [engine.add_request(prompt, params) for prompt in prompts]
     pieces = {request_id: [] for request_id in request_ids}
     ended = set()
-    num_tokens = 0
+    num_tokens = num_failed = 0
     for request_id in request_ids:
         while request_id not in ended:
             for output in engine.step():
-                num_tokens += 1
+                num_tokens += output.finish_reason != "error"
+                num_failed += output.finish_reason == "error"
                 pieces[output.request_id].append(output.text)
                 if output.finish_reason:
                     ended.add(output.request_id)
             print(*pieces[request_id], sep="", end="", flush=True)
             pieces[request_id].clear()
         print(*pieces[request_id], sep="")
-    return num_tokens
+    return num_tokens, num_failed
 
 
 def describe_run(engine: Engine, num_tokens: int, seconds: float) -> str:

@@ -35,6 +35,7 @@ class Batch:
     context_len: int  # positions that attention reads, this step's included
     num_seqs: int  # rows of the rectangle, equally many tokens each
     cache_rows: Tensor  # [N] the row of the cache in which each token's key and value are kept
+    new_rows: Tensor  # rows of sequences that begin
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on device."""
@@ -81,4 +82,5 @@ def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
         context_len=end,
         num_seqs=len(seqs),
         cache_rows=torch.tensor(cache_rows),
+        new_rows=torch.tensor([row for row, seq in enumerate(seqs) if seq.num_computed == 0], dtype=torch.int64),
     )

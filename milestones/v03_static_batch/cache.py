@@ -35,7 +35,8 @@ class KVCache:
     """A slab of keys and values: a row of max_model_len positions for each sequence of a batch.
 
     The next sequence writes over the last one's. A token attends only to what its own sequence has written:
-    to a position after it was written, in the same pass or an earlier one.
+    to a position after it was written, in the same pass or an earlier one. But all are read, and a weight of 0 makes
+    nothing of a number only: 0 * NaN is NaN. So a row is cleared when its first position is written.
     """
 
     def __init__(
@@ -49,15 +50,19 @@ class KVCache:
         self.kv_bytes = max_num_seqs * max_model_len * kv_bytes_per_token(config, dtype)
         check_memory(self.kv_bytes, device, "lower max_num_seqs or max_model_len")
         shape = (config.num_layers, max_num_seqs, max_model_len, config.num_kv_heads, config.head_dim)
+        self.num_used = 0  # positions of a row that were ever read
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # [L, B, T, KV, D]
         self.v = torch.zeros(shape, device=device, dtype=dtype)  # [L, B, T, KV, D]
 
     def write(self, layer_id: int, k: Tensor, v: Tensor, batch) -> None:
         """Store the step's keys and values, [N, KV, D], in their rows, at their positions."""
+        self.k[layer_id, :, : self.num_used].index_fill_(0, batch.new_rows, 0)
+        self.v[layer_id, :, : self.num_used].index_fill_(0, batch.new_rows, 0)
         self.k[layer_id][batch.cache_rows, batch.positions] = k
         self.v[layer_id][batch.cache_rows, batch.positions] = v
 
     def read(self, layer_id: int, batch) -> tuple[Tensor, Tensor]:
         """Keys and values of all positions so far, [S, n, KV, D]: views, not copies."""
         s, n = batch.num_seqs, batch.context_len
+        self.num_used = max(self.num_used, n)
         return self.k[layer_id][:s, :n], self.v[layer_id][:s, :n]

@@ -10,7 +10,7 @@ class RequestOutput:
     prompt_ids: list[int]
     token_ids: list[int]  # the token that ended it included
     text: str  # without that token
-    finish_reason: str  # stop or length
+    finish_reason: str  # stop, length, or error: the next token's logits were not finite numbers
     logprobs: list[dict[int, float]] | None  # one dict per token
     seed: int
 
@@ -19,7 +19,7 @@ class StepOutput(NamedTuple):
     """One new token of one request; a step may give a request none, one or several, in order."""
 
     request_id: int
-    token_id: int
+    token_id: int  # NO_TOKEN at an error
     text: str  # what became certain with this token: often less or more than the token alone
     logprobs: dict[int, float] | None
     finish_reason: str | None  # on the last token

@@ -43,6 +43,7 @@ class Batch:
     draws: list[Draw]  # [R] what each of those rows decides
     cache: KVCache  # read and written by attention
     cache_rows: Tensor  # [N] the row of the cache in which each token's key and value are kept
+    new_rows: Tensor  # rows of sequences that begin
     view: list[Rectangle]  # how attention sees the sequences: each is in one
 
     def to(self, device: torch.device) -> "Batch":
@@ -85,6 +86,7 @@ def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
         draws=draws,
         cache=cache,
         cache_rows=torch.tensor(cache_rows),
+        new_rows=torch.tensor([seq.row for seq in seqs if seq.num_computed == 0], dtype=torch.int64),
         view=build_rectangles(seqs),
     )
 

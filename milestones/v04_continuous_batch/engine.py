@@ -10,7 +10,7 @@ from .config import load_config
 from .loader import Checkpoint, choose_device, choose_dtype, choose_name, load_model
 from .outputs import RequestOutput, StepOutput
 from .params import RequestError, SamplingParams, check_ids, check_integer
-from .sampling import sample, top_logprobs
+from .sampling import NO_TOKEN, sample, top_logprobs
 from .scheduler import Scheduler
 from .sequence import Sequence
 from .text import TextStream, encode, load_tokenizer
@@ -205,10 +205,13 @@ class Engine:
 
     def accept(self, seq: Sequence, token_id: int, top: dict[int, float] | None) -> StepOutput:
         """Append a token to a sequence, and say what became certain with it."""
-        seq.append(token_id)
-        seq.logprobs.append(top)
+        if token_id == NO_TOKEN:
+            seq.finish("error")
+        else:
+            seq.append(token_id)
+            seq.logprobs.append(top)
         # The token that ends a text is not part of it.
-        text = seq.stream.push([] if seq.finish_reason == "stop" else [token_id], last=seq.finished)
+        text = seq.stream.push([] if seq.finish_reason in ("stop", "error") else [token_id], last=seq.finished)
         return StepOutput(
             request_id=seq.seq_id,
             token_id=token_id,

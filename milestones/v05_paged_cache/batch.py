@@ -46,6 +46,7 @@ class Batch:
     draws: list[Draw]  # [R] what each of those rows decides
     cache: KVCache  # read and written by attention
     slot_mapping: Tensor  # [N] the slot of the cache in which each token's key and value are kept: block * BS + offset
+    new_blocks: Tensor  # blocks whose first position is written in this step
     view: list[Rectangle]  # how attention sees the sequences: each is in one
 
     def to(self, device: torch.device) -> "Batch":
@@ -82,13 +83,15 @@ def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
         positions += range(seq.num_computed, end)
     tables = pad_tables([seq.block_table for seq in seqs])
     positions = torch.tensor(positions)
+    slots = find_slots(tables, torch.tensor(query_lens), positions, cache.block_size)
     return Batch(
         token_ids=torch.tensor(token_ids),
         positions=positions,
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         draws=draws,
         cache=cache,
-        slot_mapping=find_slots(tables, torch.tensor(query_lens), positions, cache.block_size),
+        slot_mapping=slots,
+        new_blocks=slots[positions % cache.block_size == 0] // cache.block_size,
         view=build_rectangles(seqs),
     )
 
@@ -121,19 +124,22 @@ def build_rectangle(width: int, members: list[tuple[int, Sequence]]) -> Rectangl
 def pad_tables(tables: list[array]) -> Tensor:
     """Tables of unequal length as one tensor, [S, M] int32.
 
+    What is read in place of a block that there is not must be the sequence's own: it may be NaN for others.
+
     >>> pad_tables([array("i", [5]), array("i", [7, 2])]).tolist()
-    [[5, 0], [7, 2]]
+    [[5, 5], [7, 2]]
     """
-    padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+    padded = np.empty((len(tables), max(map(len, tables))), dtype=np.int32)
     for row, table in zip(padded, tables, strict=True):
         row[: len(table)] = table
+        row[len(table) :] = table[0]
     return torch.from_numpy(padded)
 
 
 def find_slots(tables: Tensor, query_lens: Tensor, positions: Tensor, block_size: int) -> Tensor:
     """The slot of each token, [N] int64: of sequence s the next query_lens[s] of positions [N], by row s of tables [S, M].
 
-    >>> find_slots(torch.tensor([[5, 0], [7, 2]]), torch.tensor([1, 2]), torch.tensor([3, 4, 5]), block_size=4).tolist()
+    >>> find_slots(torch.tensor([[5, 5], [7, 2]]), torch.tensor([1, 2]), torch.tensor([3, 4, 5]), block_size=4).tolist()
     [23, 8, 9]
     """
     rows = torch.arange(len(tables)).repeat_interleave(query_lens)  # [N]

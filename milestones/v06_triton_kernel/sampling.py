@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .params import SamplingParams
 
+NO_TOKEN = -1  # of logits that are not finite numbers
+
 
 def filter_logits(logits: Tensor, params: list[SamplingParams]) -> Tensor:
     """Apply each row's temperature, then top-k, then top-p; what they drop becomes -inf.
@@ -74,9 +76,11 @@ def sample(logits: Tensor, draws: list) -> Tensor:
         logits: [R, V] float32; not modified.
         draws: [R] whose token at which position each row decides; temperature 0 takes the argmax.
     Returns:
-        [R] int64 token ids on logits' device.
+        [R] int64 token ids on logits' device; NO_TOKEN where a logit is NaN or infinite, or all are -inf.
     """
     token_ids = logits.argmax(-1)  # [R]
+    # A NaN is greater than any number here, so the one logit speaks for its row.
+    is_finite = logits.gather(1, token_ids[:, None])[:, 0].isfinite()  # [R]
     rows = [row for row, (seq, _) in enumerate(draws) if seq.params.temperature > 0]
     if rows:
         drawn = [draws[row] for row in rows]
@@ -86,16 +90,18 @@ def sample(logits: Tensor, draws: list) -> Tensor:
         numbers = column([uniform(seq.seed, position - seq.num_prompt) for seq, position in drawn], cumulative)  # [A, 1]
         chosen = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)  # [A, 1]
         token_ids[rows] = chosen[:, 0]
-    return token_ids
+    return token_ids.where(is_finite, NO_TOKEN)
 
 
 def top_logprobs(logits: Tensor, draws: list, token_ids: list[int]) -> list[dict[int, float] | None]:
-    """The log-probability of each draw's token and of the likeliest ones, by token id; None for who did not ask.
+    """The log-probability of each draw's token and of the likeliest ones, by token id; None for who did not ask or has none.
 
     They are those of the raw logits, [R, V] float32: before temperature and filters.
     """
     reported = [None] * len(draws)
-    rows = [row for row, (seq, _) in enumerate(draws) if seq.params.logprobs is not None]
+    rows = [
+        row for row, (seq, _) in enumerate(draws) if seq.params.logprobs is not None and token_ids[row] != NO_TOKEN
+    ]
     if rows:
         logprobs = logits[rows].log_softmax(-1)  # [A, V]
         own_ids = column([token_ids[row] for row in rows], logits, torch.int64)  # [A, 1]

@@ -13,6 +13,8 @@ from .params import RequestError, SamplingParams
 
 logger = logging.getLogger(__name__)
 
+NOT_FINITE = "the model's logits for this request were not finite numbers; its weights may not fit the engine's dtype"
+
 
 class EngineLike(Protocol):
     """What the server needs from an engine. Only the loop's thread calls the methods."""
@@ -170,14 +172,21 @@ class EngineLoop:
             if not request_ids:
                 raise
             call_ids = {self.owners[request_id][0] for request_id in request_ids}
-            for call_id in call_ids:
-                self.remove(call_id)
-            self.post(Failed(sorted(call_ids), f"the step that computed this request failed: {error!r}"))
+            self.fail_calls(call_ids, f"the step that computed this request failed: {error!r}")
         else:
+            self.fail_calls({self.owners[output.request_id][0] for output in outputs if output.finish_reason == "error"}, NOT_FINITE)
+            outputs = [output for output in outputs if output.request_id in self.owners]
             self.post(Stepped([(*self.owners[output.request_id], output) for output in outputs]))
             for output in outputs:
                 if output.finish_reason is not None:
                     del self.owners[output.request_id]
+
+    def fail_calls(self, call_ids: set[int], reason: str) -> None:
+        """Abort what is left of these calls, and say why."""
+        for call_id in call_ids:
+            self.remove(call_id)
+        if call_ids:
+            self.post(Failed(sorted(call_ids), reason))
 
     def post(self, message: Added | Refused | Aborted | Stepped | Failed | Died) -> None:
         self.send(message, self.engine.stats())

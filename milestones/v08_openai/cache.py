@@ -78,7 +78,8 @@ class KVCache:
     """Keys and values in blocks of block_size positions, owned by whoever holds their ids.
 
     The next owner writes over the last one's. A token attends only to the positions of its own table: to each
-    after it was written, in the same pass or an earlier one.
+    after it was written, in the same pass or an earlier one. But all are read, and a weight of 0 makes nothing of a
+    number only: 0 * NaN is NaN. So a block is cleared when its first position is written.
     """
 
     def __init__(
@@ -96,13 +97,10 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # [L, P, BS, KV, D]
         self.v = torch.zeros(shape, device=device, dtype=dtype)  # [L, P, BS, KV, D]
 
-    def clear(self, block_ids: list[int] | array) -> None:
-        """Fill blocks with zeros, in every layer."""
-        self.k[:, block_ids] = 0
-        self.v[:, block_ids] = 0
-
     def write(self, layer_id: int, k: Tensor, v: Tensor, batch) -> None:
         """Store the step's keys and values, [N, KV, D], in their slots."""
+        self.k[layer_id].index_fill_(0, batch.new_blocks, 0)
+        self.v[layer_id].index_fill_(0, batch.new_blocks, 0)
         self.k[layer_id].flatten(0, 1).index_copy_(0, batch.slot_mapping, k)
         self.v[layer_id].flatten(0, 1).index_copy_(0, batch.slot_mapping, v)
 

@@ -12,7 +12,7 @@ from .config import load_config
 from .loader import Checkpoint, choose_device, choose_dtype, choose_name, load_model
 from .outputs import RequestOutput, Stats, StepOutput
 from .params import RequestError, SamplingParams, check_ids, check_integer
-from .sampling import sample, top_logprobs
+from .sampling import NO_TOKEN, sample, top_logprobs
 from .scheduler import Scheduler
 from .sequence import Sequence
 from .text import TextStream, encode, load_tokenizer
@@ -246,12 +246,11 @@ class Engine:
         """After `step` has raised: end every request that took part, and return their ids.
 
         Nobody knows how far the step got. Requests that it finished are among the ids too, since their last output is
-        lost. Blocks are cleared: a NaN left in one would reach its next owner, whatever its weight there.
+        lost.
         """
         took_part = {seq.seq_id: seq for seq in self.in_step + self.scheduler.running}
         for seq in took_part.values():
             if seq.seq_id in self.seqs:
-                self.cache.clear(seq.block_table)
                 seq.finish("error")
                 self.release(seq)
         self.in_step = []
@@ -295,7 +294,7 @@ class Engine:
         logits = self.model.compute_logits(hidden)  # [R, V]
         token_ids = sample(logits, draws).tolist()  # [R]
         for row, (seq, position) in enumerate(draws):
-            if seq.knows(position):
+            if seq.knows(position) and token_ids[row] != NO_TOKEN:
                 token_ids[row] = seq.token_ids[position]
         return token_ids, top_logprobs(logits, draws, token_ids)
 
@@ -304,7 +303,9 @@ class Engine:
         outputs = []
         for draw, token_id, top in zip(batch.draws, token_ids, logprobs, strict=True):
             seq = draw.seq
-            if seq.knows(draw.position):
+            if seq.finished:  # by an error at an earlier position
+                continue
+            if seq.knows(draw.position) and token_id != NO_TOKEN:
                 seq.prompt_logprobs[draw.position] = top
                 continue
             seq.num_computed = draw.position  # all before it has been fed
@@ -315,10 +316,13 @@ class Engine:
 
     def accept(self, seq: Sequence, token_id: int, top: dict[int, float] | None) -> StepOutput:
         """Append a token to a sequence, and say what became certain with it."""
-        seq.append(token_id)
-        seq.logprobs.append(top)
+        if token_id == NO_TOKEN:
+            seq.finish("error")
+        else:
+            seq.append(token_id)
+            seq.logprobs.append(top)
         # The token that ends a text is not part of it.
-        text = seq.stream.push([] if seq.finish_reason == "stop" else [token_id], last=seq.finished)
+        text = seq.stream.push([] if seq.finish_reason in ("stop", "error") else [token_id], last=seq.finished)
         if seq.stream.stopped_by is not None:
             seq.finish("stop", by=seq.stream.stopped_by)
         return StepOutput(

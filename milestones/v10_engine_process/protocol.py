@@ -126,10 +126,10 @@ class GenerationRequest(Body):
     def sampling_params(self, max_tokens: int | None, **others) -> SamplingParams:
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
             # The likeliest token is always kept; with a p of 0 it is the only one.
-            top_p=max(self.top_p, 1e-12),
+            temperature=0 if self.top_p == 0 else self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p or 1.0,
             seed=self.seed,
             ignore_eos=self.ignore_eos,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),

@@ -30,8 +30,8 @@ async def create_response(request: Request, body: ResponseRequest):
         prompt_ids = await tokenize_chat(service, instructions + messages)
         params = SamplingParams(
             max_tokens=service.max_tokens(body.max_output_tokens, None, len(prompt_ids)),
-            temperature=body.temperature,
-            top_p=max(body.top_p, 1e-12),
+            temperature=0 if body.top_p == 0 else body.temperature,
+            top_p=body.top_p or 1.0,
             logprobs=(body.top_logprobs or 0) if body.include else None,
             new_text=True,
         )

@@ -1,0 +1,166 @@
+"""Numbers that are not finite: they fail the request that made them, and reach nobody else."""
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+from shared.checkpoints import checkpoint
+from shared.verify.serving import serving
+from shared.workloads import random_ids
+from tests.support.http import post
+
+pytestmark = pytest.mark.needs("generate", "sample", "logprobs")
+
+BAD = 7  # the token that overflows
+
+
+@pytest.fixture(scope="session")
+def overflowing(tmp_path_factory):
+    """A float16 checkpoint without a fault, in which one token's values are more than float16 can hold."""
+    path = tmp_path_factory.mktemp("overflowing") / "llama"
+    shutil.copytree(checkpoint("llama"), path)
+    weights = load_file(path / "model.safetensors")
+    embeddings = weights["model.embed_tokens.weight"]
+    embeddings[:, 0] = 0
+    embeddings[BAD] = 0
+    embeddings[BAD, 0] = 50
+    weights["model.layers.0.self_attn.v_proj.weight"][:, 0] = 60000
+    save_file({name: weight.half() for name, weight in weights.items()}, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def bad_text(overflowing):
+    """A prompt with the token."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(overflowing)
+    return next(text for text in map(chr, range(33, 127)) if BAD in tokenizer(text).input_ids)
+
+
+@pytest.fixture(scope="session")
+def frail(chapter, overflowing):
+    """Its engine; every test uses the same, so that what one leaves behind is there for the next."""
+    return chapter.load().Engine(overflowing, dtype="float16")
+
+
+SHORT, LONG = [9, 10, 11, 12, 13], list(range(20, 60))
+
+
+@pytest.fixture(scope="session")
+def wanted(chapter, overflowing):
+    engine = chapter.load().Engine(overflowing, dtype="float16")
+    params = chapter.load().SamplingParams(max_tokens=6, ignore_eos=True)
+    return [engine.generate([prompt], params)[0].token_ids for prompt in (SHORT, LONG)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [[BAD, 9], [BAD], [9, 10, BAD], [BAD, *range(20, 70)]])
+def test_one_requests_nan_is_its_own(frail, wanted, Params, bad, temperature):
+    params = Params(max_tokens=6, ignore_eos=True)
+    failing = Params(max_tokens=6, ignore_eos=True, temperature=temperature, top_k=3, logprobs=2)
+    # behind it, and beside it: before it, between and after
+    [failed] = frail.generate([bad], failing)
+    assert (failed.finish_reason, failed.token_ids, failed.text, failed.logprobs) == ("error", [], "", [])
+    assert [done.token_ids for done in frail.generate([SHORT, LONG], params)] == wanted
+    for place in range(3):
+        prompts, all_params = [SHORT, LONG], [params, params]
+        prompts.insert(place, bad)
+        all_params.insert(place, failing)
+        done = frail.generate(prompts, all_params)
+        assert done.pop(place).finish_reason == "error"
+        assert [each.token_ids for each in done] == wanted
+        assert [each.finish_reason for each in done] == ["length", "length"]
+    assert [done.token_ids for done in frail.generate([LONG, SHORT], params)] == wanted[::-1]
+
+
+def test_a_text_that_overflows_later_keeps_what_it_had(frail, Params, monkeypatch):
+    """Two tokens are right, and the third is the one that overflows when it is fed."""
+    said = iter([20, 21, BAD])
+    compute = frail.model.compute_logits
+
+    def forced(hidden):
+        logits = compute(hidden)
+        token_id = next(said, None)
+        if token_id is not None:
+            logits[:, token_id] = 1e4
+        return logits
+
+    monkeypatch.setattr(frail.model, "compute_logits", forced)
+    [done] = frail.generate([[9, 10]], Params(max_tokens=9, ignore_eos=True, logprobs=0))
+    assert (done.token_ids, done.finish_reason, len(done.logprobs)) == ([20, 21, BAD], "error", 3)
+    assert done.text == frail.tokenizer.decode([9, 10, 20, 21, BAD])[len(frail.tokenizer.decode([9, 10])) :]
+
+
+@pytest.mark.needs("kv_cache")
+def test_what_nobody_may_read_reaches_no_sum(make_engine, Params, rng):
+    """The whole cache is NaN, or the largest number, whenever nothing runs."""
+    engine = make_engine("llama")
+    prompts = [random_ids(n, engine.config.vocab_size, rng) for n in (1, 15, 16, 17, 40, 3)]
+    params = [Params(max_tokens=n, ignore_eos=True) for n in (20, 1, 5, 2, 3, 30)]
+    alone = [engine.generate([prompt], each)[0].token_ids for prompt, each in zip(prompts, params, strict=True)]
+    engine.generate(prompts, params)
+    for poison in (math.nan, math.inf, -math.inf, 3e38):
+        for cached in (engine.cache.k, engine.cache.v):
+            # A slab is not touched beyond the longest text so far.
+            cached[:, :, : getattr(engine.cache, "num_used", None)] = poison
+        assert [done.token_ids for done in engine.generate(prompts, params)] == alone
+    for cached in (engine.cache.k, engine.cache.v):
+        cached.fill_(0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}, {"temperature": 0.7, "top_p": 0.5}])
+def test_a_row_that_is_not_finite_has_no_token(module, Params, value, params):
+    sampling = module("sampling")
+    logits = torch.tensor([[value, 5.0, 1.0], [0.0, -math.inf, 9.0], [1.0, 2.0, value], [-math.inf] * 3, [-math.inf, -math.inf, 0.0]])
+    params = Params(logprobs=1, **params)
+    draws = [(SimpleNamespace(params=params, seed=3, num_prompt=1, knows=lambda _at: False), 1) for _ in logits]
+    draws = [module("batch").Draw(*draw) for draw in draws]
+    before = logits.clone()
+    token_ids = sampling.sample(logits, draws).tolist()
+    assert torch.equal(logits.nan_to_num(7), before.nan_to_num(7))
+    assert [token_ids[row] for row in (0, 2, 3)] == [sampling.NO_TOKEN] * 3
+    assert token_ids[1] in (0, 2) and token_ids[4] == 2
+    tops = sampling.top_logprobs(logits, draws, token_ids)
+    assert [top is None for top in tops] == [True, False, True, True, False]
+    assert not any(math.isnan(logprob) for top in tops if top for logprob in top.values())
+
+
+@pytest.mark.needs("command_line")
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_the_command_says_that_a_text_is_cut_off(module, overflowing, bad_text, capsys, stream):
+    prompts = ["a fine day", bad_text]
+    status = module("__main__").main(["generate", *prompts, "--model", str(overflowing), "--dtype", "float16", "--max-tokens", "3", *stream])
+    out = capsys.readouterr()
+    assert status == 1 and "1 of 2 texts are cut off: the model's logits were not finite numbers" in out.err
+    assert "NaN" not in out.out
+
+
+@pytest.mark.needs("serve")
+def test_the_client_whose_request_overflows_gets_a_500_and_nobody_else(chapter, frail, bad_text, Params):
+    [want] = frail.generate(["a fine day"], Params(max_tokens=6))
+    with serving(chapter, frail) as server:
+        body = {"model": "pocket", "prompt": bad_text, "max_tokens": 6, "temperature": 0}
+        for _ in range(3):
+            refused = post(server, "/v1/completions", body)
+            assert refused.status_code == 500 and "not finite numbers" in refused.json()["error"]["message"]
+            assert "NaN" not in refused.text
+            fine = post(server, "/v1/completions", body | {"prompt": "a fine day"})
+            assert fine.json()["choices"][0]["text"] == want.text
+        streamed = post(server, "/v1/completions", body | {"stream": True}).text
+        assert "not finite numbers" in streamed.split("data: ")[-1] and "NaN" not in streamed
+    assert not frail.has_unfinished_requests()
+
+
+@pytest.mark.needs("prompt_logprobs")
+def test_logprobs_of_a_prompt_that_overflows_fail_the_call_and_all_of_its_answers(chapter, frail):
+    with serving(chapter, frail) as server:
+        body = {"model": "pocket", "prompt": [9, 10, BAD, 11], "max_tokens": 2, "echo": True, "logprobs": 1, "n": 2}
+        assert post(server, "/v1/completions", body).status_code == 500
+        body = {"model": "pocket", "prompt": [[9, 10], [BAD]], "max_tokens": 2, "logprobs": 1}
+        assert post(server, "/v1/completions", body).status_code == 500
+        assert post(server, "/v1/completions", body | {"prompt": [9, 10]}).status_code == 200
+    assert not frail.has_unfinished_requests()
