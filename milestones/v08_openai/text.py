@@ -149,10 +149,8 @@ class TextStream:
     def split(self, text: str, next_text: str, last: bool) -> tuple[str, str]:
         """Split text into what may be sent and what must wait; once a stop string is found, nothing waits.
 
-        It may be found in the next text too, which is not certain but would end here.
-
-        >>> TextStream(None, stop=("END",)).split("a friEN", "", last=False)
-        ('a fri', 'EN')
+        With the stop string END, "a friEN" becomes "a fri" and "EN". A stop string may be found in the next text too, which
+        is not certain but would end here.
         """
         both = text + next_text
         matches = [(both.index(stop), stop) for stop in self.stop if stop in both]

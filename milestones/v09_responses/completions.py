@@ -1,17 +1,20 @@
 """POST /v1/completions"""
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Iterable
 from typing import NamedTuple
 
 from fastapi import APIRouter, Request
 from transformers import PreTrainedTokenizerBase
 
 from .answers import Answer
-from .names import TokenNames
+from .async_engine import paced
+from .names import TokenNames, finite
+from .outputs import StepOutput
 from .params import choices
-from .protocol import Completion, CompletionChoice, CompletionRequest
+from .protocol import Completion, CompletionRequest
 from .streaming import ANSWERS, Events, unless_gone
 from .text import encode, token_starts
-from .writer import Writer
+from .writer import Writer, Written
 
 router = APIRouter()
 
@@ -38,39 +41,75 @@ def encode_prompts(
     return encoded
 
 
+class CompletionLogprobs:
+    """Logprobs as completions have them, in four lists."""
+
+    def __init__(self):
+        self.tokens: list[str] = []
+        self.token_logprobs: list[float | None] = []
+        self.top_logprobs: list[Written] = []
+        self.text_offset: list[int] = []
+
+    async def add(self, names: TokenNames, tokens: Iterable) -> None:
+        """Of each token its offset in the text, its id, and logprobs or None."""
+        async for offset, token_id, logprobs in paced(tokens):
+            self.tokens.append(names.text_of(token_id))
+            self.token_logprobs.append(None if logprobs is None else finite(logprobs[token_id]))
+            tops = None if logprobs is None else names.by_text(token_id, logprobs)
+            self.top_logprobs.append(Written(json.dumps(tops)))
+            self.text_offset.append(offset)
+
+    def write(self) -> dict:
+        return {
+            "tokens": Written(json.dumps(self.tokens)),
+            "token_logprobs": Written(json.dumps(self.token_logprobs)),
+            "top_logprobs": self.top_logprobs,
+            "text_offset": Written(json.dumps(self.text_offset)),
+        }
+
+
 class CompletionWriter(Writer):
-    id_prefix, chunk_model = "cmpl-", Completion
+    id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
     def __init__(self, *args, prompts: list[Prompt]):
         """prompts: the one of each answer."""
         super().__init__(*args)
         self.prompts = prompts
         self.begun: set[int] = set()  # answers of which a piece was written
+        self.written = [CompletionLogprobs() for _ in self.answers]
 
-    def piece(self, answer: Answer, text: str, tokens: list) -> CompletionChoice:
-        """The next part of an answer; the first one begins with the prompt if that is wanted."""
+    async def next_piece(self, answer: Answer, output: StepOutput, logprobs: CompletionLogprobs) -> str:
+        """The text that a token adds to an answer, with its logprobs; the first one begins with the prompt if that is wanted."""
+        text, tokens = answer.push(output)
         names, prompt = self.service.names, self.prompts[answer.index]
         if self.body.echo:
             tokens = [(len(prompt.text) + offset, *token) for offset, *token in tokens]
             if answer.index not in self.begun:
                 text = prompt.text + text
                 if answer.prompt_logprobs is not None:
-                    tokens = [*zip(prompt.offsets, prompt.token_ids, answer.prompt_logprobs, strict=True), *tokens]
+                    await logprobs.add(names, zip(prompt.offsets, prompt.token_ids, answer.prompt_logprobs, strict=True))
         self.begun.add(answer.index)
-        logprobs = None if self.body.logprobs is None else names.of_completion(tokens)
-        return CompletionChoice(index=answer.index, text=text, logprobs=logprobs, finish_reason=answer.finish_reason)
+        await logprobs.add(names, tokens)
+        return text
 
-    async def whole(self) -> Completion:
-        logprobs = await self.collect()
-        pieces = [self.piece(answer, answer.text, tokens) for answer, tokens in zip(self.answers, logprobs, strict=True)]
-        return Completion(**self.head, choices=pieces, usage=self.usage())
+    async def add(self, answer: Answer, output: StepOutput) -> None:
+        await self.next_piece(answer, output, self.written[answer.index])
 
-    async def pieces(self) -> AsyncIterator[CompletionChoice]:
+    def choice(self, answer: Answer) -> dict:
+        text = self.prompts[answer.index].text + answer.text if self.body.echo else answer.text
+        return self.piece(answer, text, self.written[answer.index])
+
+    def piece(self, answer: Answer, text: str, logprobs: CompletionLogprobs) -> dict:
+        written = None if self.body.logprobs is None else logprobs.write()
+        return {"index": answer.index, "text": text, "logprobs": written, "finish_reason": answer.finish_reason}
+
+    async def pieces(self) -> AsyncIterator[dict]:
         async for index, output in self.generation:
-            answer = self.answers[index]
-            text, tokens = answer.push(output)
-            if text or tokens or answer.finish_reason or (self.body.echo and index not in self.begun):
-                yield self.piece(answer, text, tokens)
+            answer, logprobs = self.answers[index], CompletionLogprobs()
+            is_first = index not in self.begun
+            text = await self.next_piece(answer, output, logprobs)
+            if text or logprobs.tokens or answer.finish_reason or (self.body.echo and is_first):
+                yield self.piece(answer, text, logprobs)
 
 
 @router.post("/v1/completions", response_model=Completion, responses=ANSWERS)

@@ -276,6 +276,9 @@ class Detokenized(BaseModel):
     prompt: str
 
 
+# ---- what the documentation says of answers, which are written as dicts
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
@@ -297,7 +300,6 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """A whole completion, or one chunk of a streamed one."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -342,22 +344,6 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-
-
-class ChunkChoice(BaseModel):
-    index: int
-    delta: dict[str, str]
-    logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-class ChatChunk(BaseModel):
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
 
 
 def new_id(prefix: str) -> str:

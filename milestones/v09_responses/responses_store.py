@@ -1,11 +1,12 @@
 """Responses under way and ended, and how long they are remembered."""
 import asyncio
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from .answers import Answer
 from .async_engine import Generation, GenerationFailed
@@ -13,7 +14,7 @@ from .errors import ApiError
 from .protocol import new_id, now
 from .responses_protocol import ResponseRequest
 from .service import Service
-from .writer import event
+from .writer import Written, event, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,7 @@ class Run:
         self.created_at = now()
         self.completed_at = None
         self.answer = Answer(0)
-        self.tokens: list[tuple] = []  # of the text, with logprobs, if they are wanted
-        self.entries: list[dict] | None = []  # the same as clients get it, several times larger, so dropped at the end
+        self.logprobs: list[Written] = []  # of each token of the text, if they are wanted
         self.status = "queued" if body.background else "in_progress"
         self.error = None
         self.failure: Exception | None = None
@@ -61,7 +61,7 @@ class Run:
             "type": "output_text",
             "text": self.answer.text,
             "annotations": [],
-            "logprobs": self.spelled(self.tokens) if self.entries is None else self.entries,
+            "logprobs": self.logprobs,
         }
 
     def item(self) -> dict:
@@ -130,9 +130,8 @@ class Run:
             yield self.event("content_part.added", **place, part=empty)
             async for _, output in self.generation:
                 text, tokens = self.answer.push(output)
-                self.tokens += tokens
-                new = self.spelled(tokens)
-                self.entries += new
+                new = [Written(json.dumps(entry)) for entry in self.service.names.of_chat(tokens, self.body.top_logprobs or 0)]
+                self.logprobs += new
                 if text or new:
                     yield self.event("output_text.delta", **place, delta=text, logprobs=new)
             self.status = "completed" if self.answer.finish_reason == "stop" else "incomplete"
@@ -150,12 +149,8 @@ class Run:
             self.fail(error, "the server has a bug; its log says more")
             raise
         finally:
-            self.entries = None
             if not self.ended:
                 self.status = "cancelled"
-
-    def spelled(self, tokens: list[tuple]) -> list[dict]:
-        return [entry.model_dump() for entry in self.service.names.of_chat(tokens, self.body.top_logprobs or 0)]
 
     def fail(self, error: Exception, message: str) -> None:
         self.failure = error
@@ -170,12 +165,16 @@ class Run:
         async for each in self.events():
             yield {"event": each["type"], "data": event(each)}
 
-    async def whole(self) -> JSONResponse:
+    async def whole(self) -> Response:
         async for _ in self.events():
             pass
         if self.failure:
             raise self.failure
-        return JSONResponse(self.describe())
+        return self.answer_now()
+
+    def answer_now(self) -> Response:
+        """What a client gets who asks for the response as it is now."""
+        return Response(to_json(self.describe()), media_type="application/json")
 
     async def in_background(self) -> None:
         """Run to the end with nobody waiting. If the server drains by then, stay until a client has fetched the result."""

@@ -2,8 +2,11 @@
 import json
 from collections.abc import AsyncIterator
 
+from starlette.responses import Response
+
 from .answers import Answer
-from .async_engine import Generation
+from .async_engine import Generation, paced
+from .outputs import StepOutput
 from .protocol import GenerationRequest, Usage, new_id, now
 from .service import Service
 
@@ -12,7 +15,8 @@ class Writer:
     """Turns the outputs of one call into its answer: one body, or the events of a stream."""
 
     id_prefix: str
-    chunk_model: type
+    kind: str
+    chunk_kind: str
 
     def __init__(
         self,
@@ -27,25 +31,34 @@ class Writer:
         self.generation = generation
         self.answers = answers
         self.num_prompt = num_prompt
-        self.head = {"id": new_id(self.id_prefix), "created": now(), "model": body.model}
+        self.head = {"id": new_id(self.id_prefix), "object": self.kind, "created": now(), "model": body.model}
 
     @property
     def num_tokens(self) -> int:
         return sum(answer.num_tokens for answer in self.answers)
 
-    def usage(self) -> Usage:
-        return Usage(
+    def usage(self) -> dict:
+        usage = Usage(
             prompt_tokens=self.num_prompt,
             completion_tokens=self.num_tokens,
             total_tokens=self.num_prompt + self.num_tokens,
         )
+        return usage.model_dump()
 
-    async def collect(self) -> list[list]:
-        """Read every answer to its end; the logprobs of each one's tokens."""
-        logprobs = [[] for _ in self.answers]
+    async def whole(self) -> Response:
+        """The answer as one body. Logprobs can make it megabytes: they are written as they come, and not all at its end."""
         async for index, output in self.generation:
-            logprobs[index] += self.answers[index].push(output)[1]
-        return logprobs
+            await self.add(self.answers[index], output)
+        choices = [Written(to_json(self.choice(answer))) async for answer in paced(self.answers)]
+        return Response(to_json(self.head | {"choices": choices, "usage": self.usage()}), media_type="application/json")
+
+    async def add(self, answer: Answer, output: StepOutput) -> None:
+        """Take a token of an answer that is sent whole."""
+        raise NotImplementedError
+
+    def choice(self, answer: Answer) -> dict:
+        """A whole answer."""
+        raise NotImplementedError
 
     async def stream(self) -> AsyncIterator[str]:
         """The data of each event."""
@@ -55,11 +68,26 @@ class Writer:
             yield self.chunk([], self.usage())
         yield "[DONE]"
 
-    def chunk(self, pieces: list, usage: Usage | None = None) -> str:
-        exclude = None if self.body.include_usage else {"usage"}
-        return event(self.chunk_model(**self.head, choices=pieces, usage=usage).model_dump(exclude=exclude))
+    def chunk(self, pieces: list, usage: dict | None = None) -> str:
+        data = self.head | {"object": self.chunk_kind, "choices": pieces}
+        return event(data | {"usage": usage} if self.body.include_usage else data)
+
+
+class Written(str):
+    """A part of an answer that is JSON already."""
+
+
+def to_json(value) -> str:
+    """JSON of a value, in dicts and lists of which there may be parts that are written."""
+    if isinstance(value, Written):
+        return value
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(name)}: {to_json(each)}' for name, each in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(to_json, value))}]"
+    return json.dumps(value)
 
 
 def event(data: dict) -> str:
     """JSON in ASCII: some clients take U+2028 for the end of a line."""
-    return json.dumps(data)
+    return to_json(data)

@@ -4,7 +4,7 @@ Everything here belongs to the event loop's thread.
 """
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from .engine_loop import Abort, Aborted, Add, Added, Died, Failed, Refused, Stepped
@@ -12,6 +12,9 @@ from .engine_process import EngineProcess
 from .engine_thread import EngineThread
 from .outputs import Stats, StepOutput
 from .params import RequestError, SamplingParams
+
+# How long the event loop may be busy with one answer before it looks after the others.
+LONGEST_TURN_S = 0.001
 
 
 class QueueFull(Exception):
@@ -39,14 +42,29 @@ class Generation:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, StepOutput]]:
         """Each new token, with the index of its request in the call. Raises GenerationFailed."""
+        begun = time.monotonic()
         while (item := await self.outputs.get()) is not None:
             if isinstance(item, Exception):
                 raise item
             yield item
+            # What waits in the queue is got without a pause.
+            if time.monotonic() - begun > LONGEST_TURN_S:
+                await asyncio.sleep(0)
+                begun = time.monotonic()
 
     def abort(self) -> None:
         """End the call, whose outputs nobody reads any more. If it has ended, this does nothing."""
         self.async_engine.abort(self.call_id)
+
+
+async def paced(items: Iterable) -> AsyncIterator:
+    """The same items, with a pause now and then in which the event loop does other things."""
+    begun = time.monotonic()
+    for item in items:
+        yield item
+        if time.monotonic() - begun > LONGEST_TURN_S:
+            await asyncio.sleep(0)
+            begun = time.monotonic()
 
 
 class AsyncEngine:

@@ -1,16 +1,18 @@
 """POST /v1/chat/completions"""
+import json
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request
 
 from .answers import Answer
 from .errors import refusals
+from .outputs import StepOutput
 from .params import choices
-from .protocol import ChatChoice, ChatChunk, ChatCompletion, ChatLogprobs, ChatMessage, ChatRequest, ChunkChoice
+from .protocol import ChatCompletion, ChatRequest
 from .service import Service
 from .streaming import ANSWERS, Events, unless_gone
 from .text import encode_chat
-from .writer import Writer
+from .writer import Writer, Written
 
 router = APIRouter()
 
@@ -22,36 +24,47 @@ async def tokenize_chat(service: Service, messages: list[dict]) -> list[int]:
 
 
 class ChatWriter(Writer):
-    id_prefix, chunk_model = "chatcmpl-", ChatChunk
+    id_prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def logprobs(self, tokens: list) -> ChatLogprobs | None:
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.written = [[] for _ in self.answers]  # of each answer, the logprobs of each token
+
+    def spell(self, tokens: list) -> list[Written]:
+        """The logprobs of tokens, if they are wanted."""
         if not self.body.logprobs:
-            return None
-        return ChatLogprobs(content=self.service.names.of_chat(tokens, self.body.top_logprobs or 0))
+            return []
+        entries = self.service.names.of_chat(tokens, self.body.top_logprobs or 0)
+        return [Written(json.dumps(entry)) for entry in entries]
 
-    async def whole(self) -> ChatCompletion:
-        logprobs = await self.collect()
-        chat_choices = [
-            ChatChoice(
-                index=answer.index,
-                message=ChatMessage(content=answer.text),
-                logprobs=self.logprobs(tokens),
-                finish_reason=answer.finish_reason,
-            )
-            for answer, tokens in zip(self.answers, logprobs, strict=True)
-        ]
-        return ChatCompletion(**self.head, choices=chat_choices, usage=self.usage())
+    def logprobs(self, written: list[Written]) -> dict | None:
+        return {"content": written, "refusal": None} if self.body.logprobs else None
 
-    async def pieces(self) -> AsyncIterator[ChunkChoice]:
+    async def add(self, answer: Answer, output: StepOutput) -> None:
+        _, tokens = answer.push(output)
+        self.written[answer.index] += self.spell(tokens)
+
+    def choice(self, answer: Answer) -> dict:
+        return {
+            "index": answer.index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": self.logprobs(self.written[answer.index]),
+            "finish_reason": answer.finish_reason,
+        }
+
+    async def pieces(self) -> AsyncIterator[dict]:
         for answer in self.answers:
-            yield ChunkChoice(index=answer.index, delta={"role": "assistant", "content": ""})
+            yield self.piece(answer, {"role": "assistant", "content": ""})
         async for index, output in self.generation:
             answer = self.answers[index]
             text, tokens = answer.push(output)
             if text or tokens:
-                yield ChunkChoice(index=index, delta={"content": text}, logprobs=self.logprobs(tokens))
+                yield self.piece(answer, {"content": text}, logprobs=self.logprobs(self.spell(tokens)))
             if answer.finish_reason:
-                yield ChunkChoice(index=index, delta={}, finish_reason=answer.finish_reason)
+                yield self.piece(answer, {}, finish_reason=answer.finish_reason)
+
+    def piece(self, answer: Answer, delta: dict, logprobs: dict | None = None, finish_reason: str | None = None) -> dict:
+        return {"index": answer.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ANSWERS)

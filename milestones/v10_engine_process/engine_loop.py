@@ -177,7 +177,10 @@ class EngineLoop:
         else:
             self.fail_calls({self.owners[output.request_id][0] for output in outputs if output.finish_reason == "error"}, NOT_FINITE)
             outputs = [output for output in outputs if output.request_id in self.owners]
-            self.post(Stepped([(*self.owners[output.request_id], output) for output in outputs]))
+            # Logprobs of a prompt are many, and the other side takes in a message at once.
+            large = [output for output in outputs if output.prompt_logprobs is not None]
+            for group in [[output for output in outputs if output.prompt_logprobs is None], *([output] for output in large)]:
+                self.post(Stepped([(*self.owners[output.request_id], output) for output in group]))
             for output in outputs:
                 if output.finish_reason is not None:
                     del self.owners[output.request_id]

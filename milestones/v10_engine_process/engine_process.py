@@ -125,6 +125,8 @@ class EngineProcess:
                 has_died |= isinstance(message, Died)
                 if not isinstance(message, Alive):
                     loop.call_soon(receive, message, stats)
+                # What has arrived is read without a pause.
+                await asyncio.sleep(0)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         except Exception:

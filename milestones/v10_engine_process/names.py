@@ -1,8 +1,6 @@
 """How tokens are written in answers."""
 import codecs
 
-from .protocol import CompletionLogprobs, TokenLogprob, TopLogprob
-
 
 class TokenNames:
     """The text and the bytes of each token."""
@@ -40,16 +38,6 @@ class TokenNames:
             num_characters += len(decoder.decode(said[1:]))
         return offsets
 
-    def of_completion(self, tokens: list) -> CompletionLogprobs:
-        """Logprobs as completions have them; of each token its offset in the text, its id, and logprobs or None."""
-        said = CompletionLogprobs()
-        for offset, token_id, logprobs in tokens:
-            said.tokens.append(self.text_of(token_id))
-            said.token_logprobs.append(None if logprobs is None else finite(logprobs[token_id]))
-            said.top_logprobs.append(None if logprobs is None else self.by_text(token_id, logprobs))
-            said.text_offset.append(offset)
-        return said
-
     def by_text(self, chosen: int, logprobs: dict[int, float]) -> dict[str, float]:
         """Logprobs by the texts of their tokens. Of tokens with one text, the chosen or else the likeliest has it.
 
@@ -61,16 +49,16 @@ class TokenNames:
             named[f"token_id:{token_id}" if text in named else text] = finite(logprobs[token_id])
         return named
 
-    def of_chat(self, tokens: list, count: int) -> list[TokenLogprob]:
+    def of_chat(self, tokens: list, count: int) -> list[dict]:
         """Logprobs as chat has them, with the count likeliest tokens of each place."""
         return [
-            TokenLogprob(
-                **self.entry(token_id, logprobs[token_id]),
-                top_logprobs=[
-                    TopLogprob(**self.entry(each, logprob))
+            self.entry(token_id, logprobs[token_id])
+            | {
+                "top_logprobs": [
+                    self.entry(each, logprob)
                     for each, logprob in sorted(logprobs.items(), key=lambda item: -item[1])[:count]
-                ],
-            )
+                ]
+            }
             for _, token_id, logprobs in tokens
         ]
 

@@ -2,7 +2,7 @@
 import asyncio
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from .chat import tokenize_chat
 from .errors import ERRORS, ApiError, refusals
@@ -43,7 +43,7 @@ async def create_response(request: Request, body: ResponseRequest):
         # Counted from here on like a request that is being answered, for the drain.
         service.num_active += 1
         run.task = asyncio.create_task(run.in_background())
-        return JSONResponse(run.describe())
+        return run.answer_now()
     if body.stream:
         return Events(run, run.stream())
     return await unless_gone(request, run, run.whole())
@@ -65,7 +65,7 @@ def earlier_turns(store: Store, api_key: str | None, response_id: str | None) ->
 
 
 @router.get("/v1/responses/{response_id}", responses=ERRORS)
-async def retrieve_response(request: Request, response_id: str, stream: bool = False) -> JSONResponse:
+async def retrieve_response(request: Request, response_id: str, stream: bool = False) -> Response:
     if stream:
         raise ApiError(400, "a stored response is not streamed again; leave stream out", "stream")
     for name in NOT_RETRIEVED:
@@ -74,13 +74,13 @@ async def retrieve_response(request: Request, response_id: str, stream: bool = F
     run = request.app.state.responses.get(response_id, request.scope["api_key"])
     if run.ended:
         run.fetched.set()
-    return JSONResponse(run.describe())
+    return run.answer_now()
 
 
 @router.post("/v1/responses/{response_id}/cancel", responses=ERRORS)
-async def cancel_response(request: Request, response_id: str) -> JSONResponse:
+async def cancel_response(request: Request, response_id: str) -> Response:
     run = request.app.state.responses.get(response_id, request.scope["api_key"])
     if not run.body.background:
         raise ApiError(400, "only a response that was made with background can be cancelled", "response_id")
     run.cancel()
-    return JSONResponse(run.describe())
+    return run.answer_now()
