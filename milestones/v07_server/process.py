@@ -1,4 +1,5 @@
 """The server's process: its application, its socket, its beginning and its end."""
+import gc
 import json
 import os
 import shlex
@@ -21,6 +22,7 @@ ROUTERS = (
     completions.router,
 )
 LAST_WORDS_S = 1.0  # how long a server that takes no requests any more says so
+GARBAGE_OBJECTS = 50_000  # new objects before a search for garbage among them; a large body is more
 GOODBYE_S = 1.0  # how long connections may then take to close
 
 
@@ -100,6 +102,10 @@ def unavailable(host: str, port: int, error: Exception) -> ValueError:
 def serve(service: Service, bound: socket.socket) -> NoReturn:
     """Run until a signal ends the server or its engine has died, and end the process: 0, or 1 if it died."""
     config = uvicorn.Config(create_app(service), log_level="warning", timeout_graceful_shutdown=GOODBYE_S)
+    # A search for garbage would look at all that was loaded, for a tenth of a second or more. None of it ever is garbage.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GARBAGE_OBJECTS)
     try:
         Server(config, service).run([bound])
     # Of two servers that began together with one port, one listened first.

@@ -2,7 +2,7 @@
 import json
 from collections.abc import AsyncIterator
 
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from .answers import Answer
 from .async_engine import Generation, paced
@@ -49,8 +49,12 @@ class Writer:
         """The answer as one body. Logprobs can make it megabytes: they are written as they come, and not all at its end."""
         async for index, output in self.generation:
             await self.add(self.answers[index], output)
-        choices = [Written(to_json(self.choice(answer))) async for answer in paced(self.answers)]
-        return Response(to_json(self.head | {"choices": choices, "usage": self.usage()}), media_type="application/json")
+        parts = [to_json(self.head)[:-1], ', "choices": [']
+        async for answer in paced(self.answers):
+            parts += [", "] * (answer.index > 0) + [to_json(self.choice(answer))]
+        parts += [f'], "usage": {to_json(self.usage())}}}']
+        headers = {"content-length": str(sum(map(len, parts)))}
+        return StreamingResponse(paced(parts), headers=headers, media_type="application/json")
 
     async def add(self, answer: Answer, output: StepOutput) -> None:
         """Take a token of an answer that is sent whole."""
