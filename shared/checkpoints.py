@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.chapters import ROOT
+from shared.programs import run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -304,4 +305,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

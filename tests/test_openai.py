@@ -2,6 +2,7 @@
 import importlib
 import itertools
 
+import openai
 import pytest
 
 from shared.checkpoints import checkpoint
@@ -306,3 +307,16 @@ def test_the_text_at_a_tokens_offset_begins_with_it(chapter, make_engine, monkey
                 spelled = token.removeprefix(" ") if is_added and not text[at:].startswith(" ") else token
                 is_cut = stop and spelled.startswith(text[at:])
                 assert is_cut or text[at:].startswith(spelled), (prompt, echo, stop, token, at, text)
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_stop_token_ends_the_answer_and_is_not_in_it(client, alone, ignore_eos):
+    [whole] = alone([PROMPT], max_tokens=12)
+    at = next(i for i in range(3, 12) if whole.token_ids[i] not in whole.token_ids[:i])
+    more = {"stop_token_ids": [whole.token_ids[at]], "ignore_eos": ignore_eos, "top_k": -1}
+    done = client.completions.create(model="pocket", prompt=PROMPT, max_tokens=12, temperature=0, extra_body=more)
+    want = alone.engine.tokenizer.decode(whole.prompt_ids + whole.token_ids[:at], skip_special_tokens=True)
+    assert PROMPT + done.choices[0].text == want and done.choices[0].finish_reason == "stop"
+    assert done.usage.completion_tokens == at + 1
+    with pytest.raises(openai.BadRequestError, match="stop_token_ids"):
+        client.completions.create(model="pocket", prompt=PROMPT, extra_body={"stop_token_ids": [10**6]})

@@ -134,7 +134,9 @@ BAD = [
     ("/v1/completions", {"logprobs": True}, "logprobs"),
     ("/v1/completions", {"stop": ["a", "b", "c", "d", "e"]}, "stop"),
     ("/v1/completions", {"stop": ""}, "stop"),
-    ("/v1/completions", {"stop": [3]}, "stop"),
+    ("/v1/completions", {"stop": [3]}, "stop[0]"),
+    ("/v1/completions", {"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    ("/v1/completions", {"top_k": -2}, "top_k"),
     ("/v1/completions", {"seed": 2**63}, "seed"),
     ("/v1/completions", {"seed": "x"}, "seed"),
     ("/v1/completions", {"stream": "yes"}, "stream"),
@@ -149,6 +151,14 @@ BAD = [
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
     ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "tool_calls"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x " * 600}]}, "messages"),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "messages[0].content[1]",
+    ),
+    ("/v1/chat/completions", {"metadata": {"k": 1}}, "metadata.k"),
+    ("/v1/chat/completions", {"metadata": {str(i): "" for i in range(17)}}, "metadata"),
+    ("/v1/chat/completions", {"metadata": {str(i): 1 for i in range(200_000)}}, "metadata"),
     ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
     ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ("/v1/chat/completions", {"max_tokens": 0}, "max_tokens"),
@@ -240,7 +250,7 @@ def test_a_million_wrong_items_are_one_complaint(server):
     messages = [{"role": "user", "content": "hello wor " * 300_000}]
     error = post(server, "/v1/chat/completions", {"model": "pocket", "messages": messages}).json()["error"]
     assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
-    assert "3000000 bytes, too many" in error["message"]
+    assert "bytes, too many" in error["message"]
     response = post(server, "/v1/completions", {"model": "pocket", "prompt": [5] * 1_000_000})
     assert response.status_code == 400 and "prompt has 1000000 tokens, more than max_model_len = 512" in response.text
 
@@ -341,3 +351,50 @@ def test_the_version_is_the_projects(server):
     with open(ROOT / "pyproject.toml", "rb") as file:
         wanted = tomllib.load(file)["project"]["version"]
     assert HTTP.get(f"{server.url}/version").json() == {"version": wanted}
+
+
+def test_what_a_template_reads_is_measured_before_it_is_tokenized(server):
+    """Whatever the field is called: here the template reads all of a message."""
+    tokenizer = server.service.async_engine.tokenizer
+    template = tokenizer.chat_template
+    tokenizer.chat_template = "{% for m in messages %}{{ m }}{% endfor %}"
+    try:
+        for field in ("name", "reasoning_content", "nobodys"):
+            begun = time.monotonic()
+            messages = [{"role": "user", "content": "x", field: "hello wor " * 360_000}]
+            assert_names(post(server, "/v1/chat/completions", {"model": "pocket", "messages": messages}), "messages")
+            assert_names(post(server, "/tokenize", {"messages": messages}), "messages")
+            assert time.monotonic() - begun < 2
+    finally:
+        tokenizer.chat_template = template
+
+
+def test_of_many_prompts_none_is_tokenized_behind_the_first_that_is_too_long(server, monkeypatch):
+    tokenizer, calls = server.service.async_engine.tokenizer, []
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, *args, **more: calls.append(1) or call(self, *args, **more))
+    body = {"model": "pocket", "prompt": ["x", "x " * 900, *["x " * 900] * 90], "max_tokens": 1}
+    assert_names(post(server, "/v1/completions", body), "prompt")
+    assert len(calls) == 2
+
+
+def test_what_asks_nothing_of_an_answer_is_accepted(server):
+    body = {"model": "pocket", "messages": [TURN], "max_tokens": 1, "store": True}
+    body |= {"metadata": {"k": "v"}, "user": "u", "safety_identifier": "s", "prompt_cache_key": "p", "prompt_cache_retention": "24h"}
+    assert post(server, "/v1/chat/completions", body).status_code == 200
+    history = [TURN, {"role": "assistant", "content": "y", "tool_calls": [], "refusal": None, "audio": None, "annotations": []}, TURN]
+    assert post(server, "/v1/chat/completions", body | {"messages": history}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/version", "/v1/models", "/v1/models/pocket", "/docs", "/openapi.json"])
+def test_head_is_answered_as_get_is_and_without_a_body(server, path):
+    got, head = HTTP.get(f"{server.url}{path}"), HTTP.head(f"{server.url}{path}")
+    assert (head.status_code, head.content) == (200, b"") and head.headers["content-length"] == got.headers["content-length"]
+    assert HTTP.head(f"{server.url}/v1/completions").status_code == 405
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "Bearer "])
+def test_the_scheme_of_a_key_is_read_in_any_case(chapter, fake, scheme):
+    with serving(chapter, fake, api_keys=("s3cret",)) as server:
+        for sent, status in ((f"{scheme} s3cret", 200), (f"{scheme} S3cret", 401), ("Basic s3cret", 401), ("s3cret", 401)):
+            assert HTTP.get(f"{server.url}/v1/models", headers={"Authorization": sent}).status_code == status

@@ -54,16 +54,20 @@ def test_a_refused_parameter_is_named_and_its_inert_values_are_let_through(serve
     ("wrong", "param"),
     [
         ({"input": ""}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content[0]"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
-        ({"include": ["file_search_call.results"]}, "include[0]"),
+        ({"include": ["reasoning.encrypted_content", "everything"]}, "include[1]"),
+        ({"include": ["reasoning.encrypted_content"], "top_logprobs": 1}, "top_logprobs"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"background": True, "stream": True}, "background"),
         ({"background": True, "store": False}, "background"),
         ({"previous_response_id": "resp_nobody"}, "previous_response_id"),
-        ({"metadata": {"k": 3}}, "metadata"),
+        ({"metadata": {"k": 3}}, "metadata.k"),
         ({"metadata": {"k" * 65: "v"}}, "metadata"),
-        ({"metadata": {"k": "v" * 513}}, "metadata"),
+        ({"metadata": {"k": "v" * 513}}, "metadata.k"),
+        ({"metadata": {str(i): 3 for i in range(200_000)}}, "metadata"),
     ],
 )
 def test_a_wrong_value_is_a_400_that_names_it(server, wrong, param):
@@ -112,7 +116,7 @@ def test_items_are_counted_before_they_are_validated(server, chapter, monkeypatc
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(server):
     error = assert_names(post(server, "/v1/responses", BODY | {"input": "hello wor " * 300_000}), "input")
-    assert error["code"] == "context_length_exceeded" and "3000000 bytes, too many" in error["message"]
+    assert error["code"] == "context_length_exceeded" and "bytes, too many" in error["message"]
 
 
 def test_a_list_of_wrong_items_is_one_complaint(model):
@@ -156,3 +160,11 @@ def test_the_oldest_response_is_forgotten_when_there_are_too_many(chapter, fake)
         server.config.app.state.responses.size = 2
         ids = [post(server, "/v1/responses", BODY).json()["id"] for _ in range(3)]
         assert [HTTP.get(f"{server.url}/v1/responses/{each}").status_code for each in ids] == [404, 200, 200]
+
+
+def test_what_every_agents_client_sends_is_accepted(server):
+    body = BODY | {"reasoning": {"summary": "auto"}, "include": ["reasoning.encrypted_content", "web_search_call.results"], "store": False}
+    answer = post(server, "/v1/responses", body).json()
+    assert answer["reasoning"] == {"effort": None, "summary": "auto"} and answer["output"][0]["content"][0]["logprobs"] == []
+    body |= {"include": ["message.output_text.logprobs", "reasoning.encrypted_content"], "top_logprobs": 1, "reasoning": None}
+    assert post(server, "/v1/responses", body).status_code == 200

@@ -30,7 +30,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(f"prompt must be valid Unicode: {error}", "prompt") from None
-    return tokenizer(text).input_ids
+    return tokenizer(text, verbose=False).input_ids
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
@@ -49,7 +49,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """The tokens of a conversation, with the BOS that the template has."""
-    return tokenizer(chat_text(tokenizer, messages), add_special_tokens=False).input_ids
+    return tokenizer(chat_text(tokenizer, messages), add_special_tokens=False, verbose=False).input_ids
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

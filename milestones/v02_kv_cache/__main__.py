@@ -28,10 +28,18 @@ SAMPLING_FLAGS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0, or 2 after a sentence on stderr that says what was wrong."""
+    """Run one command; 0, 1 or 130 if it was cut short, or 2 after a sentence on stderr that says what was wrong."""
     args = build_parser().parse_args(argv)
     try:
-        return args.command(args)
+        status = args.command(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever reads the texts has seen enough. What is still in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

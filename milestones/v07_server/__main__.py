@@ -27,6 +27,7 @@ ENGINE_FLAGS = {
 SERVER_FLAGS = {
     "host": dict(default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"),
     "port": dict(type=int, default=8000, help="0 takes a free one (default: 8000)"),
+    "keep_alive": dict(type=int, default=120, metavar="S", help="seconds until an idle connection is closed (default: 120; proxies keep theirs for 60 to 90)"),
     "served_model_name": dict(metavar="NAME", help="what clients call the model (default: its directory's name, or its repository's on the hub)"),
 }
 SAMPLING_FLAGS = {
@@ -39,10 +40,18 @@ SAMPLING_FLAGS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0, or 2 after a sentence on stderr that says what was wrong."""
+    """Run one command; 0, 1 or 130 if it was cut short, or 2 after a sentence on stderr that says what was wrong."""
     args = build_parser().parse_args(argv)
     try:
-        return args.command(args)
+        status = args.command(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever reads the texts has seen enough. What is still in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -125,6 +134,7 @@ def run_serve(args: argparse.Namespace) -> NoReturn:
     from .service import Service
 
     check_integer("port", args.port, 0, 65535)
+    check_integer("keep_alive", args.keep_alive, 1)
     if args.served_model_name is not None and not (args.served_model_name and args.served_model_name.isprintable()):
         raise ValueError(f"served_model_name must be printable, and not empty, got {args.served_model_name!r}")
     # Before the model is loaded, which takes longer than to find that the port is taken.
@@ -136,7 +146,7 @@ def run_serve(args: argparse.Namespace) -> NoReturn:
         runner,
         args.served_model_name or runner.name,
     )
-    serve(service, bound)
+    serve(service, bound, args.keep_alive)
 
 
 def stream_texts(engine: Engine, prompts: list, params: SamplingParams) -> tuple[int, int]:

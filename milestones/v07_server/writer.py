@@ -3,7 +3,7 @@ import json
 from collections.abc import AsyncIterator
 
 from .async_engine import Generation
-from .protocol import Completion, CompletionChoice, CompletionRequest, Usage, new_id, now
+from .protocol import CompletionRequest, new_id, now
 
 
 class Writer:
@@ -19,31 +19,31 @@ class Writer:
         self.generation = generation
         self.num_prompt = num_prompt
         self.num_tokens = 0
-        self.head = {"id": new_id("cmpl-"), "created": now(), "model": body.model}
+        self.head = {"id": new_id("cmpl-"), "object": "text_completion", "created": now(), "model": body.model}
 
-    def usage(self) -> Usage:
-        return Usage(
-            prompt_tokens=self.num_prompt,
-            completion_tokens=self.num_tokens,
-            total_tokens=self.num_prompt + self.num_tokens,
-        )
+    def usage(self) -> dict:
+        return {
+            "prompt_tokens": self.num_prompt,
+            "completion_tokens": self.num_tokens,
+            "total_tokens": self.num_prompt + self.num_tokens,
+        }
 
-    async def pieces(self) -> AsyncIterator[CompletionChoice]:
+    async def pieces(self) -> AsyncIterator[dict]:
         """The text, as it becomes certain; the last piece has the finish reason."""
         async for index, output in self.generation:
             self.num_tokens += 1
             # Part of a character is held back until the rest of it is there.
             if output.text or output.finish_reason:
-                yield CompletionChoice(index=index, text=output.text, finish_reason=output.finish_reason)
+                yield {"index": index, "text": output.text, "finish_reason": output.finish_reason}
 
-    async def whole(self) -> Completion:
+    async def whole(self) -> dict:
         pieces = [piece async for piece in self.pieces()]
-        choice = CompletionChoice(
-            index=0,
-            text="".join(piece.text for piece in pieces),
-            finish_reason=pieces[-1].finish_reason,
-        )
-        return Completion(**self.head, choices=[choice], usage=self.usage())
+        choice = {
+            "index": 0,
+            "text": "".join(piece["text"] for piece in pieces),
+            "finish_reason": pieces[-1]["finish_reason"],
+        }
+        return self.head | {"choices": [choice], "usage": self.usage()}
 
     async def stream(self) -> AsyncIterator[str]:
         """The data of each event."""
@@ -53,9 +53,9 @@ class Writer:
             yield self.chunk([], self.usage())
         yield "[DONE]"
 
-    def chunk(self, pieces: list, usage: Usage | None = None) -> str:
-        exclude = None if self.body.include_usage else {"usage"}
-        return event(Completion(**self.head, choices=pieces, usage=usage).model_dump(exclude=exclude))
+    def chunk(self, pieces: list, usage: dict | None = None) -> str:
+        data = self.head | {"choices": pieces}
+        return event(data | {"usage": usage} if self.body.include_usage else data)
 
 
 def event(data: dict) -> str:

@@ -29,6 +29,7 @@ SERVER_FLAGS = {
     "host": dict(default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"),
     "port": dict(type=int, default=8000, help="0 takes a free one (default: 8000)"),
     "api_key": dict(metavar="KEY", action="append", help="ask every client for it; repeat it to have several (default: none)"),
+    "keep_alive": dict(type=int, default=120, metavar="S", help="seconds until an idle connection is closed (default: 120; proxies keep theirs for 60 to 90)"),
     "served_model_name": dict(metavar="NAME", help="what clients call the model (default: its directory's name, or its repository's on the hub)"),
     "max_waiting": dict(type=int, default=256, metavar="N", help="more waiting requests get 429 (default: 256)"),
     "default_max_tokens": dict(type=int, metavar="N", help="cap for requests that name none: they get 16, in chat what there is room for"),
@@ -44,10 +45,18 @@ SAMPLING_FLAGS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0, or 2 after a sentence on stderr that says what was wrong."""
+    """Run one command; 0, 1 or 130 if it was cut short, or 2 after a sentence on stderr that says what was wrong."""
     args = build_parser().parse_args(argv)
     try:
-        return args.command(args)
+        status = args.command(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever reads the texts has seen enough. What is still in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -130,6 +139,7 @@ def run_serve(args: argparse.Namespace) -> NoReturn:
     from .service import Service
 
     check_integer("port", args.port, 0, 65535)
+    check_integer("keep_alive", args.keep_alive, 1)
     check_integer("max_waiting", args.max_waiting, 1)
     check_integer("default_max_tokens", args.default_max_tokens, 1, optional=True)
     if not args.drain_seconds >= 5:
@@ -151,7 +161,7 @@ def run_serve(args: argparse.Namespace) -> NoReturn:
         default_max_tokens=args.default_max_tokens,
         drain_seconds=args.drain_seconds,
     )
-    serve(service, bound)
+    serve(service, bound, args.keep_alive)
 
 
 def stream_texts(engine: Engine, prompts: list, params: SamplingParams) -> tuple[int, int]:

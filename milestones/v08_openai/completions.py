@@ -12,6 +12,7 @@ from .names import TokenNames, finite
 from .outputs import StepOutput
 from .params import choices
 from .protocol import Completion, CompletionRequest
+from .service import Service
 from .streaming import ANSWERS, Events, unless_gone
 from .text import encode, token_starts
 from .writer import Writer, Written
@@ -25,18 +26,19 @@ class Prompt(NamedTuple):
     offsets: list[int]  # at which character of it each token begins; empty if nobody wants it
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str] | list[list[int]], echo: bool, names: TokenNames | None
-) -> list[Prompt]:
-    """Tokens of texts; texts of tokens only if they are echoed, and offsets if names are given."""
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, body: CompletionRequest, service: Service) -> list[Prompt]:
+    """Tokens of texts; texts of tokens only if they are echoed, and offsets if they have logprobs. RequestError if one cannot fit."""
+    wants_offsets = body.echo and body.logprobs is not None
     encoded = []
-    for prompt in prompts:
+    for prompt in body.prompts:
         if isinstance(prompt, str):
+            service.check_text(prompt)
             token_ids, text = encode(tokenizer, prompt), prompt
-            offsets = token_starts(tokenizer, prompt) if echo and names else []
+            offsets = token_starts(tokenizer, prompt) if wants_offsets else []
         else:
-            token_ids, text = prompt, tokenizer.decode(prompt, skip_special_tokens=True) if echo else ""
-            offsets = names.offsets(prompt) if echo and names else []
+            token_ids, text = prompt, tokenizer.decode(prompt, skip_special_tokens=True) if body.echo else ""
+            offsets = service.names.offsets(prompt) if wants_offsets else []
+        service.async_engine.check_length(len(token_ids))
         encoded.append(Prompt(token_ids, text, offsets))
     return encoded
 
@@ -117,9 +119,7 @@ async def create_completion(request: Request, body: CompletionRequest):
     service = request.app.state.service
     service.check_model(body.model)
     service.check_count(len(body.prompts), body.n)
-    service.check_size([prompt for prompt in body.prompts if isinstance(prompt, str)])
-    names = None if body.logprobs is None else service.names
-    prompts = await service.async_engine.tokenize(encode_prompts, body.prompts, body.echo, names)
+    prompts = await service.async_engine.tokenize(encode_prompts, body, service)
     # The engine gives every request a token; a request that wants none has it thrown away.
     max_tokens = 1 if body.max_tokens == 0 else body.max_tokens
     requests = []

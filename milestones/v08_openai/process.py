@@ -46,9 +46,22 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.add_middleware(Gate, service=service)
+    app.add_middleware(HeadAsGet)
     for router in ROUTERS:
         app.include_router(router)
     return app
+
+
+class HeadAsGet:
+    """What GET answers, HEAD does; uvicorn leaves out the body."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = scope | {"method": "GET"}
+        await self.app(scope, receive, send)
 
 
 class Server(uvicorn.Server):
@@ -107,9 +120,9 @@ def unavailable(host: str, port: int, error: Exception) -> ValueError:
     return ValueError(f"{host}:{port} cannot be listened on: {error}; give another host or port (0: a free one)")
 
 
-def serve(service: Service, bound: socket.socket) -> NoReturn:
+def serve(service: Service, bound: socket.socket, keep_alive_s: int) -> NoReturn:
     """Run until a signal ends the server or its engine has died, and end the process: 0, or 1 if it died."""
-    config = uvicorn.Config(create_app(service), log_level="warning", timeout_graceful_shutdown=GOODBYE_S)
+    config = uvicorn.Config(create_app(service), log_level="warning", timeout_keep_alive=keep_alive_s, timeout_graceful_shutdown=GOODBYE_S)
     # A search for garbage would look at all that was loaded, for a tenth of a second or more. None of it ever is garbage.
     gc.collect()
     gc.freeze()

@@ -1,6 +1,7 @@
 """Text to tokens, and tokens to text a whole character at a time."""
 import codecs
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(f"prompt must be valid Unicode: {error}", "prompt") from None
-    return tokenizer(text).input_ids
+    return tokenizer(text, verbose=False).input_ids
 
 
 def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
@@ -91,9 +92,13 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
         raise RequestError(f"the checkpoint's chat template refuses these messages: {error}", "messages") from error
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """The tokens of a conversation, with the BOS that the template has."""
-    return tokenizer(chat_text(tokenizer, messages), add_special_tokens=False).input_ids
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], check_text: Callable[[str], None] = lambda _text: None
+) -> list[int]:
+    """The tokens of a conversation, with the BOS that the template has. check_text may refuse the text first."""
+    text = chat_text(tokenizer, messages)
+    check_text(text)
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

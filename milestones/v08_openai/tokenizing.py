@@ -18,7 +18,7 @@ async def tokenize(request: Request, body: TokenizeRequest):
         with refusals("messages"):
             token_ids = await tokenize_chat(service, [message.plain() for message in body.messages])
     else:
-        service.check_size([body.prompt])
+        service.check_text(body.prompt)
         token_ids = await service.async_engine.tokenize(encode_text, body.prompt, body.add_special_tokens)
     return Tokenized(
         count=len(token_ids),
@@ -44,7 +44,7 @@ async def detokenize(request: Request, body: DetokenizeRequest):
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
     """As `encode`, or without the BOS."""
-    return encode(tokenizer, text) if add_special_tokens else tokenizer(text, add_special_tokens=False).input_ids
+    return encode(tokenizer, text) if add_special_tokens else tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def spell(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> list[str]:

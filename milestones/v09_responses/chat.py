@@ -19,8 +19,7 @@ router = APIRouter()
 
 async def tokenize_chat(service: Service, messages: list[dict]) -> list[int]:
     """The tokens of a conversation; RequestError if the checkpoint's template refuses it, or it cannot fit."""
-    service.check_size(["".join(message["content"] for message in messages)])
-    return await service.async_engine.tokenize(encode_chat, messages)
+    return await service.async_engine.tokenize(encode_chat, messages, service.check_text)
 
 
 class ChatWriter(Writer):

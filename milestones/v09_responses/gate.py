@@ -55,9 +55,11 @@ class Gate:
 
     def key_of(self, headers: dict[bytes, bytes]) -> str | None:
         """The API key that a request was sent with, if it is one of ours."""
-        sent = headers.get(b"authorization", b"")
+        scheme, _, sent = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            return None
         # Every key is compared, each in constant time: the time it takes must tell nothing about a key.
-        matches = [key for key in self.service.api_keys if hmac.compare_digest(sent, f"Bearer {key}".encode())]
+        matches = [key for key in self.service.api_keys if hmac.compare_digest(sent.strip(), key.encode())]
         return matches[0] if matches else None
 
 

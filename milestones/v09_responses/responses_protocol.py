@@ -4,10 +4,31 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from .errors import ApiError
-from .protocol import Body, Strict, Text, plain_turn
+from .protocol import EXTENSIONS, PENALTIES, Labels, Strict, Text, plain_turn
 
-Key, Note = Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]
 PLAIN, MEDIUM = {"format": {"type": "text"}}, {"verbosity": "medium"}
+
+
+LOGPROBS = "message.output_text.logprobs"
+# What else OpenAI's clients ask to be told of what tools and reasoning leave. There is nothing of it in an answer.
+Includable = Literal[
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
+
+
+class Reasoning(Strict):
+    """How a model that thinks first should think. A summary of nothing is nothing."""
+
+    effort: Literal["none"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = Field(None, description="the older name of summary")
 
 
 class ContentPart(Strict):
@@ -27,27 +48,31 @@ class InputMessage(Strict):
         return plain_turn(self.role, self.content)
 
 
-class ResponseRequest(Body):
+class ResponseRequest(Labels):
     """POST /v1/responses"""
 
-    refused: ClassVar = {
+    refused: ClassVar = PENALTIES | EXTENSIONS | {
         "access_programs": [],
         "background_options": [],
         "context_management": [[]],
+        "enable_response_messages": [False],
+        "ignore_eos": [False],
         "conversation": [],
         "image": [],
         "max_tool_calls": [],
         "moderation": [],
         "parallel_tool_calls": [True, False],
         "prompt": [],
-        "prompt_cache_options": [{}],
-        "prompt_cache_retention": ["in_memory"],
-        "reasoning": [{}, {"effort": "none"}],
+        "previous_input_messages": [[]],
+        "seed": [],
         "service_tier": ["auto", "default"],
+        "stop": [[]],
+        "stop_token_ids": [[]],
         "stream_options": [{}, {"include_obfuscation": False}],
         "text": [{}, PLAIN, MEDIUM, PLAIN | MEDIUM],
         "tool_choice": ["none", "auto"],
         "tools": [[]],
+        "top_k": [0, -1],
         "truncation": ["disabled"],
     }
     counted: ClassVar = "input"
@@ -62,17 +87,18 @@ class ResponseRequest(Body):
     max_output_tokens: int | None = Field(None, ge=1, description="default: what the context has room for")
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
-    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)] = []
+    include: Annotated[list[Includable], Field(fail_fast=True)] = []
     top_logprobs: int | None = Field(None, ge=0, le=20, description="needs message.output_text.logprobs in include")
-    metadata: Annotated[dict[Key, Note], Field(max_length=16)] = {}
-    user: Note | None = Field(None, description="accepted; nothing here depends on it")
-    safety_identifier: Note | None = Field(None, description="accepted; nothing here depends on it")
-    prompt_cache_key: Note | None = Field(None, description="accepted; nothing here depends on it")
+    reasoning: Reasoning = Reasoning()
 
     @model_validator(mode="after")
     def check_pairs(self):
         if self.background and (self.stream or not self.store):
             raise ApiError(400, "background needs store to be true and stream to be false", "background")
-        if self.top_logprobs and not self.include:
+        if self.top_logprobs and not self.wants_logprobs:
             raise ApiError(400, "top_logprobs needs message.output_text.logprobs in include", "top_logprobs")
         return self
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return LOGPROBS in self.include

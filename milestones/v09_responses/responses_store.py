@@ -102,7 +102,7 @@ class Run:
             "output": [self.item()] if self.answer.num_tokens or self.status in ("completed", "incomplete") else [],
             "parallel_tool_calls": True,
             "previous_response_id": body.previous_response_id,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": None, "summary": body.reasoning.summary or body.reasoning.generate_summary},
             "safety_identifier": body.safety_identifier,
             "prompt_cache_key": body.prompt_cache_key,
             "service_tier": "default",

@@ -44,11 +44,14 @@ class Service:
         num_requests, limit = num_prompts * n, self.async_engine.max_waiting
         if num_requests > limit:
             param = "prompt" if n == 1 else "n"
-            raise ApiError(400, f"n x prompts is {num_requests}, but a call has at most {limit} requests; split it into several calls", param)
+            raise ApiError(400, f"n x prompts is {num_requests}, but a call has at most {limit} requests (--max-waiting); split it into several calls", param)
 
-    def check_size(self, texts: list[str]) -> None:
-        """RequestError for a text that cannot fit, before it is tokenized."""
-        num_bytes = max((len(text.encode()) for text in texts), default=0)
+    def check_text(self, text: str) -> None:
+        """RequestError for a text that cannot fit, before it is tokenized. Called by the tokenizer's thread, too."""
+        try:
+            num_bytes = len(text.encode())
+        except UnicodeEncodeError as error:
+            raise RequestError(f"prompt must be valid Unicode: {error}", "prompt") from None
         if num_bytes > self.max_text_bytes:
             message = f"prompt has {num_bytes} bytes, too many for max_model_len = {self.async_engine.max_model_len}; shorten it"
             raise RequestError(message, "prompt", "context_length_exceeded")

@@ -103,7 +103,7 @@ class AsyncEngine:
     async def tokenize(self, function: Callable, *args):
         """The result of function(tokenizer, *args), computed away from the event loop. Raises QueueFull, EngineStopped."""
         if len(self.encoding) >= self.max_waiting:
-            raise QueueFull(f"{len(self.encoding)} requests wait for the tokenizer, at most {self.max_waiting} may; try again later")
+            raise QueueFull(f"{len(self.encoding)} requests wait for the tokenizer, at most {self.max_waiting} may (--max-waiting); try again later")
         result = self.loop.run_in_executor(self.tokenizing, function, self.tokenizer, *args)
         self.encoding.add(result)
         try:
@@ -121,6 +121,12 @@ class AsyncEngine:
         """Requests in the queue, and those on their way to it."""
         return self.stats.waiting + sum(self.unanswered.values())
 
+    def check_length(self, num_tokens: int) -> None:
+        """RequestError for a prompt that cannot fit. The engine would say so too, but after a look at each token of it."""
+        if num_tokens > self.max_model_len:
+            message = f"prompt has {num_tokens} tokens, more than max_model_len = {self.max_model_len}; shorten it"
+            raise RequestError(message, "prompt", "context_length_exceeded")
+
     async def generate(self, requests: list[tuple[list[int], SamplingParams]]) -> Generation:
         """Queue a call's requests, all or none: prompt ids and parameters of each.
 
@@ -131,13 +137,9 @@ class AsyncEngine:
         """
         if self.fatal_error is not None:
             raise EngineStopped(self.fatal_error)
-        # The engine would say so too, but one by one, after a look at each token.
-        longest = max(len(prompt_ids) for prompt_ids, _ in requests)
-        if longest > self.max_model_len:
-            message = f"prompt has {longest} tokens, more than max_model_len = {self.max_model_len}; shorten it"
-            raise RequestError(message, "prompt", "context_length_exceeded")
+        self.check_length(max(len(prompt_ids) for prompt_ids, _ in requests))
         if self.num_waiting + len(requests) > self.max_waiting:
-            message = f"{self.num_waiting} requests are waiting, and this call has {len(requests)}; at most {self.max_waiting} may wait"
+            message = f"{self.num_waiting} requests are waiting, and this call has {len(requests)}; at most {self.max_waiting} may wait (--max-waiting)"
             raise QueueFull(f"{message}; try again later")
         self.num_calls += 1
         generation = Generation(self, self.num_calls, len(requests))

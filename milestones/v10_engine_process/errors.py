@@ -99,14 +99,20 @@ async def on_invalid_body(request: Request, error: RequestValidationError) -> Re
         return error_response(ApiError(400, "the body is not JSON; send Content-Type: application/json", code="invalid_json"))
     if first["type"] == "json_invalid":
         return error_response(ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json"))
+    # A value that may have several forms has a complaint for each. The form that fits furthest is meant, if there is one.
+    alike = [each for each in errors if each["loc"][:2] == first["loc"][:2]]
+    furthest = [each for each in alike if len(each["loc"]) == max(len(each["loc"]) for each in alike)]
+    place = first["loc"][:2]
+    while len({each["loc"][: len(place) + 1] for each in furthest}) == 1 and len(place) < len(furthest[0]["loc"]):
+        place = furthest[0]["loc"][: len(place) + 1]
+        alike = furthest
     param = ""
-    for part in first["loc"][1:]:
-        # What follows says which form of a value was tried.
+    for part in place[1:]:
+        # This says which form of a value was tried.
         if isinstance(part, str) and (not part.isidentifier() or part in ("str", "int")):
-            break
+            continue
         param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
-    # A value that may have several forms has a complaint for each.
-    complaints = dict.fromkeys(each["msg"] for each in errors if each["loc"][:2] == first["loc"][:2])
+    complaints = dict.fromkeys(each["msg"] for each in alike)
     return error_response(ApiError(400, f"{param or 'the body'}: {', or '.join(complaints)}", param or None, "invalid_value"))
 
 

@@ -8,7 +8,7 @@ import time
 import uuid
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from .errors import ApiError
 from .params import SamplingParams
@@ -17,7 +17,44 @@ from .params import SamplingParams
 MAX_ITEMS = 4096
 # What each refused parameter may be, because it then asks for nothing.
 PENALTIES = {"frequency_penalty": [0, 0.0], "presence_penalty": [0, 0.0], "logit_bias": [{}]}
+# What vLLM documents beyond OpenAI's and is not computed here: a client that asks for it should not have to guess why nothing happens.
+EXTENSIONS = {
+    "allowed_token_ids": [[]],
+    "bad_words": [[]],
+    "cache_salt": [],
+    "choice": [],
+    "grammar": [],
+    "guided_choice": [],
+    "guided_decoding_backend": [],
+    "guided_grammar": [],
+    "guided_json": [],
+    "guided_regex": [],
+    "guided_whitespace_pattern": [],
+    "include_stop_str_in_output": [False],
+    "kv_transfer_params": [{}],
+    "length_penalty": [1, 1.0],
+    "logits_processors": [[]],
+    "min_p": [0, 0.0],
+    "min_tokens": [0],
+    "mm_processor_kwargs": [{}],
+    "priority": [0],
+    "prompt_logprobs": [],
+    "regex": [],
+    "repetition_penalty": [1, 1.0],
+    "response_format": [{"type": "text"}],
+    "return_token_ids": [False],
+    "return_tokens_as_token_ids": [False],
+    "skip_special_tokens": [True],
+    "spaces_between_special_tokens": [True],
+    "structural_tag": [],
+    "structured_outputs": [{}],
+    "thinking_token_budget": [],
+    "truncate_prompt_tokens": [],
+    "use_beam_search": [False],
+    "vllm_xargs": [{}],
+}
 Text = Annotated[str, Field(min_length=1)]
+Note = Annotated[str, Field(max_length=512)]
 # fail_fast: a million wrong items are one complaint.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
@@ -94,13 +131,31 @@ class Body(Strict):
         return data
 
 
+def few(value: Any) -> Any:
+    """ValueError for more entries than metadata may have, before each is validated."""
+    if isinstance(value, dict) and len(value) > 16:
+        raise ValueError(f"has {len(value)} entries, but at most 16 are allowed")
+    return value
+
+
+class Labels(Body):
+    """What asks nothing of an answer: it is accepted, changes nothing, and is given back where OpenAI's API gives it back."""
+
+    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Note], BeforeValidator(few)] = {}
+    prompt_cache_key: Note | None = None
+    prompt_cache_options: dict | None = None
+    prompt_cache_retention: Note | None = None
+    safety_identifier: Note | None = None
+    user: Note | None = None
+
+
 class StreamOptions(Strict):
     refused = {"include_obfuscation": [False]}
 
     include_usage: bool = False
 
 
-class GenerationRequest(Body):
+class GenerationRequest(Labels):
     """What is asked of the model, whatever the prompt."""
 
     model: str
@@ -111,9 +166,11 @@ class GenerationRequest(Body):
     stream_options: StreamOptions | None = None
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token")
     top_p: float = Field(1.0, ge=0, le=1, description="draw from the likeliest tokens that reach this probability")
-    user: str | None = Field(None, description="accepted; nothing here depends on it")
     # Beyond OpenAI's.
-    top_k: int = Field(0, ge=0, description="not OpenAI's: draw from the k likeliest; 0: all")
+    top_k: int = Field(0, ge=-1, description="not OpenAI's: draw from the k likeliest; 0 or -1: all")
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024, fail_fast=True)] = Field(
+        [], description="not OpenAI's: tokens that end the answer, and are not part of it"
+    )
     ignore_eos: bool = Field(False, description="not OpenAI's: go on after the model's end token")
 
     @model_validator(mode="after")
@@ -131,9 +188,10 @@ class GenerationRequest(Body):
             max_tokens=max_tokens,
             # The likeliest token is always kept; with a p of 0 it is the only one.
             temperature=0 if self.top_p == 0 else self.temperature,
-            top_k=self.top_k,
+            top_k=max(self.top_k, 0),
             top_p=self.top_p or 1.0,
             seed=self.seed,
+            stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             **others,
@@ -143,7 +201,7 @@ class GenerationRequest(Body):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions"""
 
-    refused = PENALTIES | {"suffix": [""]}
+    refused = PENALTIES | EXTENSIONS | {"add_special_tokens": [True], "prompt_embeds": [], "suffix": [""]}
     counted = "prompt"
 
     prompt: Text | TokenIds | Texts | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)] = Field(
@@ -181,7 +239,7 @@ class Message(Strict):
     """A turn of a conversation; what else it holds, a name say, is the template's business."""
 
     model_config = ConfigDict(extra="allow")
-    refused = dict.fromkeys(("tool_calls", "function_call", "audio", "refusal", "tool_call_id"), [])
+    refused = {"audio": [], "function_call": [], "refusal": [], "tool_call_id": [], "tool_calls": [[]]}
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
@@ -194,21 +252,23 @@ class Message(Strict):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions"""
 
-    refused = PENALTIES | {
+    refused = PENALTIES | EXTENSIONS | {
+        "add_generation_prompt": [True],
+        "add_special_tokens": [False],
         "audio": [],
+        "chat_template": [],
+        "chat_template_kwargs": [{}],
+        "continue_final_message": [False],
+        "documents": [[]],
+        "echo": [False],
         "function_call": ["none"],
         "functions": [[]],
-        "metadata": [{}],
         "modalities": [["text"]],
         "moderation": [],
         "parallel_tool_calls": [True, False],
         "prediction": [],
-        "prompt_cache_options": [{}],
-        "prompt_cache_retention": ["in_memory"],
         "reasoning_effort": ["none"],
-        "response_format": [{"type": "text"}],
         "service_tier": ["auto", "default"],
-        "store": [False],
         "tool_choice": ["none", "auto"],
         "tools": [[]],
         "verbosity": ["medium"],
@@ -221,8 +281,7 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = Field(None, ge=0, le=20, description="needs logprobs")
     max_completion_tokens: int | None = Field(None, ge=1, description="default: what the context has room for")
     max_tokens: int | None = Field(None, ge=1, description="the older name of max_completion_tokens")
-    safety_identifier: str | None = Field(None, description="accepted; nothing here depends on it")
-    prompt_cache_key: str | None = Field(None, description="accepted; nothing here depends on it")
+    store: bool = Field(False, description="accepted; no chat is stored")
 
     @model_validator(mode="after")
     def check_pairs(self):
@@ -303,7 +362,6 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int

@@ -32,7 +32,7 @@ async def create_response(request: Request, body: ResponseRequest):
             max_tokens=service.max_tokens(body.max_output_tokens, None, len(prompt_ids)),
             temperature=0 if body.top_p == 0 else body.temperature,
             top_p=body.top_p or 1.0,
-            logprobs=(body.top_logprobs or 0) if body.include else None,
+            logprobs=(body.top_logprobs or 0) if body.wants_logprobs else None,
             new_text=True,
         )
         run = Run(service, api_key, body, messages, len(prompt_ids))

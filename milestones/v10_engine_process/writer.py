@@ -7,7 +7,7 @@ from starlette.responses import Response, StreamingResponse
 from .answers import Answer
 from .async_engine import Generation, paced
 from .outputs import StepOutput
-from .protocol import GenerationRequest, Usage, new_id, now
+from .protocol import GenerationRequest, new_id, now
 from .service import Service
 
 
@@ -38,12 +38,11 @@ class Writer:
         return sum(answer.num_tokens for answer in self.answers)
 
     def usage(self) -> dict:
-        usage = Usage(
-            prompt_tokens=self.num_prompt,
-            completion_tokens=self.num_tokens,
-            total_tokens=self.num_prompt + self.num_tokens,
-        )
-        return usage.model_dump()
+        return {
+            "prompt_tokens": self.num_prompt,
+            "completion_tokens": self.num_tokens,
+            "total_tokens": self.num_prompt + self.num_tokens,
+        }
 
     async def whole(self) -> Response:
         """The answer as one body. Logprobs can make it megabytes: they are written as they come, and not all at its end."""

@@ -14,10 +14,10 @@ All of it on the CPU, also where there is a GPU: that is what `shared.bench.gpu`
 Reads: shared/workloads.py, the chapters. Writes: docs/results/{growth, batch, decode, overhead, staircase, suite, large}.json.
 """
 import argparse
-import sys
 
 from shared.bench import batches, growth, overhead, staircase, suite
 from shared.chapters import CHAPTERS, find
+from shared.programs import run
 from shared.results import write_row
 
 WORKLOADS = {
@@ -63,4 +63,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -20,12 +20,12 @@ import argparse
 import importlib
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 
 from shared.chapters import first_with
+from shared.programs import run
 from shared.results import write_row
 
 CHAPTER = first_with("attention")
@@ -230,4 +230,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -15,7 +15,6 @@ Reads: the chapters. Writes: docs/results/gpu.json.
 """
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from pathlib import Path
 from shared.bench.suite import num_tokens, serve
 from shared.bench.timing import weight_bytes
 from shared.chapters import CHAPTERS, Chapter
+from shared.programs import run
 from shared.results import write_row
 from shared.workloads import Request, fixed, ragged
 
@@ -325,4 +325,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -14,11 +14,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from shared.chapters import Chapter, find, first_with
+from shared.programs import run
 from shared.results import write
 
 # A T4, an A100, a GeForce RTX 30, an H100.
@@ -120,4 +120,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

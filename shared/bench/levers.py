@@ -29,6 +29,7 @@ from shared.bench import serving, serving_child
 from shared.bench.load import workload
 from shared.bench.timing import progress
 from shared.chapters import ROOT, last_with
+from shared.programs import run
 from shared.results import write_row
 
 STREAMS, ROUNDS = 16, 9
@@ -170,4 +171,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -28,6 +28,7 @@ from functools import partial
 import httpx
 from tqdm import tqdm
 
+from shared import programs
 from shared.chapters import ROOT, find, last_with
 from shared.results import write_row
 
@@ -40,7 +41,8 @@ CHAPTER_PLACES = 16
 class Told:
     """What one client saw of one request, in seconds since it was sent."""
 
-    pieces: list[float] = field(default_factory=list)
+    pieces: list[float] = field(default_factory=list)  # of text; a model with random weights may say nothing readable
+    seconds: float = 0.0
     num_tokens: int = 0
     error: str | None = None
 
@@ -82,6 +84,7 @@ async def ask(client: httpx.AsyncClient, url: str, body: dict) -> Told:
                     told.pieces.append(time.perf_counter() - start)
     except httpx.HTTPError as error:
         told.error = repr(error)
+    told.seconds = time.perf_counter() - start
     return told
 
 
@@ -122,20 +125,20 @@ def summary(found: list[Told], seconds: float) -> dict:
     >>> summary(told, seconds=2.0)["tpot_ms"], summary(told, seconds=2.0)["failed"]
     ({'p50': 150.0, 'p90': 150.0, 'p99': 150.0}, 1)
     """
-    good = [told for told in found if told.error is None and told.pieces]
+    good = [told for told in found if told.error is None and told.num_tokens]
     result = {
         "requests": len(found),
         "failed": len(found) - len(good),
-        "errors": sorted({told.error or "no text" for told in found if told not in good}),
+        "errors": sorted({told.error or "the answer does not say how many tokens it has" for told in found if told not in good}),
         "seconds": round(seconds, 2),
         "tokens_per_s": round(sum(told.num_tokens for told in good) / seconds, 1),
         "requests_per_s": round(len(good) / seconds, 2),
     }
     times = {
-        "ttft_ms": [told.pieces[0] for told in good],
-        "tpot_ms": [(told.pieces[-1] - told.pieces[0]) / (told.num_tokens - 1) for told in good if told.num_tokens > 1],
+        "ttft_ms": [told.pieces[0] for told in good if told.pieces],
+        "tpot_ms": [(told.pieces[-1] - told.pieces[0]) / (told.num_tokens - 1) for told in good if told.pieces and told.num_tokens > 1],
         "itl_ms": [after - before for told in good for before, after in zip(told.pieces, told.pieces[1:])],
-        "total_ms": [told.pieces[-1] for told in good],
+        "total_ms": [told.seconds for told in good],
     }
     for name, values in times.items():
         result[name] = {f"p{share}": round(1e3 * percentile(values, share), 1) for share in (50, 90, 99)} if values else None
@@ -267,13 +270,14 @@ def main(argv: list[str]) -> int:
             write_row("load", results, " ".join(["python -m shared.bench.load", *argv]), [last_with("serve")])
         return 0
     headers = {"authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    url = programs.server_url(args.url)
     try:
-        model = args.model or httpx.get(f"{args.url}/v1/models", headers=headers).raise_for_status().json()["data"][0]["id"]
-    except httpx.HTTPError as error:
-        parser.error(f"no OpenAI server answers at {args.url} ({error}); start one with `make serve`")
+        model = args.model or httpx.get(f"{url}/v1/models", headers=headers).raise_for_status().json()["data"][0]["id"]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
+        parser.error(f"no OpenAI server answers at {url} ({error}); start one with `make serve`")
     connections = None if args.rate else args.connections or 16
     bodies = workload(args.requests, args.seed, model)
-    result = asyncio.run(run(args.url, bodies, connections, args.rate, args.api_key, args.seed))
+    result = asyncio.run(run(url, bodies, connections, args.rate, args.api_key, args.seed))
     show(result)
     if args.json:
         with open(args.json, "w") as file:
@@ -282,4 +286,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    programs.run(main)

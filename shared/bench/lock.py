@@ -40,6 +40,7 @@ from shared.bench.served import Served, processes_of
 from shared.bench.timing import progress
 from shared.chapters import ROOT, Chapter, find, first_with, last_with
 from shared.checkpoints import POCKET
+from shared.programs import run
 from shared.results import write_row
 
 STREAMS, MAX_TOKENS = 16, 1900
@@ -270,4 +271,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -55,6 +55,7 @@ from shared.bench.load import url_of, workload
 from shared.bench.serving_child import GROUPS
 from shared.bench.timing import progress
 from shared.chapters import ROOT, Chapter, find, first_with, last_with
+from shared.programs import run
 from shared.results import write_row
 
 STREAMS = (1, 16, 64)
@@ -403,4 +404,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -7,11 +7,11 @@ import contextlib
 import doctest
 import importlib
 import io
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from shared.chapters import BOOK, python_files
+from shared.programs import run
 
 
 @dataclass(frozen=True)
@@ -50,4 +50,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

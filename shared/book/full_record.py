@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from shared.chapters import BOOK, Book, Chapter
+from shared.programs import run
 
 FILE = Path("tests") / "full.json"
 FOLDERS = ("milestones", "shared", "tests")  # whose files count
@@ -112,4 +113,4 @@ def main(argv: list[str], book: Book = BOOK) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shared.book.changed_copy import make_copy
 from shared.chapters import BOOK, Book, Chapter, Row
+from shared.programs import run
 
 TEXT = """\
 # {id}: what it is, and nothing else
@@ -110,4 +111,4 @@ def main(argv: list[str], book: Book | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

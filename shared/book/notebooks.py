@@ -25,6 +25,7 @@ from pathlib import Path
 
 from shared.book.forks import SLOW, Ended, Work, in_forks, preload
 from shared.chapters import BOOK, Book, Chapter
+from shared.programs import run
 
 TIMEOUT_S = 120
 MEASURED = re.compile(r"\d[\d,]*\.\d+(e-?\d+)?")
@@ -226,4 +227,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -26,6 +26,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from shared.chapters import BOOK, Book, Chapter, python_files
+from shared.programs import run
 
 MARKER = re.compile(rb"^(<{7}|\|{7}|={7}|>{7})( |$)", re.MULTILINE)
 SAME_FILE = 0.6  # the share of lines that makes a file that is gone and a new one the same, renamed
@@ -259,4 +260,4 @@ def main(argv: list[str], book: Book | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared import programs
 from shared.book import full_record
 from shared.book.forks import at_once
 from shared.chapters import BOOK, Book
@@ -133,4 +134,4 @@ def main(argv: list[str], stages: tuple[Stage, ...] = STAGES, root: Path | None 
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    programs.run(main)

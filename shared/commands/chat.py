@@ -10,6 +10,8 @@ import sys
 
 import openai
 
+from shared.programs import run, server_url
+
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.commands.chat", description="Talk to an OpenAI server.")
@@ -19,11 +21,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max-tokens", type=int, help="(default: what the context has room for)")
     args = parser.parse_args(argv)
-    client = openai.OpenAI(base_url=f"{args.url}/v1", api_key=args.api_key, max_retries=0)
+    url = server_url(args.url)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=args.api_key, max_retries=0)
     try:
         model = args.model or client.models.list().data[0].id
     except openai.APIConnectionError:
-        print(f"no server answers at {args.url}; start one with `make serve` in another terminal", file=sys.stderr)
+        print(f"no server answers at {url}; start one with `make serve` in another terminal", file=sys.stderr)
+        return 2
+    except openai.APIStatusError as error:
+        print(f"what answers at {url} is no OpenAI server, or wants another --api-key: {error.message}", file=sys.stderr)
         return 2
     print(f"talking to {model}; /new forgets the conversation, Ctrl-C ends an answer, /quit leaves")
     talk(client, model, args.temperature, args.max_tokens)
@@ -70,4 +76,4 @@ def listen(client: openai.OpenAI, model: str, messages: list[dict], temperature:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

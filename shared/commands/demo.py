@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 from shared.chapters import CHAPTERS, Chapter
+from shared.programs import run
 from shared.workloads import RACE
 
 MAX_TOKENS = 160
@@ -188,4 +189,4 @@ def chat_ids(tokenizer, question: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(lambda _argv: main())

@@ -8,6 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from shared.programs import run
+
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "huggingface_hub", "jinja2", "tqdm")
 OPTIONAL = {
     "triton": "kernels, interpreted on a CPU; Linux only",
@@ -102,4 +104,4 @@ def row(name: str, value: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(lambda _argv: main())

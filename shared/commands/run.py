@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from shared.chapters import find
+from shared.programs import run
 
 
 def has_chat_template(model_dir: Path) -> bool:
@@ -45,4 +46,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from shared.chapters import last_with
+from shared.programs import run
 
 
 def main(argv: list[str]) -> int:
@@ -33,4 +34,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

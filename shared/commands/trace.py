@@ -10,12 +10,12 @@ Reads: the chapters. Writes: docs/results/timeline.json, a page.
 import argparse
 import contextlib
 import io
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from shared.bench.recorder import Trace, record, summary
 from shared.book.pictures import name_of, page
+from shared.programs import run
 from shared.results import write
 from shared.workloads import TIMELINE, TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS, TIMELINE_PLACES, fixed
 
@@ -107,4 +107,4 @@ def command(argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -13,7 +13,6 @@ import json
 import math
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from shared.chapters import ROOT
 from shared.machine import machine, today
 from shared.models import corpus
+from shared.programs import run
 
 HERE = Path(__file__).parent
 STATE = ROOT / ".cache" / "train"
@@ -276,4 +276,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

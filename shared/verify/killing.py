@@ -15,7 +15,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import httpx
 from shared.bench.served import Served, processes_of
 from shared.bench.timing import progress
 from shared.chapters import Chapter, find, last_with
+from shared.programs import run
 from shared.results import write_row
 
 ANSWER_S, END_S, ORPHAN_S = 1.0, 10.0, 5.0
@@ -145,4 +145,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

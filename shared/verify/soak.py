@@ -7,12 +7,12 @@ import argparse
 import contextlib
 import io
 import random
-import sys
 from collections import Counter
 
 from shared.bench.timing import progress
 from shared.chapters import CHAPTERS, find
 from shared.checkpoints import checkpoint
+from shared.programs import run
 from shared.workloads import random_ids
 
 
@@ -99,4 +99,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

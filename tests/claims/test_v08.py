@@ -1,6 +1,7 @@
 """v08: an API that keeps its promises."""
 import asyncio
 import filecmp
+import json
 import time
 from types import SimpleNamespace
 
@@ -20,28 +21,49 @@ def test_the_model_and_its_cache_are_the_last_chapters(chapter):
         assert filecmp.cmp(chapter.path / name, chapter.previous.path / name, shallow=False), name
 
 
-def test_a_whole_answer_is_put_together_once(module):
-    """And not once a token, which would hold up the event loop for longer with each."""
-    calls = []
+def test_a_whole_answer_is_written_as_it_comes_and_in_turns(module, monkeypatch):
+    """All at its end, a large one held up the event loop for seconds."""
+    written, pauses = [], []
 
     class Names(module("names").TokenNames):
-        def of_completion(self, *args):
-            calls.append(len(args[0]))
-            return super().of_completion(*args)
+        def of_chat(self, *args):
+            written.append(len(args[0]))
+            return super().of_chat(*args)
 
     async def generation():
         for i in range(50):
             yield 0, module("outputs").StepOutput(1, i % 3, "x", {i % 3: -1.0}, "length" if i == 49 else None, offset=i)
 
-    completions = module("completions")
+    async def pause(_seconds):
+        pauses.append(len(written))
+
     service = SimpleNamespace(names=Names([b"x"] * 3, set()))
-    body = module("protocol").CompletionRequest(model="m", prompt="p", logprobs=0)
-    answers = [module("answers").Answer(0)]
-    prompts = [completions.Prompt([1], "p", [])]
-    writer = completions.CompletionWriter(service, body, generation(), answers, 1, prompts=prompts)
-    whole = asyncio.run(writer.whole())
-    assert whole.choices[0].text == "x" * 50 and whole.choices[0].logprobs.text_offset == list(range(50))
-    assert calls == [50]
+    body = module("protocol").ChatRequest(model="m", messages=CHAT, logprobs=True)
+    writer = module("chat").ChatWriter(service, body, generation(), [module("answers").Answer(0)], 1)
+
+    async def whole():
+        response = await writer.whole()
+        return response, "".join([part async for part in response.body_iterator])
+
+    response, text = asyncio.run(whole())
+    assert len(text) == int(response.headers["content-length"])
+    [choice] = json.loads(text)["choices"]
+    assert choice["message"]["content"] == "x" * 50 and len(choice["logprobs"]["content"]) == 50
+    assert written == [1] * 50
+    # Whatever takes longer than a turn lets others have theirs.
+    async_engine = module("async_engine")
+    monkeypatch.setattr(async_engine, "LONGEST_TURN_S", -1.0)
+    monkeypatch.setattr(asyncio, "sleep", pause)
+
+    async def read():
+        async for _ in async_engine.paced(range(7)):
+            pass
+        reader = async_engine.Generation(None, 1, 1)
+        for item in (*((0, i) for i in range(5)), None):
+            reader.outputs.put_nowait(item)
+        return [item async for item in reader]
+
+    assert len(asyncio.run(read())) == 5 and len(pauses) == 12
 
 
 def test_without_max_tokens_the_whole_context_is_reserved(chapter, make_engine):
@@ -138,10 +160,9 @@ def test_tokens_with_one_text_keep_their_logprobs(module):
     logprobs = {0: -0.08, 1: -3.08, 2: -4.0, 3: -5.0, 4: -6.0, 5: -7.0, 6: float("-inf"), 9: -8.0}
     for chosen in logprobs:
         for order in (list(logprobs), list(logprobs)[::-1]):
-            said = names.of_completion([(0, chosen, {token_id: logprobs[token_id] for token_id in order})])
-            [tops] = said.top_logprobs
+            tops = names.by_text(chosen, {token_id: logprobs[token_id] for token_id in order})
             assert len(tops) == len(logprobs)
-            assert tops[said.tokens[0]] == said.token_logprobs[0]
+            assert tops[names.text_of(chosen)] == max(logprobs[chosen], -9999.0)
             if chosen == 0:
                 assert tops == {
                     "w": -0.08, "token_id:1": -3.08, "x": -4.0, "token_id:3": -5.0,

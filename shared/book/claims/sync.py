@@ -35,6 +35,7 @@ from shared.book.pictures import draw_all
 from shared.book.traps import answers
 from shared.book.units import expand, misplaced, read_units
 from shared.chapters import BOOK, Book, Chapter
+from shared.programs import run
 
 MENDS = "run `make sync`"
 
@@ -301,4 +302,4 @@ def main(argv: list[str], book: Book | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -1,7 +1,7 @@
 """Builds the site: see build."""
-import sys
 
 from shared.book.site.build import main
+from shared.programs import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

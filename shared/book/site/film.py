@@ -15,7 +15,6 @@ import pty
 import select
 import struct
 import subprocess
-import sys
 import termios
 import time
 import urllib.request
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from html import escape
 
 from shared.chapters import ROOT
+from shared.programs import run
 
 PICTURES = ROOT / "docs" / "pictures"
 LONGEST_PAUSE_S, LAST_S = 1.0, 5.0
@@ -241,4 +241,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -1,7 +1,7 @@
 """Plants the seeded bugs: see runner."""
-import sys
 
 from shared.book.traps.runner import main
+from shared.programs import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -14,7 +14,6 @@ import importlib
 import inspect
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from shared.book.changed_copy import changed_copy
 from shared.book.forks import SLOW, Ended, Work, in_forks, preload
 from shared.book.traps.seeded_bugs import Trap, plant, read_traps
 from shared.chapters import BOOK, Book, Chapter
+from shared.programs import run
 
 QUESTIONS = ("Explain KV cache in one sentence.", "What is a block table?")
 # Asked beside them: bugs need neighbours, of other lengths, and who comes when others leave.
@@ -155,4 +155,4 @@ def in_kernels(trap: Trap) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

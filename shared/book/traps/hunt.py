@@ -23,6 +23,7 @@ from pathlib import Path
 from shared.book.changed_copy import in_place, make_copy
 from shared.book.traps.seeded_bugs import Trap, plant, read_traps
 from shared.chapters import BOOK, Book, Chapter
+from shared.programs import run
 
 CASE_S = 60  # after which a test counts as failed: some bugs make it wait for ever
 
@@ -162,4 +163,4 @@ def main(argv: list[str], book: Book | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -15,7 +15,6 @@ import argparse
 import ast
 import json
 import random
-import sys
 import tomllib
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from shared.book.forks import SLOW, Work, in_forks, preload
 from shared.book.traps.tested_copy import Run, run_of, work
 from shared.book.units import read_units
 from shared.chapters import BOOK, Book, Chapter, python_files
+from shared.programs import run
 
 FILE = "mutants.json"
 REASONS = "tests/mutants.toml"
@@ -247,4 +247,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)
