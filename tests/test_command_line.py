@@ -139,3 +139,17 @@ def test_a_flag_that_is_left_out_means_what_the_parameter_does(chapter, Params):
     for name, options in main.SAMPLING_FLAGS.items():
         if name != "max_tokens" and "default" in options:
             assert options["default"] == getattr(own, name), name
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_a_pipe_that_is_closed_early_is_a_quiet_end(chapter, flags):
+    """As by `| head -c 20`."""
+    started = Started(f"milestones.{chapter.name}", *llama("The cache", "--max-tokens", "200", *flags), cwd=ROOT, env=dict(os.environ))
+    try:
+        started.stdout.close()
+        assert started.wait(60) == 1
+        said = started.stderr.read()
+        assert "Traceback" not in said and "BrokenPipe" not in said
+    finally:
+        started.kill()
+        started.stderr.close()

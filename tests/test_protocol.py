@@ -398,3 +398,26 @@ def test_the_scheme_of_a_key_is_read_in_any_case(chapter, fake, scheme):
     with serving(chapter, fake, api_keys=("s3cret",)) as server:
         for sent, status in ((f"{scheme} s3cret", 200), (f"{scheme} S3cret", 401), ("Basic s3cret", 401), ("s3cret", 401)):
             assert HTTP.get(f"{server.url}/v1/models", headers={"Authorization": sent}).status_code == status
+
+
+VLLMS = {
+    "min_tokens": 2, "min_p": 0.1, "repetition_penalty": 1.1, "length_penalty": 2.0, "use_beam_search": True, "bad_words": ["x"],
+    "allowed_token_ids": [1], "include_stop_str_in_output": True, "skip_special_tokens": False, "spaces_between_special_tokens": False,
+    "truncate_prompt_tokens": 5, "prompt_logprobs": 1, "structured_outputs": {"regex": "x"}, "guided_json": {}, "guided_regex": "x",
+    "guided_choice": ["x"], "guided_grammar": "x", "regex": "x", "choice": ["x"], "grammar": "x", "logits_processors": ["x"],
+    "return_token_ids": True, "return_tokens_as_token_ids": True, "cache_salt": "x", "priority": 1, "kv_transfer_params": {"x": 1},
+    "vllm_xargs": {"x": 1}, "response_format": {"type": "json_object"},
+}  # fmt: skip
+VLLMS_CHATS = {
+    "chat_template_kwargs": {"enable_thinking": False}, "continue_final_message": True, "add_generation_prompt": False,
+    "chat_template": "x", "documents": [{"x": "y"}], "echo": True, "add_special_tokens": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_what_vllm_would_do_and_this_engine_does_not_is_refused_by_name(server, path):
+    """It was accepted, and ignored."""
+    asked = VLLMS | (VLLMS_CHATS if "chat" in path else {"add_special_tokens": False, "prompt_embeds": "x"})
+    body = {"model": "pocket"} | ENDPOINTS[path][1]
+    for name, value in asked.items():
+        assert_names(post(server, path, body | {name: value}), name)

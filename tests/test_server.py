@@ -3,7 +3,7 @@ import pytest
 
 from shared.verify.serving import serving
 from shared.verify.soak_server import crowd
-from tests.support.http import assert_names, events_of, post
+from tests.support.http import HTTP, assert_names, events_of, post
 from tests.support.served import PROMPT, alone, client, server  # noqa: F401
 
 pytestmark = pytest.mark.needs("serve")
@@ -84,3 +84,11 @@ def test_what_the_engine_refuses_names_the_parameter(server):
 
 def test_16_streams_at_once_say_what_each_says_alone(chapter, alone):
     assert crowd(chapter, alone.engine, 16, max_tokens=12) > 100
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/pocket"])
+def test_head_is_answered_as_get_is_and_without_a_body(server, path):
+    """As uptime monitors and `wget --spider` ask."""
+    got, head = HTTP.get(f"{server.url}{path}"), HTTP.head(f"{server.url}{path}")
+    assert (head.status_code, head.content) == (200, b"") and head.headers["content-length"] == got.headers["content-length"]
+    assert HTTP.head(f"{server.url}/v1/completions").status_code == 405
