@@ -146,11 +146,11 @@ row = [draw.seq.seq_id for draw in batch.draws].index(b)
 slots = [table[p // 4] * 4 + p % 4 for p in range(num_held)]
 print("tables of the step:", rectangle.block_tables.tolist(), "   B's slots:", slots)
 assert torch.equal(keys[row, :num_held], engine.cache.k[0].flatten(0, 1)[slots])
-assert torch.equal(keys[row, num_held], engine.cache.k[0, 0, 0]), "behind B's end: the first key of block 0"
+assert torch.equal(keys[row, num_held], engine.cache.k[0, table[0], 0]), "behind B's end: its own first key"
 
 # %% [markdown]
-# B's table is shorter, so it is filled up with 0. Block 0 is A's: behind B's end stand A's keys, and the mask gives
-# them the weight 0.
+# B's table is shorter, so it is filled up with its own first block: behind B's end its first keys stand again, and the
+# mask gives them the weight 0.
 #
 # ## 3. Take and give back
 #

@@ -146,10 +146,10 @@ assert drawn["C"] == drawn["A"][:1] and drawn["D"] == drawn["A"][1:2]
 
 # %%
 for text in ("a friend", "a friEN", "a friENE", "a friENEND of mine"):
-    stream = TextStream(None, stop=("END",))
-    goes_out, held = stream.split(text, last=False)
+    stream = TextStream(engine.tokenizer, stop=("END",))
+    goes_out, held = stream.split(text, "", last=False)
     print(f"{text!r:22} goes out {goes_out!r:12} held {held!r:6} found {stream.stopped_by}")
-assert TextStream(None, stop=("END",)).split("a friEN", last=True) == ("a friEN", "")
+assert TextStream(engine.tokenizer, stop=("END",)).split("a friEN", "", last=True) == ("a friEN", "")
 
 # %% [markdown]
 # It holds the longest end of the text that is a beginning of a stop string. If nothing follows (`last`), what was held

@@ -53,12 +53,14 @@ def test_a_full_queue_answers_429_and_later_room_again(chapter, tokenizer):
 
 def test_too_many_prompts_are_refused_before_the_first_is_read(chapter, tokenizer, monkeypatch):
     with serving(chapter, FakeEngine(chapter, tokenizer)) as server, client_of(server) as client:
+        tokenize = server.service.async_engine.tokenize
         monkeypatch.setattr(server.service.async_engine, "tokenize", None)
         for answers, blamed in ((1, "prompt"), (128, "n")):
             with pytest.raises(openai.BadRequestError, match=f"n x prompts is {2000 * answers}, but a call has at most 256") as caught:
                 client.completions.create(model="pocket", prompt=["a"] * 2000, n=answers)
             assert caught.value.param == blamed
         # Of a chat all turns are one prompt.
+        monkeypatch.setattr(server.service.async_engine, "tokenize", tokenize)
         turns = CHAT + [{"role": "user", "content": "x" * 20_000}] * 60
         with pytest.raises(openai.BadRequestError, match="bytes, too many for max_model_len") as caught:
             client.chat.completions.create(model="pocket", messages=turns)

@@ -35,8 +35,8 @@ class KVCache:
     """A slab of keys and values: a row of max_model_len positions for each sequence of a batch.
 
     The next sequence writes over the last one's. A token attends only to what its own sequence has written:
-    to a position after it was written, in the same pass or an earlier one. But all are read, and a weight of 0 makes
-    nothing of a number only: 0 * NaN is NaN. So a row is cleared when its first position is written.
+    to a position after it was written, in the same pass or an earlier one. All are read, though, and a weight of 0
+    cancels finite numbers only: 0 * NaN is NaN. So a row is cleared when its first position is written.
     """
 
     def __init__(

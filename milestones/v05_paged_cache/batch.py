@@ -27,7 +27,7 @@ class Rectangle(NamedTuple):
     """Sequences that bring equally many tokens, so that one call attends for all of them."""
 
     tokens: Tensor  # [S * Q] where their tokens stand among the N, one sequence after the other
-    block_tables: Tensor  # [S, M] int32, the blocks of each, in order; 0 past the end of a shorter table
+    block_tables: Tensor  # [S, M] int32, the blocks of each, in order; a shorter table is padded with its own first block
     context_len: int  # positions that attention reads, this step's included
     mask: Tensor  # [S * Q, n] which keys each of them attends to
 
@@ -124,7 +124,7 @@ def build_rectangle(width: int, members: list[tuple[int, Sequence]]) -> Rectangl
 def pad_tables(tables: list[array]) -> Tensor:
     """Tables of unequal length as one tensor, [S, M] int32.
 
-    What is read in place of a block that there is not must be the sequence's own: it may be NaN for others.
+    The padding is read too, so it must be a block of the same sequence: another's may hold NaN.
 
     >>> pad_tables([array("i", [5]), array("i", [7, 2])]).tolist()
     [[5, 5], [7, 2]]

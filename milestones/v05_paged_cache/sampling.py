@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .params import SamplingParams
 
-NO_TOKEN = -1  # of logits that are not finite numbers
+NO_TOKEN = -1  # stands for a token where the logits are not finite numbers
 
 
 def filter_logits(logits: Tensor, params: list[SamplingParams]) -> Tensor:
@@ -76,10 +76,10 @@ def sample(logits: Tensor, draws: list) -> Tensor:
         logits: [R, V] float32; not modified.
         draws: [R] whose token at which position each row decides; temperature 0 takes the argmax.
     Returns:
-        [R] int64 token ids on logits' device; NO_TOKEN where a logit is NaN or infinite, or all are -inf.
+        [R] int64 token ids on logits' device; NO_TOKEN where a logit is NaN or +inf, or all are -inf.
     """
     token_ids = logits.argmax(-1)  # [R]
-    # A NaN is greater than any number here, so the one logit speaks for its row.
+    # If a row has a NaN or +inf, argmax finds it.
     is_finite = logits.gather(1, token_ids[:, None])[:, 0].isfinite()  # [R]
     rows = [row for row, (seq, _) in enumerate(draws) if seq.params.temperature > 0]
     if rows:

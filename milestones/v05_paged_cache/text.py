@@ -1,6 +1,7 @@
 """Text to tokens, and tokens to text a whole character at a time."""
 import codecs
 import re
+import sys
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -18,10 +19,13 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{model_dir} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there")
     try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     # The tokenizers library raises plain Exception for a file that it cannot parse.
     except Exception as error:
         raise ValueError(f"the tokenizer of {model_dir} cannot be read: {' '.join(str(error).split())}") from error
+    # It only serves to warn of what the engine refuses.
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -30,7 +34,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(f"prompt must be valid Unicode: {error}", "prompt") from None
-    return tokenizer(text, verbose=False).input_ids
+    return tokenizer(text).input_ids
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
@@ -49,7 +53,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """The tokens of a conversation, with the BOS that the template has."""
-    return tokenizer(chat_text(tokenizer, messages), add_special_tokens=False, verbose=False).input_ids
+    return tokenizer(chat_text(tokenizer, messages), add_special_tokens=False).input_ids
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -96,6 +100,7 @@ class TextStream:
             if token is None or token_id in self.special_ids:
                 continue
             byte = byte_of(token)
+            # Only where a character ends: what follows is decoded behind it.
             is_long = len(self.run) >= LONGEST_RUN and self.run_bytes.decode(errors="ignore").encode() == self.run_bytes
             if not byte or is_long:
                 self.window += self.run
@@ -109,7 +114,7 @@ class TextStream:
             text = self.decode(self.window + self.run)
             # A character whose bytes are spread over tokens decodes to U+FFFD until its last byte is there.
             return text, int(text.endswith("\ufffd") and not last)
-        # A run is decoded as a whole: to characters, or for one bad byte to U+FFFD for each.
+        # A run is decoded as a whole: to characters or, if any byte is bad, to one U+FFFD for every byte.
         text = self.decode(self.window)
         try:
             characters, _ = codecs.utf_8_decode(self.run_bytes)

@@ -22,7 +22,7 @@ ROUTERS = (
     completions.router,
 )
 LAST_WORDS_S = 1.0  # how long a server that takes no requests any more says so
-GARBAGE_OBJECTS = 50_000  # new objects before a search for garbage among them; a large body is more
+GARBAGE_OBJECTS = 50_000  # objects that are allocated before the collector runs; one large body has more
 GOODBYE_S = 1.0  # how long connections may then take to close
 
 

@@ -27,7 +27,7 @@ class StepOutput(NamedTuple):
     finish_reason: str | None  # on the last token
     prompt_logprobs: list[dict[int, float] | None] | None = None  # on the first token
     stop_reason: int | str | None = None  # on the last token
-    offset: int = 0  # how many characters come before this token's, those that wait included
+    offset: int = 0  # how many characters come before this token's, including those held back
 
 
 class Stats(NamedTuple):

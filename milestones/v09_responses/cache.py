@@ -78,8 +78,8 @@ class KVCache:
     """Keys and values in blocks of block_size positions, owned by whoever holds their ids.
 
     The next owner writes over the last one's. A token attends only to the positions of its own table: to each
-    after it was written, in the same pass or an earlier one. But all are read, and a weight of 0 makes nothing of a
-    number only: 0 * NaN is NaN. So a block is cleared when its first position is written.
+    after it was written, in the same pass or an earlier one. All are read, though, and a weight of 0 cancels
+    finite numbers only: 0 * NaN is NaN. So a block is cleared when its first position is written.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from .params import SamplingParams
 MAX_ITEMS = 4096
 # What each refused parameter may be, because it then asks for nothing.
 PENALTIES = {"frequency_penalty": [0, 0.0], "presence_penalty": [0, 0.0], "logit_bias": [{}]}
-# What vLLM documents beyond OpenAI's and is not computed here: a client that asks for it should not have to guess why nothing happens.
+# Documented by vLLM, and not computed here: a client that asks for it should not have to guess why nothing happens.
 EXTENSIONS = {
     "allowed_token_ids": [[]],
     "bad_words": [[]],
@@ -88,7 +88,7 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
 
-    # Documented by OpenAI, not computed here: the values with which each is let through all the same.
+    # Documented by OpenAI or vLLM, not computed here: the values with which each is let through all the same.
     refused: ClassVar[dict[str, list]] = {}
 
     @model_validator(mode="before")

@@ -1,6 +1,7 @@
 """Text to tokens, and tokens to text a whole character at a time."""
 import codecs
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +21,13 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{model_dir} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there")
     try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     # The tokenizers library raises plain Exception for a file that it cannot parse.
     except Exception as error:
         raise ValueError(f"the tokenizer of {model_dir} cannot be read: {' '.join(str(error).split())}") from error
+    # It only serves to warn of what the engine refuses.
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -32,7 +36,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(f"prompt must be valid Unicode: {error}", "prompt") from None
-    return tokenizer(text, verbose=False).input_ids
+    return tokenizer(text).input_ids
 
 
 def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
@@ -98,7 +102,7 @@ def encode_chat(
     """The tokens of a conversation, with the BOS that the template has. check_text may refuse the text first."""
     text = chat_text(tokenizer, messages)
     check_text(text)
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -124,7 +128,7 @@ class TextStream:
         self.stopped_by = None  # the stop string that was found
         # A special token is never part of the text.
         self.stop_ids = {token_id for token_id in self.special_ids if tokenizer.convert_ids_to_tokens(token_id) in stop}
-        self.offset = 0  # how many characters come before the last token's, those that wait included
+        self.offset = 0  # how many characters come before the last token's, including those held back
         # Some tokenizers drop the space before the first token that they decode. So each new token is decoded behind
         # others whose text is out already, of this text or of the prompt that it continues.
         self.window: list[int] = []
@@ -132,7 +136,7 @@ class TextStream:
         self.run_bytes = b""
         self.extend(self.last_of(prompt_ids or [], LOOK_BACK))
         self.num_out = len(self.decode(self.window + self.run))  # of their characters, those that are out
-        self.num_whole = 0  # and whole ones behind them that are not certain
+        self.num_whole = 0  # and complete ones after those that are not certain yet
 
     def push(self, token_ids: list[int], last: bool) -> str:
         """Add tokens; return the text that became certain: after the last of them, all of it."""
@@ -177,6 +181,7 @@ class TextStream:
             if token is None or token_id in self.special_ids:
                 continue
             byte = byte_of(token)
+            # Only where a character ends: what follows is decoded behind it.
             is_long = len(self.run) >= LONGEST_RUN and self.run_bytes.decode(errors="ignore").encode() == self.run_bytes
             if not byte or is_long:
                 self.window += self.run
@@ -190,7 +195,7 @@ class TextStream:
             text = self.decode(self.window + self.run)
             # A character whose bytes are spread over tokens decodes to U+FFFD until its last byte is there.
             return text, int(text.endswith("\ufffd") and not last)
-        # A run is decoded as a whole: to characters, or for one bad byte to U+FFFD for each.
+        # A run is decoded as a whole: to characters or, if any byte is bad, to one U+FFFD for every byte.
         text = self.decode(self.window)
         try:
             characters, _ = codecs.utf_8_decode(self.run_bytes)

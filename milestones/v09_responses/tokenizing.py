@@ -44,7 +44,7 @@ async def detokenize(request: Request, body: DetokenizeRequest):
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
     """As `encode`, or without the BOS."""
-    return encode(tokenizer, text) if add_special_tokens else tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return encode(tokenizer, text) if add_special_tokens else tokenizer(text, add_special_tokens=False).input_ids
 
 
 def spell(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> list[str]:

@@ -45,9 +45,10 @@ class Writer:
         }
 
     async def whole(self) -> Response:
-        """The answer as one body. Logprobs can make it megabytes: they are written as they come, and not all at its end."""
+        """The answer as one body. Logprobs can make it megabytes: most of them are written as they come, not at its end."""
         async for index, output in self.generation:
             await self.add(self.answers[index], output)
+        # The head without its closing brace. All of it is ASCII, so a character is a byte.
         parts = [to_json(self.head)[:-1], ', "choices": [']
         async for answer in paced(self.answers):
             parts += [", "] * (answer.index > 0) + [to_json(self.choice(answer))]
