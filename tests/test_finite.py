@@ -164,3 +164,27 @@ def test_logprobs_of_a_prompt_that_overflows_fail_the_call_and_all_of_its_answer
         assert post(server, "/v1/completions", body).status_code == 500
         assert post(server, "/v1/completions", body | {"prompt": [9, 10]}).status_code == 200
     assert not frail.has_unfinished_requests()
+
+
+def test_logits_that_overflow_when_they_are_divided_by_a_temperature_have_no_token(module, Params):
+    """They are finite, and so is the temperature."""
+    sampling = module("sampling")
+    for row, temperature in (([3e38, 2e38, -3e38], 0.5), ([1e10, 0.0, 0.0], 1e-30), ([1.0, -math.inf, 0.0], 1e39)):
+        for more in ({}, {"top_k": 2}, {"top_p": 0.5}):
+            others = Params(temperature=1.0)
+            params = [others, Params(temperature=temperature, **more), others]
+            draws = [SimpleNamespace(params=each, seed=3, num_prompt=1, knows=lambda _at: False) for each in params]
+            draws = [module("batch").Draw(each, 1) for each in draws]
+            logits = torch.tensor([[0.0, 9.0, -9.0], row, [9.0, 0.0, 0.0]])
+            token_ids = sampling.sample(logits, draws).tolist()
+            assert token_ids[1] in (sampling.NO_TOKEN, 0, 2) and (token_ids[0], token_ids[2]) == (1, 0)
+
+
+@pytest.mark.needs("stop_strings")
+def test_an_error_is_an_error_even_if_the_last_of_the_text_is_a_stop_string(frail, Params, monkeypatch):
+    """Half a character becomes U+FFFD when nothing follows."""
+    half = next(i for i in range(20, 256) if frail.tokenizer.decode([i]) == "\ufffd")
+    said = iter([half, -1])
+    monkeypatch.setattr(frail, "choose_tokens", lambda _hidden, _draws: ([next(said)], [None]))
+    [done] = frail.generate([[9]], Params(max_tokens=9, stop=("\ufffd",), ignore_eos=True))
+    assert done.finish_reason == "error"

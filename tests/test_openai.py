@@ -275,10 +275,10 @@ def tokenizers_with_their_ways():
 def test_the_text_at_a_tokens_offset_begins_with_it(chapter, make_engine, monkeypatch, name, make):
     engine, tokenizer = make_engine(name), make()
     monkeypatch.setattr(engine, "tokenizer", tokenizer)
-    said = tokenizer("The 🙂 é cat the</s> cache\n", add_special_tokens=False).input_ids
+    said = tokenizer("\n\nThe 🙂 é cat the</s> cache\n", add_special_tokens=False).input_ids
     eos, specials = tokenizer.eos_token, {*tokenizer.all_special_tokens}
     prompts = ["The cache", f"a{eos}b", f"{eos} the 🙂", "é\n日", " two  spaces"]
-    prompts += [[9], tokenizer(f"a{eos}{eos}b").input_ids, tokenizer("é").input_ids[:-1], tokenizer(f"日 the{eos}").input_ids]
+    prompts += ["the cache\n\n", [9], tokenizer(f"a{eos}{eos}b").input_ids, tokenizer("é").input_ids[:-1], tokenizer(f"日 the{eos}").input_ids]
     words = iter([])
 
     def choose(_hidden, draws):

@@ -347,6 +347,11 @@ def test_rotary_frequencies_in_the_file_are_accepted(copy_of, chapter):
         ("llama3-hub", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
         ("llama3-hub", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type llama3 needs low_freq_factor"),
+        (
+            "llama3-hub",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 5.0, "high_freq_factor": 4.0}},
+            "low_freq_factor is 5.0 in config.json, above high_freq_factor = 4.0",
+        ),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one for all layers"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),

@@ -79,10 +79,11 @@ def every_tokenizer():
     byte_names = [f"<0x{byte:02X}>" for byte in range(256)]
     for name, decoder, words in (
         ("fallback that keeps the first space", decoders.Sequence(fallback), ["▁two", "▁", "▁▁x", "日", "\ufffd", *byte_names]),
-        ("Metaspace", decoders.Metaspace(), ["▁two", "▁", "日", "<0xE2>"]),
+        ("Metaspace", decoders.Metaspace(), ["▁two", "▁", "日", "<0xE2>", "<0xFF>", "<0x41>"]),
         ("WordPiece", decoders.WordPiece(), ["two", "##ing", "日", ".", "'s"]),
         ("BPEDecoder", decoders.BPEDecoder(), ["two</w>", "tw", "日</w>"]),
-        ("none", None, ["two", "日", "▁"]),
+        ("none", None, ["two", "日", "▁", "<0xFF>", "<0x80>"]),
+        ("byte_level with words", decoders.ByteLevel(), ["Ġtwo", "日", "<0xFF>", "ï¿½", "â", "Ĥ"]),
     ):
         vocabulary = {word: i for i, word in enumerate(["<unk>", "a", "b", *words])}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -148,7 +149,7 @@ def test_a_run_of_broken_bytes_comes_in_pieces_and_costs_the_same_per_token(
     in_run = out[len(before) : len(before) + len(run)]
     waits = 40 if lone == "\ufffd".encode() else 6
     assert all(any(in_run[i : i + waits]) for i in range(len(run) - waits))
-    assert sum(lengths) <= 25 * len(out)
+    assert sum(lengths) <= 40 * len(out)
 
 
 def test_a_long_run_of_whole_characters_comes_in_pieces(chapter, module, tokenizer, monkeypatch):

@@ -90,6 +90,8 @@ def sample(logits: Tensor, draws: list) -> Tensor:
         numbers = column([uniform(seq.seed, position - seq.num_prompt) for seq, position in drawn], cumulative)  # [A, 1]
         chosen = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)  # [A, 1]
         token_ids[rows] = chosen[:, 0]
+        # Divided by a low temperature, large logits may overflow.
+        is_finite[rows] &= cumulative[:, -1].isfinite()
     return token_ids.where(is_finite, NO_TOKEN)
 
 

@@ -73,6 +73,7 @@ class TextStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int] | None = None):
         self.tokenizer = tokenizer
         self.special_ids = special_ids(tokenizer)
+        self.has_byte_tokens = "ByteFallback" in str(tokenizer.backend_tokenizer.decoder)
         self.text = ""
         # Some tokenizers drop the space before the first token that they decode. So each new token is decoded behind
         # others whose text is out already, of this text or of the prompt that it continues.
@@ -99,7 +100,7 @@ class TextStream:
             token = self.tokenizer.convert_ids_to_tokens(token_id)
             if token is None or token_id in self.special_ids:
                 continue
-            byte = byte_of(token)
+            byte = byte_of(token) if self.has_byte_tokens else b""
             # Only where a character ends: what follows is decoded behind it.
             is_long = len(self.run) >= LONGEST_RUN and self.run_bytes.decode(errors="ignore").encode() == self.run_bytes
             if not byte or is_long:
@@ -115,12 +116,13 @@ class TextStream:
             # A character whose bytes are spread over tokens decodes to U+FFFD until its last byte is there.
             return text, int(text.endswith("\ufffd") and not last)
         # A run is decoded as a whole: to characters or, if any byte is bad, to one U+FFFD for every byte.
-        text = self.decode(self.window)
+        before = self.decode(self.window)
         try:
-            characters, _ = codecs.utf_8_decode(self.run_bytes)
+            _, num_whole = codecs.utf_8_decode(self.run_bytes)
         except UnicodeDecodeError:
-            return text + "\ufffd" * len(self.run), 0
-        return text + characters, len(characters)
+            return before + "\ufffd" * len(self.run), 0
+        text = self.decode(self.window + self.run[:num_whole])
+        return text, len(text) - len(before)
 
     def shorten_window(self) -> None:
         """Forget tokens that the next one's text does not depend on."""

@@ -250,7 +250,11 @@ def load_rope(raw: dict) -> tuple[float, dict[str, float]]:
     missing = [key for key in LLAMA3_KEYS if key not in rope]
     if missing:
         raise ValueError(f"rope_type llama3 needs {', '.join(missing)}; config.json has only {', '.join(rope)}")
-    return theta, {key: number(rope, key) for key in LLAMA3_KEYS}
+    scaling = {key: number(rope, key) for key in LLAMA3_KEYS}
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    if low > high:
+        raise ValueError(f"low_freq_factor is {low} in config.json, above high_freq_factor = {high}; exchange them")
+    return theta, scaling
 
 
 def load_sliding_window(raw: dict) -> int | None:

@@ -323,7 +323,7 @@ class Engine:
             seq.logprobs.append(top)
         # The token that ends a text is not part of it.
         text = seq.stream.push([] if seq.finish_reason in ("stop", "error") else [token_id], last=seq.finished)
-        if seq.stream.stopped_by is not None:
+        if seq.stream.stopped_by is not None and seq.finish_reason != "error":
             seq.finish("stop", by=seq.stream.stopped_by)
         return StepOutput(
             request_id=seq.seq_id,

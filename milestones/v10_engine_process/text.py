@@ -53,7 +53,9 @@ def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     if "ByteLevel" in str(decoder):
         of_character = {character: byte for byte, character in bytes_to_unicode().items()}
     spelled = []
-    for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer))):
+    # There may be holes in the numbers.
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    for token in tokenizer.convert_ids_to_tokens(range(num_ids)):
         if token is None:
             text = ""
         else:
@@ -126,6 +128,7 @@ class TextStream:
         self.tokenizer = tokenizer
         self.stop = stop
         self.special_ids = special_ids(tokenizer)
+        self.has_byte_tokens = "ByteFallback" in str(tokenizer.backend_tokenizer.decoder)
         self.text = ""
         self.held = ""  # decoded, but perhaps the beginning of a stop string
         self.stopped_by = None  # the stop string that was found
@@ -153,7 +156,7 @@ class TextStream:
         end = max(len(text) - num_open, self.num_out)
         piece, self.held = self.split(self.held + text[self.num_out : end], text[end:], last)
         self.num_out = end if self.run else min(end, len(text))
-        self.num_whole = num_open if self.run else 0
+        self.num_whole = max(len(text) - self.num_out, 0) if self.run else 0
         self.shorten_window()
         self.text += piece
         return piece
@@ -183,7 +186,7 @@ class TextStream:
             token = self.tokenizer.convert_ids_to_tokens(token_id)
             if token is None or token_id in self.special_ids:
                 continue
-            byte = byte_of(token)
+            byte = byte_of(token) if self.has_byte_tokens else b""
             # Only where a character ends: what follows is decoded behind it.
             is_long = len(self.run) >= LONGEST_RUN and self.run_bytes.decode(errors="ignore").encode() == self.run_bytes
             if not byte or is_long:
@@ -199,12 +202,13 @@ class TextStream:
             # A character whose bytes are spread over tokens decodes to U+FFFD until its last byte is there.
             return text, int(text.endswith("\ufffd") and not last)
         # A run is decoded as a whole: to characters or, if any byte is bad, to one U+FFFD for every byte.
-        text = self.decode(self.window)
+        before = self.decode(self.window)
         try:
-            characters, _ = codecs.utf_8_decode(self.run_bytes)
+            _, num_whole = codecs.utf_8_decode(self.run_bytes)
         except UnicodeDecodeError:
-            return text + "\ufffd" * len(self.run), 0
-        return text + characters, len(characters)
+            return before + "\ufffd" * len(self.run), 0
+        text = self.decode(self.window + self.run[:num_whole])
+        return text, len(text) - len(before)
 
     def shorten_window(self) -> None:
         """Forget tokens that the next one's text does not depend on."""

@@ -170,3 +170,18 @@ def test_tokens_with_one_text_keep_their_logprobs(module):
                 }  # fmt: skip
             if chosen == 3:
                 assert (tops["w"], tops["token_id:0"], tops["token_id:1"]) == (-5.0, -0.08, -3.08)
+
+
+def test_a_vocabulary_may_have_holes_in_its_numbers(module):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from shared.checkpoints import make_tokenizer
+
+    state = json.loads(make_tokenizer("byte_level").backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    moved = next(name for name in vocabulary if name.startswith("Ġ") and len(name) > 3 and vocabulary[name] == max(vocabulary.values()))
+    vocabulary[moved] += 40
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>")
+    found = module("text").vocabulary_bytes(tokenizer)
+    assert found[vocabulary[moved]] == moved.replace("Ġ", " ").encode() and found[vocabulary[moved] - 1] == b""
