@@ -1,6 +1,7 @@
 """The service's manners, which need no model: an engine that computes nothing is behind them."""
 import importlib
 import json
+import socket
 import time
 import tomllib
 import typing
@@ -141,7 +142,7 @@ BAD = [
     ("/v1/completions", {"seed": "x"}, "seed"),
     ("/v1/completions", {"stream": "yes"}, "stream"),
     ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
-    ("/v1/completions", {"stream": True, "stream_options": {"include_obfuscation": True}}, "include_obfuscation"),
+    ("/v1/completions", {"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
     ("/v1/completions", {"echo": 1}, "echo"),
     ("/v1/completions", {"prompt": ["x"] * 300}, "prompt"),
     ("/v1/chat/completions", {"messages": []}, "messages"),
@@ -149,7 +150,7 @@ BAD = [
     ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages[0].content"),
     ("/v1/chat/completions", {"messages": [CHAT[0], {"role": "wizard", "content": "x"}]}, "messages[1].role"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
-    ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "tool_calls"),
+    ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x " * 600}]}, "messages"),
     (
         "/v1/chat/completions",
@@ -158,7 +159,7 @@ BAD = [
     ),
     ("/v1/chat/completions", {"metadata": {"k": 1}}, "metadata.k"),
     ("/v1/chat/completions", {"metadata": {str(i): "" for i in range(17)}}, "metadata"),
-    ("/v1/chat/completions", {"metadata": {str(i): 1 for i in range(200_000)}}, "metadata"),
+    ("/v1/chat/completions", {"metadata": {str(i): 1 for i in range(20_000)}}, "metadata"),
     ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
     ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ("/v1/chat/completions", {"max_tokens": 0}, "max_tokens"),
@@ -262,11 +263,11 @@ PART = {"type": "text", "text": "x"}
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/v1/chat/completions", {"messages": [TURN] * 50_000}, "messages"),
-        ("/v1/chat/completions", {"messages": [TURN | {"content": [PART] * 50_000}]}, "messages"),
-        ("/v1/chat/completions", {"messages": [TURN | {"content": [PART] * 1000}] * 10}, "messages"),
-        ("/v1/completions", {"prompt": ["x"] * 300_000}, "prompt"),
-        ("/tokenize", {"messages": [TURN] * 50_000}, "messages"),
+        ("/v1/chat/completions", {"messages": [TURN] * 5_000}, "messages"),
+        ("/v1/chat/completions", {"messages": [TURN | {"content": [PART] * 5_000}]}, "messages"),
+        ("/v1/chat/completions", {"messages": [TURN | {"content": [PART] * 500}] * 10}, "messages"),
+        ("/v1/completions", {"prompt": ["x"] * 5_000}, "prompt"),
+        ("/tokenize", {"messages": [TURN] * 5_000}, "messages"),
     ],
 )
 def test_items_are_counted_before_they_are_validated(server, chapter, path, body, param, monkeypatch):
@@ -393,6 +394,41 @@ def test_head_is_answered_as_get_is_and_without_a_body(server, path):
     assert HTTP.head(f"{server.url}/v1/completions").status_code == 405
 
 
+def test_a_body_of_too_many_parts_is_refused_before_it_is_parsed(server):
+    """Wherever they are, known or not: the parser cannot be interrupted."""
+    for body in (
+        b'{"model": "pocket", "x": [' + b"[]," * 1_300_000 + b"1]}",
+        b'{"model": "pocket", "x": [' + (b"[" * 900 + b"]" * 900 + b",") * 2_000 + b"1]}",
+        b'{"model": "pocket", "x": {' + b",".join(b'"%x": 1' % i for i in range(300_000)) + b"}}",
+        b'{"model": "pocket", "prompt": [' + b"1," * 1_900_000 + b"1]}",
+        b'{"model": "pocket", "metadata": {' + b",".join(b'"%x": 1' % i for i in range(300_000)) + b"}}",
+    ):
+        begun = time.monotonic()
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            response = post(server, path, body)
+            assert response.status_code == 400 and "the body has more than 50,000 lists, objects and texts" in response.text
+        assert time.monotonic() - begun < 1
+
+
+def test_the_parts_of_a_body_are_counted_outside_of_its_texts(chapter):
+    bodies = importlib.import_module(f"milestones.{chapter.name}.bodies")
+    texts = ['[{"', "\\", '\\"', '"[', "é, [", "", ",,", "a\nb", "\\\\", "🙂"]
+    for indent in (None, 1):
+        for ascii_only in (True, False):
+            value = {"a": texts, "b": [[1, 2, 3], {"c": {}}], '"[,': "x"}
+            body = json.dumps(value, indent=indent, ensure_ascii=ascii_only).encode()
+            assert bodies.count_parts(body) == (3 + 1 + len(texts) + 1 + 6, 2 + 9 + 1 + 2), body
+
+
+@pytest.mark.parametrize("target", ["http://anybody/health", "http://anybody:8000/v1/models"])
+def test_a_target_may_be_a_whole_url(server, target):
+    """As clients send it that believe they speak to a proxy."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "Bearer "])
 def test_the_scheme_of_a_key_is_read_in_any_case(chapter, fake, scheme):
     with serving(chapter, fake, api_keys=("s3cret",)) as server:
@@ -406,7 +442,8 @@ VLLMS = {
     "truncate_prompt_tokens": 5, "prompt_logprobs": 1, "structured_outputs": {"regex": "x"}, "guided_json": {}, "guided_regex": "x",
     "guided_choice": ["x"], "guided_grammar": "x", "regex": "x", "choice": ["x"], "grammar": "x", "logits_processors": ["x"],
     "return_token_ids": True, "return_tokens_as_token_ids": True, "cache_salt": "x", "priority": 1, "kv_transfer_params": {"x": 1},
-    "vllm_xargs": {"x": 1}, "response_format": {"type": "json_object"},
+    "vllm_xargs": {"x": 1}, "include_reasoning": False, "media_io_kwargs": {"x": {}}, "truncation_side": "left",
+    "repetition_detection": {"x": 1}, "response_format": {"type": "json_object"},
 }  # fmt: skip
 VLLMS_CHATS = {
     "chat_template_kwargs": {"enable_thinking": False}, "continue_final_message": True, "add_generation_prompt": False,

@@ -67,7 +67,7 @@ def test_a_refused_parameter_is_named_and_its_inert_values_are_let_through(serve
         ({"metadata": {"k": 3}}, "metadata.k"),
         ({"metadata": {"k" * 65: "v"}}, "metadata"),
         ({"metadata": {"k": "v" * 513}}, "metadata.k"),
-        ({"metadata": {str(i): 3 for i in range(200_000)}}, "metadata"),
+        ({"metadata": {str(i): 3 for i in range(20_000)}}, "metadata"),
     ],
 )
 def test_a_wrong_value_is_a_400_that_names_it(server, wrong, param):
@@ -109,7 +109,7 @@ def test_items_are_counted_before_they_are_validated(server, chapter, monkeypatc
     protocol = importlib.import_module(f"milestones.{chapter.name}.protocol")
     monkeypatch.setattr(protocol.Strict, "refuse", None)
     turn = {"role": "user", "content": "x"}
-    for turns in ([turn] * 50_000, [turn | {"content": [{"type": "input_text", "text": "x"}] * 50_000}]):
+    for turns in ([turn] * 5_000, [turn | {"content": [{"type": "input_text", "text": "x"}] * 5_000}]):
         error = assert_names(post(server, "/v1/responses", BODY | {"input": turns}), "input")
         assert "but a body has at most 4096; send fewer" in error["message"]
 

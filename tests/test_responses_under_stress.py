@@ -93,11 +93,11 @@ def test_a_response_that_runs_is_not_forgotten(module):
     assert list(store.runs) == ["3", "4"]
 
 
-def test_a_bug_in_the_server_is_a_failure_and_no_cancel(chapter, tokenizer):
+def test_a_bug_in_the_server_is_a_failure_and_no_cancel(chapter, tokenizer, module):
     with serving(chapter, FakeEngine(chapter, tokenizer)) as server, client_of(server) as client:
         asked = dict(model="pocket", input="Hi", max_output_tokens=2)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(server.service.names, "of_chat", lambda *_: 1 / 0)
+            patch.setattr(module("answers").Answer, "push", lambda *_: 1 / 0)
             begun = client.responses.create(**asked, background=True)
             wait_until(lambda: server.config.app.state.responses.runs[begun.id].ended)
             with pytest.raises(openai.InternalServerError, match="the server has a bug"):

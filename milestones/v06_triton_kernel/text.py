@@ -30,11 +30,16 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a text as it is, with the BOS that the tokenizer adds."""
+    check_unicode(text)
+    return tokenizer(text).input_ids
+
+
+def check_unicode(text: str) -> None:
+    """RequestError for half a surrogate pair, which no tokenizer takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(f"prompt must be valid Unicode: {error}", "prompt") from None
-    return tokenizer(text).input_ids
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
@@ -53,7 +58,9 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """The tokens of a conversation, with the BOS that the template has."""
-    return tokenizer(chat_text(tokenizer, messages), add_special_tokens=False).input_ids
+    text = chat_text(tokenizer, messages)
+    check_unicode(text)
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

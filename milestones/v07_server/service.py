@@ -20,4 +20,4 @@ class Service:
     def check_model(self, name: str) -> None:
         if name not in self.models:
             served = ", ".join(map(repr, self.models))
-            raise ApiError(404, f"the model {name!r} is not served here; {served} is", "model", "model_not_found")
+            raise ApiError(404, f"the model {name[:200]!r} is not served here; {served} is", "model", "model_not_found")

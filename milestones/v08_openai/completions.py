@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .answers import Answer
 from .async_engine import paced
+from .bodies import BodyRoute
 from .names import TokenNames, finite
 from .outputs import StepOutput
 from .params import choices
@@ -17,7 +18,7 @@ from .streaming import ANSWERS, Events, unless_gone
 from .text import encode, token_starts
 from .writer import Writer, Written
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 class Prompt(NamedTuple):

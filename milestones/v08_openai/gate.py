@@ -63,4 +63,4 @@ class Gate:
 
 
 def too_large() -> ApiError:
-    return ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send less", code="body_too_large")
+    return ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send less", code="body_too_large", headers={"Connection": "close"})

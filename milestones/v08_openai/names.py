@@ -49,18 +49,11 @@ class TokenNames:
             named[f"token_id:{token_id}" if text in named else text] = finite(logprobs[token_id])
         return named
 
-    def of_chat(self, tokens: list, count: int) -> list[dict]:
-        """Logprobs as chat has them, with the count likeliest tokens of each place."""
-        return [
-            self.entry(token_id, logprobs[token_id])
-            | {
-                "top_logprobs": [
-                    self.entry(each, logprob)
-                    for each, logprob in sorted(logprobs.items(), key=lambda item: -item[1])[:count]
-                ]
-            }
-            for _, token_id, logprobs in tokens
-        ]
+    def of_chat(self, token: tuple, count: int) -> dict:
+        """A token's logprobs as chat has them, with the count likeliest tokens of its place."""
+        _, token_id, logprobs = token
+        likeliest = sorted(logprobs.items(), key=lambda item: -item[1])[:count]
+        return self.entry(token_id, logprobs[token_id]) | {"top_logprobs": [self.entry(*item) for item in likeliest]}
 
     def entry(self, token_id: int, logprob: float) -> dict:
         raw = self.bytes_of(token_id)

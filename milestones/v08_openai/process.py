@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import asynccontextmanager
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI
@@ -53,7 +54,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 class HeadAsGet:
-    """What GET answers, HEAD does; uvicorn leaves out the body."""
+    """What GET answers, HEAD does; uvicorn leaves out the body. A target may be a whole URL."""
 
     def __init__(self, app):
         self.app = app
@@ -61,6 +62,8 @@ class HeadAsGet:
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "http" and scope["method"] == "HEAD":
             scope = scope | {"method": "GET"}
+        if scope["type"] == "http" and "://" in scope["path"].partition("?")[0]:
+            scope = scope | {"path": urlsplit(scope["path"]).path or "/"}
         await self.app(scope, receive, send)
 
 
@@ -122,7 +125,10 @@ def unavailable(host: str, port: int, error: Exception) -> ValueError:
 
 def serve(service: Service, bound: socket.socket, keep_alive_s: int) -> NoReturn:
     """Run until a signal ends the server or its engine has died, and end the process: 0, or 1 if it died."""
-    config = uvicorn.Config(create_app(service), log_level="warning", timeout_keep_alive=keep_alive_s, timeout_graceful_shutdown=GOODBYE_S)
+    app = create_app(service)
+    app.openapi()  # it is made when it is first asked for, and kept
+    times = dict(timeout_keep_alive=keep_alive_s, timeout_graceful_shutdown=GOODBYE_S)
+    config = uvicorn.Config(app, log_level="warning", ws="none", **times)
     # A search for garbage would look at all that was loaded, for a tenth of a second or more. None of it ever is garbage.
     gc.collect()
     gc.freeze()

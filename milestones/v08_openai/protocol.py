@@ -9,6 +9,7 @@ import uuid
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from .errors import ApiError
 from .params import SamplingParams
@@ -30,16 +31,19 @@ EXTENSIONS = {
     "guided_json": [],
     "guided_regex": [],
     "guided_whitespace_pattern": [],
+    "include_reasoning": [True],
     "include_stop_str_in_output": [False],
     "kv_transfer_params": [{}],
     "length_penalty": [1, 1.0],
     "logits_processors": [[]],
     "min_p": [0, 0.0],
     "min_tokens": [0],
+    "media_io_kwargs": [{}],
     "mm_processor_kwargs": [{}],
     "priority": [0],
     "prompt_logprobs": [],
     "regex": [],
+    "repetition_detection": [],
     "repetition_penalty": [1, 1.0],
     "response_format": [{"type": "text"}],
     "return_token_ids": [False],
@@ -50,6 +54,7 @@ EXTENSIONS = {
     "structured_outputs": [{}],
     "thinking_token_budget": [],
     "truncate_prompt_tokens": [],
+    "truncation_side": [],
     "use_beam_search": [False],
     "vllm_xargs": [{}],
 }
@@ -72,6 +77,8 @@ def canonical(value: Any) -> str:
     """A value as JSON, without the nulls in it: by this true is not 1, and an explicit null is nothing."""
     if isinstance(value, dict):
         value = {name: each for name, each in value.items() if each is not None}
+    if isinstance(value, float):
+        value += 0.0  # -0.0 is 0.0
     return json.dumps(value, sort_keys=True)
 
 
@@ -101,7 +108,7 @@ class Strict(BaseModel):
             value = data.get(name)
             if value is not None and not is_inert(value, inert):
                 allowed = " or ".join(["null", *map(json.dumps, inert)])
-                raise ApiError(400, f"{name} is not supported here; leave it out ({allowed} is accepted)", name)
+                raise PydanticCustomError("refused", "is not supported here; leave it out ({allowed} is accepted)", {"name": name, "allowed": allowed})
         return {name: value for name, value in data.items() if value is not None}
 
 
@@ -143,14 +150,15 @@ class Labels(Body):
 
     metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Note], BeforeValidator(few)] = {}
     prompt_cache_key: Note | None = None
-    prompt_cache_options: dict | None = None
+    prompt_cache_options: Annotated[dict[str, Note | int], BeforeValidator(few)] | None = None
     prompt_cache_retention: Note | None = None
+    request_id: Note | None = None
     safety_identifier: Note | None = None
     user: Note | None = None
 
 
 class StreamOptions(Strict):
-    refused = {"include_obfuscation": [False]}
+    refused = {"continuous_usage_stats": [False], "include_obfuscation": [False]}
 
     include_usage: bool = False
 
@@ -239,7 +247,7 @@ class Message(Strict):
     """A turn of a conversation; what else it holds, a name say, is the template's business."""
 
     model_config = ConfigDict(extra="allow")
-    refused = {"audio": [], "function_call": [], "refusal": [], "tool_call_id": [], "tool_calls": [[]]}
+    refused = {"audio": [], "function_call": [], "refusal": [""], "tool_call_id": [], "tool_calls": [[]]}
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
@@ -261,7 +269,7 @@ class ChatRequest(GenerationRequest):
         "continue_final_message": [False],
         "documents": [[]],
         "echo": [False],
-        "function_call": ["none"],
+        "function_call": ["none", "auto"],
         "functions": [[]],
         "modalities": [["text"]],
         "moderation": [],
@@ -285,7 +293,7 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def check_pairs(self):
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
@@ -300,6 +308,7 @@ class TokenizeRequest(Body):
         "chat_template": [],
         "chat_template_kwargs": [{}],
         "continue_final_message": [False],
+        "media_io_kwargs": [{}],
         "mm_processor_kwargs": [{}],
         "tools": [[]],
     }
@@ -315,6 +324,8 @@ class TokenizeRequest(Body):
     def check_pairs(self):
         if (self.prompt is None) == (self.messages is None):
             raise ApiError(400, "prompt and messages: give one of them", "prompt")
+        if self.messages and "add_special_tokens" in self.model_fields_set and self.add_special_tokens:
+            raise ApiError(400, "add_special_tokens is not supported for messages, which have those of their template; leave it out", "add_special_tokens")
         return self
 
 

@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from fastapi import APIRouter, Request
 
 from .answers import Answer
+from .async_engine import paced
+from .bodies import BodyRoute
 from .errors import refusals
 from .outputs import StepOutput
 from .params import choices
@@ -14,7 +16,7 @@ from .streaming import ANSWERS, Events, unless_gone
 from .text import encode_chat
 from .writer import Writer, Written
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 async def tokenize_chat(service: Service, messages: list[dict]) -> list[int]:
@@ -29,19 +31,19 @@ class ChatWriter(Writer):
         super().__init__(*args)
         self.written = [[] for _ in self.answers]  # of each answer, the logprobs of each token
 
-    def spell(self, tokens: list) -> list[Written]:
-        """The logprobs of tokens, if they are wanted."""
+    async def spell(self, tokens: list) -> list[Written]:
+        """The logprobs of tokens, if they are wanted. Many may come at once: those of a text that was held back."""
         if not self.body.logprobs:
             return []
-        entries = self.service.names.of_chat(tokens, self.body.top_logprobs or 0)
-        return [Written(json.dumps(entry)) for entry in entries]
+        names, count = self.service.names, self.body.top_logprobs or 0
+        return [Written(json.dumps(names.of_chat(token, count))) async for token in paced(tokens)]
 
     def logprobs(self, written: list[Written]) -> dict | None:
         return {"content": written, "refusal": None} if self.body.logprobs else None
 
     async def add(self, answer: Answer, output: StepOutput) -> None:
         _, tokens = answer.push(output)
-        self.written[answer.index] += self.spell(tokens)
+        self.written[answer.index] += await self.spell(tokens)
 
     def choice(self, answer: Answer) -> dict:
         return {
@@ -58,7 +60,7 @@ class ChatWriter(Writer):
             answer = self.answers[index]
             text, tokens = answer.push(output)
             if text or tokens:
-                yield self.piece(answer, {"content": text}, logprobs=self.logprobs(self.spell(tokens)))
+                yield self.piece(answer, {"content": text}, logprobs=self.logprobs(await self.spell(tokens)))
             if answer.finish_reason:
                 yield self.piece(answer, {}, finish_reason=answer.finish_reason)
 

@@ -37,7 +37,7 @@ class Service:
     def check_model(self, name: str) -> None:
         if name not in self.models:
             served = ", ".join(map(repr, self.models))
-            raise ApiError(404, f"the model {name!r} is not served here; {served} is", "model", "model_not_found")
+            raise ApiError(404, f"the model {name[:200]!r} is not served here; {served} is", "model", "model_not_found")
 
     def check_count(self, num_prompts: int, n: int) -> None:
         """ApiError if a call asks for more answers than may wait at once, before any is prepared."""
@@ -48,10 +48,7 @@ class Service:
 
     def check_text(self, text: str) -> None:
         """RequestError for a text that cannot fit, before it is tokenized. Called by the tokenizer's thread, too."""
-        try:
-            num_bytes = len(text.encode())
-        except UnicodeEncodeError as error:
-            raise RequestError(f"prompt must be valid Unicode: {error}", "prompt") from None
+        num_bytes = len(text.encode())
         if num_bytes > self.max_text_bytes:
             message = f"prompt has {num_bytes} bytes, too many for max_model_len = {self.async_engine.max_model_len}; shorten it"
             raise RequestError(message, "prompt", "context_length_exceeded")

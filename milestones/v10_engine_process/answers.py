@@ -1,4 +1,6 @@
 """What a request has said so far."""
+from collections import deque
+
 from .outputs import StepOutput
 
 
@@ -12,7 +14,7 @@ class Answer:
         self.num_tokens = 0
         self.finish_reason = None
         self.prompt_logprobs = None
-        self.pending: list[tuple[int, int, dict[int, float]]] = []  # tokens whose text is not certain yet, with offsets
+        self.pending: deque[tuple[int, int, dict[int, float]]] = deque()  # tokens whose text is not certain yet, with offsets
 
     def push(self, output: StepOutput) -> tuple[str, list[tuple[int, int, dict[int, float]]]]:
         """Take a token; return the text that became certain, and the tokens that begin in it: offset, id, logprobs.
@@ -31,6 +33,7 @@ class Answer:
             self.pending.append((output.offset, output.token_id, output.logprobs))
         # At the end of a text all that waits is in it, unless a stop string was found.
         end = float("inf") if output.finish_reason and not isinstance(output.stop_reason, str) else len(self.text)
-        ready = [token for token in self.pending if token[0] < end]
-        self.pending = self.pending[len(ready) :]
+        ready = []
+        while self.pending and self.pending[0][0] < end:
+            ready.append(self.pending.popleft())
         return output.text, ready

@@ -112,6 +112,10 @@ async def on_invalid_body(request: Request, error: RequestValidationError) -> Re
         if isinstance(part, str) and (not part.isidentifier() or part in ("str", "int")):
             continue
         param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
+    if furthest[0]["type"] == "refused":
+        name = furthest[0]["ctx"]["name"]
+        param = f"{param}.{name}" if param else name
+        return error_response(ApiError(400, f"{param} {furthest[0]['msg']}", param))
     complaints = dict.fromkeys(each["msg"] for each in alike)
     return error_response(ApiError(400, f"{param or 'the body'}: {', or '.join(complaints)}", param or None, "invalid_value"))
 

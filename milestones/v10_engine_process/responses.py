@@ -4,6 +4,7 @@ import asyncio
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from .bodies import BodyRoute
 from .chat import tokenize_chat
 from .errors import ERRORS, ApiError, refusals
 from .params import SamplingParams
@@ -14,7 +15,7 @@ from .streaming import ANSWERS, Events, unless_gone
 # Documented by OpenAI for a response that is fetched, not done here.
 NOT_RETRIEVED = ("include", "include[]", "include_obfuscation", "starting_after")
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/responses", responses=ANSWERS)
@@ -55,11 +56,11 @@ def earlier_turns(store: Store, api_key: str | None, response_id: str | None) ->
         return []
     run = store.find(response_id, api_key)
     if run is not None and not run.ended:
-        message = f"previous_response_id {response_id!r} is {run.status}; wait until it has ended"
+        message = f"previous_response_id {response_id[:200]!r} is {run.status}; wait until it has ended"
         raise ApiError(400, message, "previous_response_id", "previous_response_not_ended")
     if run is None or run.status not in ("completed", "incomplete"):
         why = "is not known here" if run is None else f"is {run.status}"
-        message = f"previous_response_id {response_id!r} {why}; send the whole conversation as input"
+        message = f"previous_response_id {response_id[:200]!r} {why}; send the whole conversation as input"
         raise ApiError(400, message, "previous_response_id", "previous_response_not_found")
     return [*run.messages, {"role": "assistant", "content": run.answer.text}]
 

@@ -54,6 +54,8 @@ class ResponseRequest(Labels):
     refused: ClassVar = PENALTIES | EXTENSIONS | {
         "access_programs": [],
         "background_options": [],
+        "chat_template": [],
+        "chat_template_kwargs": [{}],
         "context_management": [[]],
         "enable_response_messages": [False],
         "ignore_eos": [False],

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import Response
 
 from .answers import Answer
-from .async_engine import Generation, GenerationFailed
+from .async_engine import Generation, GenerationFailed, paced
 from .errors import ApiError
 from .protocol import new_id, now
 from .responses_protocol import ResponseRequest
@@ -130,7 +130,8 @@ class Run:
             yield self.event("content_part.added", **place, part=empty)
             async for _, output in self.generation:
                 text, tokens = self.answer.push(output)
-                new = [Written(json.dumps(entry)) for entry in self.service.names.of_chat(tokens, self.body.top_logprobs or 0)]
+                names, count = self.service.names, self.body.top_logprobs or 0
+                new = [Written(json.dumps(names.of_chat(token, count))) async for token in paced(tokens)]
                 self.logprobs += new
                 if text or new:
                     yield self.event("output_text.delta", **place, delta=text, logprobs=new)
@@ -224,5 +225,5 @@ class Store:
         """As `find`, but ApiError if there is none."""
         run = self.find(response_id, api_key)
         if run is None:
-            raise ApiError(404, f"there is no response {response_id!r}; it was not stored, or is forgotten", "response_id")
+            raise ApiError(404, f"there is no response {response_id[:200]!r}; it was not stored, or is forgotten", "response_id")
         return run

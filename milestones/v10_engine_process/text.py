@@ -35,11 +35,16 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a text as it is, with the BOS that the tokenizer adds."""
+    check_unicode(text)
+    return tokenizer(text).input_ids
+
+
+def check_unicode(text: str) -> None:
+    """RequestError for half a surrogate pair, which no tokenizer takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(f"prompt must be valid Unicode: {error}", "prompt") from None
-    return tokenizer(text).input_ids
 
 
 def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
@@ -106,6 +111,7 @@ def encode_chat(
 ) -> list[int]:
     """The tokens of a conversation, with the BOS that the template has. check_text may refuse the text first."""
     text = chat_text(tokenizer, messages)
+    check_unicode(text)
     check_text(text)
     return tokenizer(text, add_special_tokens=False).input_ids
 

@@ -2,12 +2,13 @@
 from fastapi import APIRouter, Request
 from transformers import PreTrainedTokenizerBase
 
+from .bodies import BodyRoute
 from .chat import tokenize_chat
 from .errors import ERRORS, ApiError, refusals
 from .protocol import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from .text import encode
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/tokenize", response_model=Tokenized, responses=ERRORS)

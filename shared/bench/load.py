@@ -24,6 +24,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import httpx
 from tqdm import tqdm
@@ -264,6 +265,8 @@ def main(argv: list[str]) -> int:
     for name in ("requests", "connections", "rate"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        parser.error(f"--json {args.json}: there is no such folder")
     if args.what == "chapter":
         results = measure_chapter(args.requests, args.seed)
         if args.write:

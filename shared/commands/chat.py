@@ -8,6 +8,7 @@ Ctrl-C ends an answer, /new forgets the conversation, /quit leaves.
 import argparse
 import sys
 
+import httpx
 import openai
 
 from shared.programs import run, server_url
@@ -22,14 +23,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-tokens", type=int, help="(default: what the context has room for)")
     args = parser.parse_args(argv)
     url = server_url(args.url)
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key=args.api_key, max_retries=0)
     try:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=args.api_key or "none", max_retries=0)
         model = args.model or client.models.list().data[0].id
     except openai.APIConnectionError:
         print(f"no server answers at {url}; start one with `make serve` in another terminal", file=sys.stderr)
         return 2
     except openai.APIStatusError as error:
         print(f"what answers at {url} is no OpenAI server, or wants another --api-key: {error.message}", file=sys.stderr)
+        return 2
+    except (ValueError, httpx.InvalidURL) as error:
+        print(f"--url or --api-key cannot be used: {error}", file=sys.stderr)
         return 2
     print(f"talking to {model}; /new forgets the conversation, Ctrl-C ends an answer, /quit leaves")
     talk(client, model, args.temperature, args.max_tokens)
@@ -53,8 +57,8 @@ def talk(client: openai.OpenAI, model: str, temperature: float, max_tokens: int 
             try:
                 answer = listen(client, model, messages, temperature, max_tokens)
                 messages.append({"role": "assistant", "content": answer})
-            except openai.APIError as error:
-                print(f"\nerror: {error.message}; the last message is taken back")
+            except (openai.APIError, ValueError) as error:
+                print(f"\nerror: {error}; the last message is taken back")
                 messages.pop()
 
 
