@@ -160,7 +160,9 @@ class TextStream:
             begin += 1
         self.offset = len(self.text) + len(self.held) + begin - self.num_out
         end = max(len(text) - num_open, self.num_out)
-        piece, self.held = self.split(self.held + text[self.num_out : end], text[end:], last)
+        # Half a character is no text yet.
+        next_text = text[end:] if self.run else ""
+        piece, self.held = self.split(self.held + text[self.num_out : end], next_text, last)
         self.num_out = end if self.run else min(end, len(text))
         self.num_whole = max(len(text) - self.num_out, 0) if self.run else 0
         self.shorten_window()
