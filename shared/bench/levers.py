@@ -3,7 +3,7 @@
     pip install --target build/levers orjson httptools uvloop
     python -m shared.bench.levers [--write]        # three minutes
 
-    template    a token's event from a template that is made once per stream, instead of two pydantic models and their dump
+    template    a token's event from a template that is made once per stream, instead of dicts and their JSON
     raw         events by ASGI's `send`, without sse-starlette: no pings, no watch on the shutdown
     orjson      orjson instead of json; text beyond ASCII goes out as it is
     httptools   uvicorn's other parser, in C

@@ -291,7 +291,7 @@ def killing(book: Book, chapter: Chapter | None) -> list[str]:
 
 
 LEVERS = {
-    "template": "a token's event from a template instead of pydantic models",
+    "template": "a token's event from a template instead of a dict",
     "raw": "ASGI's `send` instead of sse-starlette",
     "orjson": "orjson instead of json",
     "httptools": "httptools instead of h11",
