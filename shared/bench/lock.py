@@ -96,7 +96,7 @@ def serve(chapter_name: str, way: str, times: str) -> None:
 
     threading.Thread(target=obey, daemon=True).start()
     service = module["service"].Service(runner, "pocket")
-    module["process"].serve(service, module["process"].bind("127.0.0.1", 0))
+    module["process"].serve(service, module["process"].bind("127.0.0.1", 0), keep_alive_s=120)
 
 
 def two_cores() -> list[int]:
