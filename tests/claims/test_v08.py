@@ -33,6 +33,7 @@ def test_a_whole_answer_is_written_as_it_comes_and_in_turns(module, monkeypatch)
     async def generation():
         for i in range(50):
             yield 0, module("outputs").StepOutput(1, i % 3, "x", {i % 3: -1.0}, "length" if i == 49 else None, offset=i)
+            assert len(written) == i + 1
 
     async def pause(_seconds):
         pauses.append(len(written))
