@@ -7,12 +7,12 @@ not counted.
 
 Reads: the chapters.
 """
-import signal
 import sys
 from difflib import SequenceMatcher, unified_diff
 
 from shared.book.units import Change, compare, read_units
 from shared.chapters import BOOK, Book, Chapter, python_files
+from shared.programs import run
 
 COLOURS = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m", "=": "\033[1m"}
 
@@ -142,6 +142,4 @@ def main(argv: list[str], book: Book | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Quietly, when `head` has seen enough.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.exit(main(sys.argv[1:]))
+    run(main)
