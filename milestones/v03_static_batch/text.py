@@ -125,10 +125,10 @@ class TextStream:
         # A run is decoded as a whole: to characters or, if any byte is bad, to one U+FFFD for every byte.
         before = self.decode(self.window)
         try:
-            _, size = codecs.utf_8_decode(self.run_bytes)
+            _, num_whole = codecs.utf_8_decode(self.run_bytes)
         except UnicodeDecodeError:
             return before + "\ufffd" * len(self.run), 0
-        text = self.decode(self.window + self.run[:size])
+        text = self.decode(self.window + self.run[:num_whole])
         return text, len(text) - len(before)
 
     def shorten_window(self) -> None:

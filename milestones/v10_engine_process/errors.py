@@ -101,10 +101,9 @@ async def on_invalid_body(request: Request, error: RequestValidationError) -> Re
         return error_response(ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json"))
     # A value that may have several forms has a complaint for each. The form that fits furthest is meant, if there is one.
     alike = [each for each in errors if each["loc"][:2] == first["loc"][:2]]
-    depth = max(len(each["loc"]) for each in alike)
-    furthest = [each for each in alike if len(each["loc"]) == depth]
+    furthest = [each for each in alike if len(each["loc"]) == max(len(each["loc"]) for each in alike)]
     place = first["loc"][:2]
-    while len({each["loc"][: len(place) + 1] for each in furthest}) == 1 and len(place) < depth:
+    while len({each["loc"][: len(place) + 1] for each in furthest}) == 1 and len(place) < len(furthest[0]["loc"]):
         place = furthest[0]["loc"][: len(place) + 1]
         alike = furthest
     param = ""
