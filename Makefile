@@ -1,4 +1,4 @@
-# `make` prints what there is. `make PYTHON=python3 TARGET` takes that interpreter as it is and makes no environment.
+# `make` lists the targets. `make PYTHON=python3 TARGET` uses that interpreter as it is and creates no environment.
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -13,15 +13,15 @@ endif
 CHAPTERS := $(shell python3 shared/chapters.py names)
 MODEL ?= pocket
 PROMPT ?= Explain KV cache in one sentence.
-# By the environment a text reaches a program as it was typed: neither make nor the shell reads it.
+# Passed through the environment, a prompt reaches the program as typed: neither make nor the shell interprets it.
 export PROMPT_AS_TYPED = $(value PROMPT)
 export ASK_AS_TYPED = $(value ASK)
 export TOKENIZERS_PARALLELISM := false
-# Compiled modules are kept beside their sources: otherwise each of many processes compiles them again.
+# Keep compiled modules beside their sources: otherwise each of many processes compiles them again.
 unexport PYTHONDONTWRITEBYTECODE
-# Tests run as many at a time as there are cores, in the order in which they were found.
+# One test worker per core; tests start in the order in which they were collected.
 PYTEST := $(PY) -m pytest -n logical --dist worksteal
-# All other tests use no GPU, so that they say the same on every machine.
+# All other tests run on the CPU, so their result is the same on every machine.
 ON_GPU = if nvidia-smi -L > /dev/null 2>&1; then echo "on the GPU:"; $(PY) -m pytest --gpu $(1); fi
 
 .DEFAULT_GOAL := help
@@ -31,48 +31,48 @@ ON_GPU = if nvidia-smi -L > /dev/null 2>&1; then echo "on the GPU:"; $(PY) -m py
 	$(CHAPTERS:%=bench-%) bench bench-all bench-gpu bench-attention traps traps-matrix propagate trace soak serve chat load
 
 help:
-	@echo "begin"
-	@echo "  make demo           a fresh machine: set up, run every chapter on the embedded model, show that all say the same"
-	@echo "  make test           a fresh machine: set up, run the tests: of every chapter some, see tests/matrix.py"
-	@echo "  make setup          .venv with everything for the tests; does nothing when it is up to date"
-	@echo "  make setup-book     and with what notebooks and the site need beside it"
-	@echo "  make doctor         versions, device, memory, what is missing: what a bug report needs"
+	@echo "start here"
+	@echo "  make demo           set up, race the chapters on the bundled model, check every token against Hugging Face"
+	@echo "  make test           set up, run some tests of every chapter (tests/matrix.py says which) and those of the tools"
+	@echo "  make setup          create .venv with everything the tests need; does nothing if it is up to date"
+	@echo "  make setup-book     add what notebooks and the site need"
+	@echo "  make doctor         versions, device, memory and missing packages, for a bug report"
 	@echo
 	@echo "read a chapter"
-	@echo "  make run-vNN        one prompt through a chapter: PROMPT=\"...\" MODEL=directory-or-hub-id ARGS=\"--stats\""
-	@echo "  make diff-vNN       what it changes, unit by unit; make nbdiff-vNN: what its notebook changes"
-	@echo "  make test-vNN       all of its tests"
-	@echo "  make trace          who ran in which forward pass: ARGS=\"v03 v04\", ARGS=\"v03 --html build/trace.html\""
-	@echo "  make break-vNN      a bug to find: one of its traps, planted in a copy; then make hunt, make reveal"
-	@echo "  make traps-vNN      plant each of its seeded bugs, and see the test that catches it"
+	@echo "  make run-vNN        run one prompt: PROMPT=\"...\" MODEL=directory-or-hub-id ARGS=\"--stats\""
+	@echo "  make diff-vNN       what it changes, function by function; make nbdiff-vNN: what its notebook changes"
+	@echo "  make test-vNN       all tests of the chapter"
+	@echo "  make trace          which request ran in which step: ARGS=\"v03 v04\", ARGS=\"v03 --html build/trace.html\""
+	@echo "  make break-vNN      plant one of its bugs in a copy for you to find; then make hunt, make reveal"
+	@echo "  make traps-vNN      plant each of its bugs, and show the test that catches it"
 	@echo
 	@echo "serve"
 	@echo "  make serve          the last chapter's server: MODEL=directory-or-hub-id ARGS=\"--port 8000\""
 	@echo "  make chat           talk to it, from a second terminal"
-	@echo "  make load           clients for it, and what they feel: ARGS=\"--connections 16\" or ARGS=\"--rate 4\""
+	@echo "  make load           put it under load, and report what the clients measure: ARGS=\"--connections 16\" or ARGS=\"--rate 4\""
 	@echo
 	@echo "measure"
-	@echo "  make bench          every chapter beside Hugging Face and the machine's limit: ten minutes, on an idle machine"
-	@echo "  make bench-vNN      a chapter, the one before, and Hugging Face"
-	@echo "  make bench-all      and then larger work and models: by hand, an hour on an idle machine"
-	@echo "  make bench-gpu      on a GPU: every chapter beside Hugging Face and the memory's limit; ARGS=--dry-run anywhere"
-	@echo "  make bench-attention  on a GPU: the attention kernel against torch and against the limit of the memory; ARGS=--dry-run anywhere"
-	@echo "  make soak           thousands of requests with aborts, and an audit of the memory at every step"
+	@echo "  make bench          every chapter beside Hugging Face and the machine's limit: ten minutes on an idle machine"
+	@echo "  make bench-vNN      a chapter, the one before it, and Hugging Face"
+	@echo "  make bench-all      the same, then larger workloads and models: an hour on an idle machine"
+	@echo "  make bench-gpu      on a GPU: every chapter beside Hugging Face and the memory bandwidth's limit; ARGS=--dry-run anywhere"
+	@echo "  make bench-attention  on a GPU: the attention kernel against torch and the memory bandwidth's limit; ARGS=--dry-run anywhere"
+	@echo "  make soak           thousands of requests with aborts, and an audit of the cache after every step"
 	@echo
 	@echo "write"
-	@echo "  make prove          every proof, with the time of each stage: what CI runs"
-	@echo "  make test-all       all tests of all chapters; make test-tools: only those of the tools"
-	@echo "  make check          fail if anything generated is stale, or a claim of a text is false; make sync writes it"
-	@echo "  make propagate      carry a change through all later chapters: FROM=vNN, or ARGS=--continue, ARGS=--abort"
-	@echo "  make new-vNN        begin a chapter as a copy of the last one: NAME=..."
-	@echo "  make notebooks      write and run the notebooks from their sources; make nbdime: git shows and merges them by cells"
-	@echo "  make docs           the site, in build/site; make docs-serve shows it"
-	@echo "  make film           the first five minutes, as moving pictures: ARGS=race"
+	@echo "  make prove          everything CI runs, with the time of each stage"
+	@echo "  make test-all       all tests of all chapters; make test-tools: only the tools' tests"
+	@echo "  make check          fail if generated text is stale or a claim in a text is false; make sync regenerates it"
+	@echo "  make propagate      merge a change into all later chapters: FROM=vNN, or ARGS=--continue, ARGS=--abort"
+	@echo "  make new-vNN        start a chapter as a copy of the last one: NAME=..."
+	@echo "  make notebooks      build the notebooks from their sources and run them; make nbdime: let git diff and merge them by cell"
+	@echo "  make docs           build the site in build/site; make docs-serve shows it"
+	@echo "  make film           record the terminal films: ARGS=race"
 	@echo
-	@echo "write, slowly"
-	@echo "  make traps-answers  what the model says with each seeded bug, where that is not known yet"
-	@echo "  make traps-matrix   which tests of a whole suite see each seeded bug"
-	@echo "  make mutants        random damage, and whether a test notices: ARGS=\"v05 --new --record\""
+	@echo "write, slow"
+	@echo "  make traps-answers  what the model generates with each planted bug, where that is not recorded yet"
+	@echo "  make traps-matrix   which tests of the suite catch each planted bug"
+	@echo "  make mutants        change the code at random, and see whether a test notices: ARGS=\"v05 --new --record\""
 	@echo
 	@echo "chapters: $(CHAPTERS)"
 
@@ -81,7 +81,7 @@ setup: $(READY)
 .venv/.ready: constraints.txt pyproject.toml shared/commands/install.py
 	@python3 shared/commands/install.py
 
-# What notebooks and the site need beside it.
+# What notebooks and the site need in addition.
 setup-book: $(BOOK)
 
 .venv/.ready-book: .venv/.ready

@@ -16,8 +16,8 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stepserve/stepserve/blob/main/notebooks/v01_naive.ipynb)
 #
 # You take one step of the engine by hand, from a text to the next token, and then watch the engine take many. At the
-# end you have counted and timed what this chapter wastes. About 20 minutes; no GPU is needed. Keep something to write
-# with at hand: each part first asks for a number, then measures it.
+# end you count and time what this chapter's engine wastes. It takes about 20 minutes and no GPU. Have something to
+# write with: each part first asks you to predict a result, then shows it.
 
 # %%
 import subprocess
@@ -57,7 +57,7 @@ torch.set_num_threads(1)
 engine = Engine(POCKET, device="cpu")
 
 # %% [markdown]
-# The line above is the engine's own: what it chose where nobody chose. `POCKET` is the small trained model that lies in
+# The engine printed the line above: its model, dtype, device and maximum length. `POCKET` is the small trained model in
 # the repository.
 #
 # ## 1. A text becomes numbers
@@ -73,18 +73,18 @@ for position, token_id in enumerate(prompt_ids):
 assert len(prompt_ids) == 8
 
 # %% [markdown]
-# One more than there are words. The first token is the BOS, which the tokenizer adds: the model was trained with it in
-# front, and without it would see something it never saw. Common words are one token each, and the space before a word
-# belongs to the word.
+# That is one more than there are words. The first token is the BOS (beginning of sequence), which the tokenizer adds:
+# the model was trained with it in front, and has never seen a text without it. Common words are one token each, and
+# the space before a word belongs to its token.
 #
 # ## 2. Numbers become logits
 #
-# The model is a function. What goes in is a `Batch`: the tokens, their positions, the rows whose logits are wanted, and a
+# The model is a function. Its input is a `Batch`: the tokens, their positions, the rows whose logits are needed, and a
 # mask that says which tokens each token attends to.
-# What comes out is one number for every token there is.
+# Its output is one number for every token in the vocabulary.
 #
-# > **Predict.** Eight tokens go in, and the logits of the last are asked for. How many numbers come out? And which
-# > words may follow "there was a" in a story, with what probability for the likeliest: 20%, 50%, 90%?
+# > **Predict.** Eight tokens go in, and you request the logits of the last. How many numbers come out? Which
+# > words may follow "there was a" in a story, and how probable is the likeliest one: 20%, 50%, 90%?
 
 # %%
 @torch.inference_mode()
@@ -94,8 +94,8 @@ def next_logits(token_ids):
         token_ids=torch.tensor(token_ids),
         positions=positions,
         logit_rows=torch.tensor([len(token_ids) - 1]),  # the last token alone
-        draws=[],  # nothing is drawn here: that is done by hand
-        mask=causal_mask(positions, len(token_ids)),  # itself and what comes before
+        draws=[],  # nothing is drawn here: you choose the token by hand
+        mask=causal_mask(positions, len(token_ids)),  # itself and the tokens before it
     )
     return engine.model.compute_logits(engine.model(batch))  # [1, V]
 
@@ -106,7 +106,7 @@ print(f"{tuple(logits.shape)} logits; as probabilities they sum to {probs.sum():
 assert logits.shape == (1, engine.config.vocab_size)
 
 # %% [markdown]
-# A logit is a score. The softmax makes probabilities of scores. These are the five likeliest tokens:
+# A logit is a score, and the softmax turns scores into probabilities. These are the five likeliest tokens:
 
 # %%
 top = probs.topk(5)
@@ -123,10 +123,11 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# In the stories that the model was trained on a hero is any of several things, so it is sure of none of them. After the
-# next two prompts it may be surer.
+# In the stories that the model was trained on, a hero may have any of several traits, so the model is sure of none of
+# them. After the next two prompts it may be surer.
 #
-# > **Predict.** "Keys and values", "The scheduler": for which of the two has the next word the higher probability?
+# > **Predict.** "Keys and values" and "The scheduler": after which of the two is the likeliest next token more
+# > probable?
 
 # %%
 for text in ("Keys and values", "The scheduler"):
@@ -136,11 +137,11 @@ for text in ("Keys and values", "The scheduler"):
 # %% [markdown]
 # ## 3. Logits become a token
 #
-# At temperature 0 the token with the largest logit is taken, always. Above 0 a token is drawn, and the temperature
-# divides the logits before the softmax. `filter_logits` is the chapter's own function for that.
+# At temperature 0 the engine always takes the token with the largest logit. Above 0 it divides the logits by the
+# temperature before the softmax, and draws a token at random. The chapter's own `filter_logits` does the division.
 #
-# > **Predict.** After "The scheduler", does the likeliest word become more or less likely at temperature 0.5? At 2? Can
-# > a temperature ever change which word is first?
+# > **Predict.** After "The scheduler", does the likeliest token become more or less likely at temperature 0.5? At 2?
+# > Can a temperature ever change which token is the likeliest?
 
 # %%
 scheduler = next_logits(engine.tokenizer("The scheduler").input_ids)
@@ -160,9 +161,9 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The order never changes; the distances do. What these six lose at temperature 2 goes to all the other tokens, most of
-# which make no sense here. This is what `top_p` is for: it keeps the likeliest tokens that together reach p, and drops
-# the tail.
+# The order never changes; the distances do. The probability that these six lose at temperature 2 goes to all the other
+# tokens, most of which make no sense here. This is what `top_p` is for: it keeps the fewest tokens, likeliest first,
+# whose probabilities together reach p, and drops the tail.
 #
 # > **Predict.** How many of the 2,048 tokens does `top_p=0.9` keep at temperatures 0.5, 1 and 2? Three numbers.
 
@@ -176,8 +177,8 @@ for temperature in colors:
 assert kept == sorted(kept)
 
 # %% [markdown]
-# Now draw. Three hundred times the story's next token, with seeds 0 to 299, at temperature 1. If drawing is right, each
-# word comes as often as its probability says, give or take luck.
+# Now draw the story's next token three hundred times at temperature 1, with seeds 0 to 299. If drawing is right, each
+# token appears about as often as its probability says.
 
 # %%
 params = [SamplingParams(max_tokens=1, temperature=1.0, seed=seed, ignore_eos=True) for seed in range(300)]
@@ -202,8 +203,8 @@ assert again[0].token_ids == [drawn[7]]  # the same seed, the same random number
 # %% [markdown]
 # ## 4. The loop
 #
-# Append the token and begin again: that is all there is to generating text. First by hand, then by the engine. They
-# have to say the same.
+# Append the token and begin again: that is all there is to generating text. First you do it by hand, then the engine
+# does. The results have to match.
 
 # %%
 token_ids = list(prompt_ids)
@@ -215,8 +216,8 @@ print(prompt + completion.text)
 assert completion.token_ids == token_ids[len(prompt_ids) :]
 
 # %% [markdown]
-# Your loop is two lines. The engine's step is this: who takes part (`schedule`), what is fed (`build_batch`), the
-# model, which token (`sample`), and append (`commit`).
+# Your loop is two lines. The engine's step chooses the sequences (`schedule`), builds the input (`build_batch`), calls
+# the model, chooses the tokens (`sample`), and appends them (`commit`).
 
 # %%
 print(inspect.getsource(Engine.step))
@@ -224,12 +225,13 @@ print(inspect.getsource(Engine.step))
 # %% [markdown]
 # ## 5. What is computed
 #
-# Look at your loop again: `next_logits(token_ids)` gets *all* tokens, each time. A *position* is one token in one pass.
+# Look at your loop again: `next_logits(token_ids)` gets *all* tokens, each time. A *position* is one token in one
+# forward pass.
 #
-# > **Predict.** The prompt has 8 tokens and 12 new ones are made. How many positions are computed in all? How many of
-# > them for the first time? Two numbers.
+# > **Predict.** The prompt has 8 tokens and the engine generates 12. How many positions does it compute in all, and how
+# > many of them for the first time? Two numbers.
 #
-# A hook in front of the model counts: it sees every batch before the model does.
+# A hook on the model counts them: it sees every batch before the model does.
 
 # %%
 fed = []
@@ -237,13 +239,13 @@ hook = engine.model.register_forward_pre_hook(lambda model, args: fed.append(len
 engine.generate([prompt], SamplingParams(max_tokens=12))
 hook.remove()
 
-print("fed in each pass:", fed)
+print("tokens fed in each forward pass:", fed)
 print(f"{sum(fed)} positions, {max(fed)} of them for the first time: {max(fed) / sum(fed):.0%}")
 assert fed == list(range(8, 20))
 assert sum(fed) == 12 * 8 + 12 * 11 // 2 == 162  # n P + n (n - 1) / 2
 
 # %% [markdown]
-# Drawn, a line for each pass. Blue was new; grey had been computed before, gave the same numbers, and was thrown away.
+# In the picture, each line is one forward pass. Blue is new; gray repeats earlier work, and its result is thrown away.
 
 # %%
 grid = torch.zeros(len(fed), max(fed))  # 0: not fed, 1: again, 2: for the first time
@@ -256,7 +258,7 @@ plt.imshow(grid, cmap=ListedColormap(["white", "#d0d7de", "#0969da"]), aspect="a
 plt.xticks(range(max(fed)))
 plt.xlabel("position")
 plt.ylabel("forward pass")
-plt.title("What each pass computes")
+plt.title("What each forward pass computes")
 plt.legend(handles=[Patch(color="#0969da", label="new"), Patch(color="#d0d7de", label="again")], loc="upper right")
 plt.tight_layout()
 plt.show()
@@ -264,10 +266,10 @@ plt.show()
 # %% [markdown]
 # ## 6. What it costs
 #
-# > **Predict.** One token at length 64 takes some time. How many times as long does one take at length 1,024, which is
+# > **Predict.** One token takes some time at length 64. How many times as long does it take at length 1,024, which is
 # > 16 times the length: 1, 4, 16, more? Write it down.
 #
-# Each time below is the best of three, for a prompt of random tokens and one new token.
+# Each time below is the best of three runs, for a prompt of random tokens and one new token.
 
 # %%
 rng = random.Random(0)
@@ -295,16 +297,20 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The dashed line is what the positions alone would cost. Where the measured line leaves it, attention shows: it
-# compares each position with each, so its part grows with the square of the length.
+# The dashed line is what the time would be if it depended only on the number of positions. Where the measured line
+# rises above it, you see the cost of attention: it compares each position with every other, so its time grows with the
+# square of the length.
 #
 # ## 7. And meanwhile, the others
 #
-# Six equal requests are there at the start, each of 12 tokens that wants 20 more. The engine serves one at a time.
+# Six equal requests are queued at the start, each with 12 prompt tokens and 20 tokens to generate. The engine serves
+# one at a time.
 #
-# > **Predict.** How many passes does the sixth wait before its first one? What share of its time is that?
+# > **Predict.** How many forward passes does the sixth request wait before its first one? What share of its time is
+# > that?
 #
-# `record` runs a workload and writes down who was in each pass. `life` says what a request's time went to.
+# `record` runs a workload and notes which requests are in each forward pass. `life` returns where a request's time
+# went.
 
 # %% tags=["varies"]
 trace, _ = record(find("v01"), engine, fixed([(12, 20)] * 6, engine.config.vocab_size))
@@ -314,8 +320,8 @@ for request in range(6):
     for what, seconds in trace.life(request):
         lives[-1][what] += 1000 * seconds
 total = sum(lives[5].values())
-print(f"the sixth waits {trace.waits(5)} passes of {len(trace.passes)}, and {lives[5]['waits'] / total:.0%} of its time")
-print(f"of its time {lives[5]['useful'] / total:.1%} was needed for its text")
+print(f"the sixth waits {trace.waits(5)} forward passes of {len(trace.passes)}, {lives[5]['waits'] / total:.0%} of its time")
+print(f"{lives[5]['useful'] / total:.1%} of its time was needed for its text")
 assert [trace.waits(request) for request in range(6)] == [0, 20, 40, 60, 80, 100]
 
 # %%
@@ -334,22 +340,23 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Two wastes are in this picture. The grey one, computing again, ends in v02. The pale one, waiting for others, takes
-# v03 and v04.
+# The picture shows two kinds of waste. v02 removes the dark gray one, computing again. The pale one, waiting for other
+# requests, takes v03 and v04.
 #
 # ## Things to try
 #
 # Change a line, say what you expect, run it.
 #
-# 1. In part 2, leave the BOS out: `next_logits(prompt_ids[1:])`. Is " brave" still first? Is it as likely?
-# 2. In part 2, give all tokens position 0: `positions=torch.zeros(len(token_ids), dtype=torch.long)`. What is likeliest
-#    after "Once upon a time there was a" now, and what does your loop of part 4 make of it? (Its assert then fails, and
-#    it should.)
-# 3. In part 5, make 100 new tokens from a prompt of 10 (cut `prompt_ids`, or use `random_ids`, with `ignore_eos=True`).
-#    Work the count out first: n P + n (n - 1) / 2.
+# 1. In part 2, leave out the BOS: `next_logits(prompt_ids[1:])`. Is " brave" still the likeliest token? Is it as
+#    likely?
+# 2. In part 2, give the `Batch` position 0 for all tokens: `positions=torch.zeros(len(token_ids), dtype=torch.long)`.
+#    What is the likeliest token after "Once upon a time there was a" now, and what does your loop of part 4 generate?
+#    (Its assert then fails, as it should.)
+# 3. In part 5, generate 100 tokens from a prompt of 10 (take `random_ids`, and set `ignore_eos=True`).
+#    Work out the count first: n P + n (n - 1) / 2.
 #
 # The chapter's text, with all of its code, is
 # [milestones/v01_naive/README.md](https://github.com/stepserve/stepserve/blob/main/milestones/v01_naive/README.md). In
-# a terminal, `make test-v01` holds it against Hugging Face, and `make traps-v01` plants its seeded bugs and names the
-# test that catches each. `make diff-v01` has nothing to print, since no chapter comes before; `make diff-v02` prints
-# what comes next.
+# a terminal, `make test-v01` compares it with Hugging Face, and `make traps-v01` plants its seeded bugs and names the
+# test that catches each. `make diff-v02` prints what the next chapter changes (`make diff-v01` prints nothing, because
+# no chapter comes before it).

@@ -15,9 +15,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stepserve/stepserve/blob/main/notebooks/v02_kv_cache.ipynb)
 #
-# You watch the cache fill, compare what is fed with v01, damage one key by hand to see that the answer really comes out
-# of the cache, and see what it costs in memory. About 20 minutes; no GPU is needed. Each part first asks for a number,
-# then measures it.
+# You watch the cache fill, compare what v01 and v02 feed the model, damage keys by hand to see that the answer really
+# depends on the cache, and see what the cache costs in memory. It takes about 20 minutes and no GPU. Each part first
+# asks you to predict a result, then measures it.
 
 # %%
 import subprocess
@@ -56,16 +56,16 @@ before = v01_naive.Engine(POCKET, device="cpu")
 engine = Engine(POCKET, device="cpu")
 
 # %% [markdown]
-# Two engines, v01's and v02's. The second says one thing more than the first: how much memory it took for keys and
-# values, before anybody asked anything.
+# These are two engines, v01's and v02's. The second prints one thing more: how much memory it has reserved for keys and
+# values, before any request has arrived.
 #
 # ## 1. What never changes
 #
-# In v01 all tokens are fed in every pass. Look at one layer while it does that: a hook keeps what `v_proj` of layer 3
-# gives for each token, pass by pass.
+# v01 feeds all tokens in every forward pass. Look at one layer while it does that: a hook records the output of layer
+# 3's `v_proj` for each token, in every forward pass.
 #
-# > **Predict.** The prompt has 8 tokens. Between the first pass and the last, by how much do the values of these 8
-# > change?
+# > **Predict.** The prompt has 8 tokens. How much do the values of these 8 change between the first forward pass and
+# > the last?
 
 # %%
 prompt = "Once upon a time there was a"
@@ -75,15 +75,15 @@ hook = layer.v_proj.register_forward_hook(lambda module, args, output: values.ap
 before.generate([prompt], v01_naive.SamplingParams(max_tokens=12))
 hook.remove()
 
-print("values of layer 3, pass by pass:", [tuple(each.shape) for each in values[:3]], "...", tuple(values[-1].shape))
+print("values of layer 3, by forward pass:", [tuple(each.shape) for each in values[:3]], "...", tuple(values[-1].shape))
 first, last = values[0], values[-1][:8]
-print(f"largest difference: {(first - last).abs().max():.1e}, among numbers as large as {first.abs().max():.2f}")
+print(f"largest difference: {(first - last).abs().max():.1e}; largest value: {first.abs().max():.2f}")
 assert torch.allclose(first, last, atol=1e-4)
 
 # %% [markdown]
-# Nothing, up to the last bits of float32 (a sum over another shape may be taken in another order). It cannot be
-# otherwise: a token's key and value follow from the token, its position, and what came *before* it. What comes after
-# has no way in. So v02 keeps them. This is the whole change in attention, the two lines with `batch.cache`:
+# They do not change, except perhaps in the last bits of float32 (a sum over another shape may be taken in another
+# order). It cannot be otherwise: a token's key and value depend only on the token, its position, and the tokens
+# *before* it. So v02 stores them. The whole change in attention is the two lines with `batch.cache`:
 
 # %%
 print(inspect.getsource(Attention.forward))
@@ -91,15 +91,15 @@ print(inspect.getsource(Attention.forward))
 # %% [markdown]
 # ## 2. What is fed
 #
-# The rest is one property of a sequence. `num_computed` says of how many tokens the keys and values are kept; what is
-# new is fed.
+# What a step feeds is one property of a sequence. `num_computed` says how many of its tokens have their keys and values
+# in the cache; the rest is fed.
 
 # %%
 print(inspect.getsource(Sequence.new_ids.fget))
 
 # %% [markdown]
-# > **Predict.** 8 tokens of prompt, 12 new ones. v01 fed 8, 9, 10, ... 19 tokens, 162 in all. What does v02 feed in its
-# > 12 passes, and how many is that in all?
+# > **Predict.** With a prompt of 8 tokens and 12 new ones, v01 fed 8, 9, 10, ... 19 tokens, 162 in all. What does v02
+# > feed in its 12 forward passes, and how many tokens is that in all?
 
 
 # %%
@@ -115,7 +115,7 @@ fed_before, tokens_before = count_fed(before, v01_naive.SamplingParams)
 fed, tokens = count_fed(engine, v02_kv_cache.SamplingParams)
 print(f"v01 {fed_before}, {sum(fed_before)} in all\nv02 {fed}, {sum(fed)} in all")
 assert fed == [8] + [1] * 11
-assert sum(fed) == 8 + 12 - 1  # P + n - 1: nobody has to see the last token
+assert sum(fed) == 8 + 12 - 1  # P + n - 1: the last token is never fed
 assert tokens == tokens_before  # and the answer is the same
 
 # %%
@@ -132,15 +132,15 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The first bar is the *prefill*, those after it are *decode* steps. No line of the code asks which is which: both are
-# "feed what is new".
+# The first bar is the *prefill*, the others are *decode* steps. The code does not distinguish them: both feed what is
+# new.
 #
 # ## 3. Watch it fill
 #
-# The cache is two tensors, `engine.cache.k` and `engine.cache.v`, of shape `[layers, positions, KV heads, head_dim]`. A
-# fresh engine's are zeros, so what has been written can be seen.
+# The cache is two tensors, `engine.cache.k` and `engine.cache.v`, of shape `[layers, positions, KV heads, head_dim]`.
+# In a fresh engine they are all zeros, so you can see what has been written.
 #
-# > **Predict.** After the first step (8 tokens of prompt in, 1 token out), how many positions are filled: 7, 8 or 9?
+# > **Predict.** After the first step (8 prompt tokens in, 1 token out), how many positions are filled: 7, 8 or 9?
 
 # %%
 engine = Engine(POCKET, device="cpu")  # a fresh one
@@ -157,7 +157,7 @@ while engine.has_unfinished_requests():
 assert filled == list(range(8, 20))
 
 # %% [markdown]
-# 8, not 9. The token that the first step drew has not been fed to the model yet, so it has no key. That comes with the
+# 8, not 9. The token that the first step drew has not been fed to the model yet, so it has no key. It gets one in the
 # next step. The last token never gets one.
 
 # %%
@@ -167,7 +167,7 @@ plt.xticks(range(0, 24, 2))
 plt.xlabel("position in the cache")
 plt.yticks(range(0, 12, 2), range(1, 13, 2))
 plt.ylabel("after step")
-plt.title("How large each key of layer 3 is: a column never changes again")
+plt.title("The size of each key of layer 3: a key never changes once it is written")
 plt.colorbar(label="norm")
 plt.tight_layout()
 plt.show()
@@ -175,16 +175,16 @@ plt.show()
 assert all(torch.equal(sizes[0][:8], size[:8]) for size in sizes)
 
 # %% [markdown]
-# Row by row one key is added, and a column keeps its shade to the end. White is memory that is reserved and empty; the
-# picture shows 24 of its 2,048 positions.
+# Each row adds one key, and a column keeps its shade to the end. White is memory that is reserved but empty; the
+# picture shows 24 of the 2,048 positions.
 #
 # ## 4. Damage it
 #
-# Is the answer made of the cache? After the prefill the prompt is not fed again. So set the key of one of its tokens to
-# zero, in all layers, and let the engine go on. It does not notice.
+# Does the answer really come from the cache? After the prefill the prompt is not fed again. So set the key of one of
+# its tokens to zero, in all layers, and let the engine continue. It does not notice the damage.
 #
-# > **Predict.** The question is "What is a block table?", and the first step has drawn its first word already. Which of
-# > the prompt's tokens does the answer need after that? Which can be lost without a change?
+# > **Predict.** The question is "What is a block table?", and the first step has already drawn the answer's first
+# > token. Which of the prompt's tokens does the rest of the answer need? Which can be lost without changing it?
 
 
 # %%
@@ -214,10 +214,11 @@ assert " table" in changed
 assert answer(question) == whole  # the next prefill writes over the damage
 
 # %% [markdown]
-# The model has learnt few things, and is so sure of this answer that it survives most losses. One word it cannot do
-# without. A wrong key is not an error that anybody raises: it is another text.
+# The model has learned few things, and is so sure of this answer that it survives most losses. But it needs the word
+# " table". A wrong key raises no error: it only leads to a different text.
 #
-# And a position that nobody has written? Fill everything behind the prompt with enormous numbers.
+# What about the positions that the next request has not written yet? Fill all of those after the prompt with enormous
+# numbers.
 #
 # > **Predict.** Does the answer change?
 
@@ -228,15 +229,15 @@ assert answer(question) == whole
 print("the same:", whole)
 
 # %% [markdown]
-# It does not. `context_len` keeps attention from reading further than what was written. That is why the cache need not
-# be cleared between requests.
+# It does not, because `context_len` keeps attention from reading any further than the sequence has written. That is why
+# the cache need not be cleared between requests.
 #
 # ## 5. What a token costs now
 #
-# > **Predict.** In v01 a token got dearer with every token before it. Here is a token at length 512 against one at
-# > length 64, in both. Write down two ratios.
+# > **Predict.** In v01, a token costs more the more tokens come before it. How many times as long does a token take at
+# > length 512 as at length 64, in v01 and in v02? Write down two ratios.
 #
-# The first of the new tokens pays for the prompt, so it is left out; each time is the best of several.
+# The first new token includes the prefill, so it is left out; each time is the best of several steps.
 
 
 # %%
@@ -274,17 +275,17 @@ plt.show()
 # %% [markdown]
 # ## 6. What it costs instead
 #
-# Memory. Each token has a key and a value, in each layer, for each KV head, of `head_dim` numbers.
+# It costs memory. Each token has a key and a value of `head_dim` numbers, in each layer and for each KV head.
 #
-# > **Predict.** Pocket has 5 layers and 2 KV heads of 32 numbers; a float32 takes 4 bytes. How many bytes are kept for
-# > a token? At how many tokens does the cache outweigh the model?
+# > **Predict.** Pocket has 5 layers and 2 KV heads of 32 numbers; a float32 takes 4 bytes. How many bytes does the
+# > cache store per token? At how many tokens does it become larger than the model?
 
 # %%
 config = engine.config
 per_token = kv_bytes_per_token(config, engine.dtype)
-# The head is the embedding over again, in the same memory: counted once.
+# The head and the embedding share one tensor, which is counted once.
 weights = sum({weight.data_ptr(): weight.nbytes for weight in engine.model.parameters()}.values())
-print(f"{per_token:,} bytes for a token; {weights:,} bytes of weights, as much as {weights / per_token:,.0f} tokens")
+print(f"{per_token:,} bytes per token; {weights:,} bytes of weights, as much as {weights / per_token:,.0f} tokens")
 print(f"reserved: {engine.cache.kv_bytes:,} bytes, {engine.cache.kv_bytes / weights:.0%} of the weights")
 
 assert per_token == 2 * 5 * 2 * 32 * 4
@@ -305,14 +306,15 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The gap between the blue line and the dashed one is reserved for tokens that may never come. With one sequence that
-# does not hurt. Remember it for v05.
+# The gap between the blue line and the dashed one is reserved for tokens that may never be generated. With one sequence
+# that does not hurt. It comes back in v05.
 #
 # ## 7. What is left
 #
-# A decode step feeds one token. Feeding eight costs more, but how much?
+# A decode step feeds one token. How much longer does it take to feed eight?
 #
-# > **Predict.** A pass over 8 new positions: how many times as long as a pass over 1? If work were all that counts, 8.
+# > **Predict.** How many times as long does a forward pass over 8 positions take as a forward pass over a single one?
+# > If only the amount of work counted, it would be 8.
 
 
 # %%
@@ -330,25 +332,25 @@ def best_prefill_ms(num_tokens):
 widths = (1, 2, 4, 8, 16)
 pass_ms = [best_prefill_ms(width) for width in widths]
 for width, each in zip(widths, pass_ms):
-    print(f"{width:2} positions: {each:5.2f} ms, {each / pass_ms[0]:4.1f} times one; {each / width:5.2f} ms a position")
+    print(f"{width:2} positions: {each:5.2f} ms, {each / pass_ms[0]:4.1f} times one; {each / width:5.2f} ms per position")
 
 # %% [markdown]
-# Each pass reads every weight once, and runs every line of Python once, whether for one position or for sixteen. A
-# decode step has only one position to offer, as long as there is only one sequence. The next chapter puts several in a
-# pass.
+# Each forward pass reads every weight once, and runs every line of Python once, whether for one position or for
+# sixteen. But a decode step has only one position to feed, as long as it serves only one sequence. In the next chapter,
+# several sequences share a forward pass.
 #
 # ## Things to try
 #
-# Change a line, say what you expect, run it.
+# Change a line, predict what will happen, then run it.
 #
-# 1. In part 4, ask "Tell me a story about a fox." (and take the assert on " table" out). For how many of the prompt's
-#    tokens does the story change, and is it still about a fox?
-# 2. In part 4, lose values instead of keys: `engine.cache.v[:, lost] = 0`. A zero key still gets some attention, a zero
-#    value gives nothing. Do the same words matter?
+# 1. In part 4, ask "Tell me a story about a fox." (and take out the assert on " table"). For how many of the prompt's
+#    tokens does losing the key change the story, and is it still about a fox?
+# 2. In part 4, lose values instead of keys: `engine.cache.v[:, lost] = 0`. A zero key still gets some attention, but a
+#    zero value adds nothing. Do the same words matter?
 # 3. In part 3, run two requests one after the other in the same engine, the longer one first. How many positions are
 #    filled after the second one's first step, and why is that harmless?
 #
 # The chapter's text is
 # [milestones/v02_kv_cache/README.md](https://github.com/stepserve/stepserve/blob/main/milestones/v02_kv_cache/README.md).
-# In a terminal, `make diff-v02` prints what the chapter changes, `make test-v02` holds it against Hugging Face and
-# against v01, and `make traps-v02` plants its seeded bugs and names the test that catches each.
+# In a terminal, `make diff-v02` prints what the chapter changes, `make test-v02` tests it against Hugging Face and v01,
+# and `make traps-v02` plants its seeded bugs and names the test that catches each.

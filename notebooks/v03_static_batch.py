@@ -15,9 +15,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stepserve/stepserve/blob/main/notebooks/v03_static_batch.ipynb)
 #
-# Several requests share a pass. You draw the rectangle that this takes, time a pass by how many are in it, and count
-# who paid: with pads, with riding along, with waiting. About 20 minutes; no GPU is needed. Each part first asks for a
-# number, then measures it.
+# Several requests share a forward pass. You draw the rectangle that this takes, time steps with more and more requests,
+# and count what it costs: pads, finished rows, and waiting. It takes about 20 minutes and no GPU. Each part first asks
+# you to predict a result, then measures it.
 
 # %%
 import subprocess
@@ -56,13 +56,13 @@ torch.set_num_threads(1)
 engine = Engine(POCKET, device="cpu", max_num_seqs=TIMELINE_PLACES)
 
 # %% [markdown]
-# ## 1. Why share a pass
+# ## 1. Why share a forward pass
 #
-# A pass reads every weight of the model once, and runs every line of its Python once, for however many it is made. Here
-# are decode steps, each request bringing one token, by how many requests share the step.
+# A forward pass reads every weight of the model once, and runs every line of its Python once, however many requests
+# share it. Here you time decode steps, in which each request feeds one token, with 1 to 16 requests per step.
 #
-# > **Predict.** A step for 8 requests: how many times as long as a step for 1? And tokens a second, with 8 in each
-# > step: how many times as many? Two numbers.
+# > **Predict.** How many times as long does a step for 8 requests take as a step for 1? And how many times as many
+# > tokens per second does it generate? Two numbers.
 
 
 # %%
@@ -86,7 +86,7 @@ counts = (1, 2, 4, 8, 16)
 step_ms = [ms_per_step(wide, together) for together in counts]
 for together, each in zip(counts, step_ms):
     rate = 1000 * together / each
-    print(f"{together:2} in a step: {each:5.2f} ms, {each / step_ms[0]:4.1f} times one; {rate:6,.0f} tokens a second")
+    print(f"{together:2} in a step: {each:5.2f} ms, {each / step_ms[0]:4.1f} times one; {rate:6,.0f} tokens per second")
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
@@ -95,30 +95,30 @@ left.plot(counts, [step_ms[0] * together for together in counts], "--", color="#
 left.set(xlabel="requests in a step", ylabel="ms", title="Time of a step", xticks=counts, ylim=0)
 left.legend()
 right.plot(counts, [1000 * together / each for together, each in zip(counts, step_ms)], "o-", color="#0969da")
-right.set(xlabel="requests in a step", ylabel="tokens a second", title="Tokens for all together", xticks=counts, ylim=0)
+right.set(xlabel="requests in a step", ylabel="tokens per second", title="Tokens for all together", xticks=counts, ylim=0)
 figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The dashed line is what the same tokens would take one after the other; the distance to it is the gain. Look at the
-# left curve once more from the side of one request in the step: its rise is what that one pays for its neighbours.
+# The dashed line is the time that the same tokens would take one after the other; the distance to it is the gain. For a
+# single request in the step, the rise of the left curve is a cost: the step takes longer because others share it.
 #
 # ## 2. The rectangle
 #
-# Ten requests, with their prompt and output lengths, for four places:
+# Here are ten requests with their prompt and output lengths. At most four run at once:
 
 # %%
 names = "ABCDEFGHIJ"
 for name, (prompt_len, output_len) in zip(names, TIMELINE):
-    print(f"{name}: {prompt_len:2} tokens of prompt, {output_len:2} to say")
+    print(f"{name}: {prompt_len:2} prompt tokens, {output_len:2} output tokens")
 
 # %% [markdown]
-# The first group is A to D. What libraries multiply are rectangles, so every row is as wide as the widest.
+# The first group is A to D. Libraries multiply rectangular arrays, so every row is as wide as the widest.
 #
-# > **Predict.** How many positions does the first pass of this group compute, and how many of them are pads? Two
-# > numbers.
+# > **Predict.** How many positions does the first forward pass of this group compute, and how many of them are pads?
+# > Two numbers.
 #
-# A hook in front of the model takes the first batch out.
+# A hook on the model records the batches; look at the first.
 
 # %%
 requests = fixed(TIMELINE, engine.config.vocab_size)
@@ -134,9 +134,9 @@ print(rectangle)
 assert rectangle.shape == (4, 7)
 
 # %% [markdown]
-# To the model these are 28 tokens, end to end; that they form rows is known to attention alone. The zeros at the right
-# are pads (`PAD_ID`, which is the BOS here: any token would do). Below, `logit_rows` says whose logits are wanted: each
-# row's last real token, never a pad.
+# To the model these are 28 tokens, end to end; only attention knows that they form rows. The zeros at the right are
+# pads (`PAD_ID`, which is the BOS here; any token would do). In the picture, `logit_rows` marks the positions whose
+# logits are needed: each row's last real token, never a pad.
 
 # %%
 wanted = torch.zeros(28, dtype=torch.bool)
@@ -150,8 +150,8 @@ plt.figure(figsize=(8, 2.8))
 plt.imshow(state, cmap=ListedColormap(["#d0d7de", "#54aeff", "#0550ae"]), aspect="auto")
 plt.yticks(range(4), names[:4])
 plt.xlabel("column of the rectangle")
-plt.title("The first pass: positions of four prompts")
-handles = [Patch(color="#0550ae", label="its logits are wanted"), Patch(color="#54aeff", label="prompt")]
+plt.title("The first forward pass: positions of four prompts")
+handles = [Patch(color="#0550ae", label="its logits are needed"), Patch(color="#54aeff", label="prompt")]
 plt.legend(handles=[*handles, Patch(color="#d0d7de", label="pad")], loc="center left", bbox_to_anchor=(1, 0.5))
 plt.tight_layout()
 plt.show()
@@ -161,28 +161,28 @@ assert int((state == 0).sum()) == 11  # 28 positions, 17 tokens of prompts
 # %% [markdown]
 # ## 3. The whole run
 #
-# Who has finished rides along until the last of the group has. Nobody comes in before that: `schedule` looks at the
-# queue only when nobody runs.
+# A finished request rides along until the last of its group has finished. No request is admitted before that, because
+# `schedule` looks at the queue only when no request is running.
 
 # %%
 print(inspect.getsource(Scheduler.schedule))
 
 # %% [markdown]
-# > **Predict.** A, B, C, D want 19, 5, 8 and 3 tokens; E to H want 4, 11, 2 and 7; I and J want 9 and 3. How many
-# > passes does it take? Each pass has four places: how many places are that, and how many of them give somebody a
-# > token?
+# > **Predict.** A to D generate 19, 5, 8 and 3 tokens; E to H generate 4, 11, 2 and 7; I and J generate 9 and 3. How
+# > many steps, of one forward pass each, do they take? Each step has room for four rows. How many rows is that over
+# > all steps, and how many of them yield a token?
 
 # %%
 trace, _ = record(find("v03"), engine, requests)
 got = sum(part.got_token for each in trace.passes for part in each.parts)
 places = len(trace.passes) * trace.places
-print(f"{len(trace.passes)} passes, {places} places, {got} tokens: {got / places:.0%} of the places gave one")
+print(f"{len(trace.passes)} steps, {places} rows, {got} tokens: {got / places:.0%} of the rows yielded one")
 
 assert len(trace.passes) == 19 + 11 + 9  # the longest of each group
 assert got == sum(output_len for _, output_len in TIMELINE) == 71
 
 # %% [markdown]
-# Drawn: a line for each of the four places, a column for each pass.
+# In the picture, each line is one of the four rows, and each column is one step.
 
 # %%
 state = torch.zeros(trace.places, len(trace.passes))  # 0: empty, 1: rides along, 2: one token, 3: its prompt
@@ -195,30 +195,31 @@ for number, each in enumerate(trace.passes):
 
 plt.figure(figsize=(8, 2.6))
 colors = ListedColormap(["white", "#d0d7de", "#54aeff", "#0550ae"])
-plt.imshow(state, cmap=colors, aspect="auto", extent=(0.5, state.shape[1] + 0.5, 3.5, -0.5))  # passes count from 1
+plt.imshow(state, cmap=colors, aspect="auto", extent=(0.5, state.shape[1] + 0.5, 3.5, -0.5))  # steps count from 1
 for request, (number, row) in letters.items():
     plt.text(number + 1, row, names[request], ha="center", va="center", color="white", weight="bold")
 plt.yticks(range(trace.places))
-plt.xlabel("forward pass")
-plt.ylabel("place")
-plt.title("Dark: its prompt.  Blue: a token.  Grey: rides along.  White: empty")
+plt.xlabel("step")
+plt.ylabel("row")
+plt.title("Dark: its prompt.  Blue: a token.  Gray: rides along.  White: empty")
 plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Three blocks, each as long as its longest row. The grey and the white to the right of a short row is what the others'
-# length costs. The book's measure of it is the *useful share*: of the places in passes that began while somebody
-# waited, how many gave a token. (An empty place is a loss only if somebody would have taken it.)
+# There are three blocks, each as long as its longest row. Gray is the cost of waiting for a group's longest request.
+# White rows are empty because no request is left. The book measures the loss as the *useful share*: of the rows in
+# steps that began while a request waited, the share that yielded a token. (An unused row is a loss only if a request
+# was waiting for it.)
 
 # %%
 print(f"useful share: {trace.useful_share():.0%}")
 print(summary(trace))
 
 # %% [markdown]
-# ## 4. Positions, and who needed them
+# ## 4. Which positions were needed
 #
 # > **Predict.** A group computes rows x (longest prompt + longest output - 1) positions. The prompts are in part 2. How
-# > many positions are that for the three groups together? How many were needed: the sum of prompt + output - 1?
+# > many positions do the three groups compute together? How many were needed: the sum of prompt + output - 1?
 
 # %%
 needed, pads, rides = [], [], []
@@ -226,7 +227,7 @@ for each in trace.passes:
     needed.append(sum(part.useful for part in each.parts))
     pads.append(sum(part.num_tokens - part.useful for part in each.parts if part.got_token))
     rides.append(sum(part.num_tokens for part in each.parts if not part.got_token))
-print(f"{trace.num_positions} positions: {sum(needed)} needed, {sum(pads)} pads, {sum(rides)} for who had ended")
+print(f"{trace.num_positions} positions: {sum(needed)} needed, {sum(pads)} pads, {sum(rides)} in finished rows")
 assert trace.num_positions == 4 * (7 + 19 - 1) + 4 * (9 + 11 - 1) + 2 * (4 + 9 - 1) == 200
 assert sum(needed) == trace.num_needed == 106
 
@@ -236,27 +237,27 @@ plt.figure(figsize=(8, 3))
 plt.bar(x, needed, color="#0969da", label="needed")
 plt.bar(x, pads, bottom=needed, color="#d4a72c", label="pads")
 plt.bar(x, rides, bottom=[a + b for a, b in zip(needed, pads)], color="#d0d7de", label="riding along")
-plt.xlabel("forward pass")
+plt.xlabel("step")
 plt.ylabel("positions computed")
-plt.title("What each pass computes, and for what")
+plt.title("The positions that each step computes")
 plt.legend()
 plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Three tall bars: the prompts of each group, where the pads are. In the passes after them everyone who is left brings
-# one token, so there are no pads, but more and more who ride along.
+# The three tall bars are the prefills of the groups, which have all the pads. In the steps after a prefill every row
+# feeds one token, so there are no pads, but more and more rows ride along.
 #
-# ## 5. Head of line
+# ## 5. Head-of-line blocking
 #
-# > **Predict.** E wants 4 tokens, and is there from the start. How many passes go by before its first one? After how
-# > many has it its last token?
+# > **Predict.** E generates 4 tokens, and is queued from the start. How many steps does it wait before its first one?
+# > After how many steps does it have its last token?
 
 # %%
 waits = [trace.waits(request) for request in range(10)]
 ends = trace.ends()
 for name, (_, output_len), wait, end in zip(names, TIMELINE, waits, ends):
-    print(f"{name} wants {output_len:2} tokens, waits {wait:2} passes, has its last after {end:2}")
+    print(f"{name} generates {output_len:2} tokens, waits {wait:2} steps, has its last token after {end:2}")
 
 assert (waits[4], ends[4]) == (19, 19 + 4)
 
@@ -266,24 +267,24 @@ rode = [sum(part.request == i and not part.got_token for each in trace.passes fo
 plt.figure(figsize=(8, 3))
 plt.barh(list(names), waits, color="#eaeef2", label="waits")
 plt.barh(list(names), runs, left=waits, color="#0969da", label="gets tokens")
-plt.barh(list(names), rode, left=ends, color="#8c959f", label="has ended, rides along")
+plt.barh(list(names), rode, left=ends, color="#8c959f", label="finished, rides along")
 plt.gca().invert_yaxis()
-plt.xlabel("forward passes since the start")
+plt.xlabel("steps since the start")
 plt.title("The life of each request")
 plt.legend()
 plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# B, C and D had ended long before E was let in. It waited for A alone: *head-of-line blocking*. Grey bars beside pale
-# ones, places that are held by nobody while somebody waits, are what the next chapter is about.
+# B, C and D had finished long before E was admitted. It waited for A alone: this is *head-of-line blocking*. The next
+# chapter is about the gray bars above pale ones: rows of finished requests, kept while other requests wait.
 #
 # ## 6. Is it still the same answer?
 #
-# Neighbours lie in the same rectangle, with their pads. A row must not see them.
+# The other requests, and their pads, are in the same rectangle. A row must not see them.
 #
-# > **Predict.** Three questions, asked together and one by one. Same texts? And how many passes together, if the
-# > answers have different lengths?
+# > **Predict.** You ask three questions together, then one by one. Are the texts the same? And how many forward passes
+# > do they take together, if the answers have different lengths?
 
 # %%
 questions = ("What is static batching?", "Explain KV cache in one sentence.", "Tell me a story about a fox.")
@@ -296,25 +297,25 @@ passes = engine.num_steps - steps_before
 
 for completion in together:
     print(f"{len(completion.token_ids):2} tokens: {completion.text}")
-print(f"{passes} passes together, {sum(len(completion.token_ids) for completion in alone)} one by one")
+print(f"{passes} forward passes together, {sum(len(completion.token_ids) for completion in alone)} one by one")
 assert [completion.token_ids for completion in together] == [completion.token_ids for completion in alone]
 assert passes == max(len(completion.token_ids) for completion in alone)
 
 # %% [markdown]
 # ## Things to try
 #
-# Change a line, say what you expect, run it.
+# Change a line, predict what will happen, then run it.
 #
-# All three are changes of the call of `record` in part 3. The asserts after it hold for the old call: take them out.
+# All three change the call to `record` in part 3. The asserts after it hold only for the old call, so take them out.
 #
-# 1. Sort the requests: `sorted(requests, key=lambda request: request.max_tokens)`. What becomes of the useful share,
-#    and what of whoever asked first? (The letters then stand for other requests.)
-# 2. Give it `Engine(POCKET, device="cpu", max_num_seqs=2)`, then one of 10 places. Work out passes and positions for
-#    both before you run it. They move in opposite directions; which matters more?
+# 1. Sort the requests: `sorted(requests, key=lambda request: request.max_tokens)`. What happens to the useful share,
+#    and to the request that arrived first? (The letters then stand for other requests.)
+# 2. Pass it `Engine(POCKET, device="cpu", max_num_seqs=2)`, then an engine with `max_num_seqs=10`. Work out steps and
+#    positions for both before you run it. They move in opposite directions; which matters more?
 # 3. Make one prompt long: `fixed([(60, 19), *TIMELINE[1:]], engine.config.vocab_size)`. How many pads does that cost
-#    A's three neighbours?
+#    A's three neighbors?
 #
 # The chapter's text is
 # [milestones/v03_static_batch/README.md](https://github.com/stepserve/stepserve/blob/main/milestones/v03_static_batch/README.md).
-# In a terminal, `make diff-v03` prints what the chapter changes, `make test-v03` holds it against Hugging Face and
-# against v02, and `make traps-v03` plants its seeded bugs and names the test that catches each.
+# In a terminal, `make diff-v03` prints what the chapter changes, `make test-v03` tests it against Hugging Face and v02,
+# and `make traps-v03` plants its seeded bugs and names the test that catches each.

@@ -15,9 +15,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stepserve/stepserve/blob/main/notebooks/v05_paged_cache.ipynb)
 #
-# You watch a block table grow, compute slots by hand, see a pool of sixteen blocks change hands, and count how many
-# requests run together in the memory that v04 gave to eight. Before each run there is a question: write your number
-# down, then run the cell. About twenty minutes.
+# You watch a block table grow, compute slots by hand, follow the sixteen blocks of a pool from owner to owner, and
+# count how many requests run together in the memory in which v04 runs eight. Before each run there is a question: write
+# your number down, then run the cell. About 20 minutes.
 
 # %%
 import subprocess
@@ -52,12 +52,12 @@ from shared.workloads import TIMELINE, fixed, ragged
 # %% [markdown]
 # ## 1. A table grows
 #
-# An engine with 16 blocks of 4 tokens: 64 positions in all. Two requests run side by side. The first has a prompt of 7
-# tokens and gets 12, the second has 5 and gets 9. A token's key and value are kept when it is *fed*, and the last token
-# is never fed.
+# An engine has 16 blocks of 4 tokens: 64 positions in all. Two requests run side by side. The first has a prompt of 7
+# tokens and generates 12, the second has a prompt of 5 and generates 9. A token's key and value are stored when the
+# token is *fed*, and the last token is never fed.
 #
-# **Predict.** How many blocks does the first request hold at its end? With which step does it take its third? Which ids
-# will be in its table?
+# **Predict.** How many blocks does the first request hold at its end? In which step does it get its third block? Which
+# ids are in its table?
 
 # %%
 engine = Engine(POCKET, device="cpu", num_blocks=16, block_size=4)
@@ -66,7 +66,7 @@ seen = []
 
 
 def watch(model, args):
-    """Keep each step's batch, and a copy of the tables as they are in it."""
+    """Keep each step's batch, and a copy of its tables."""
     batch = args[0]
     seen.append((batch, {draw.seq.seq_id: (list(draw.seq.block_table), draw.position) for draw in batch.draws}))
 
@@ -82,15 +82,15 @@ for step, (_, tables) in enumerate(seen, 1):
     print(f"step {step:2}", *said, sep="   ")
 
 # %% [markdown]
-# A table gets a new id in the step whose token does not fit into the last block, and never before. The two tables
-# interleave: whoever asks next gets the block that is free next. Nothing in a table is in any order but that of its own
-# tokens.
+# A table gets a new id in the step whose token does not fit into the last block, and not earlier. The ids of the two
+# tables interleave, because each request gets the next free block when it needs one. A table's order is the order of
+# its own tokens; its ids need not be consecutive.
 
 # %%
 table_of_a = seen[-1][1][a][0]
 assert len(table_of_a) == engine.pool.blocks_for(7 + 12 - 1) == 5
 grew = [step for step in range(1, len(seen)) if len(seen[step][1][a][0]) > len(seen[step - 1][1][a][0])]
-print("A's table:", table_of_a, " it grew in the steps", [step + 1 for step in grew])
+print("A's table:", table_of_a, " it grew in steps", [step + 1 for step in grew])
 assert all((seen[step][1][a][1] - 1) % 4 == 0 for step in grew), "a block is taken for the first token that needs it"
 
 figure, axes = plt.subplots(figsize=(8, 3))
@@ -99,7 +99,7 @@ for name, request, colour in (("A", a, "tab:blue"), ("B", b, "tab:orange")):
     room = [4 * len(tables[request][0]) for _, tables in seen if request in tables]
     axes.step(range(1, len(held) + 1), room, where="mid", color=colour, label=f"{name}: room in its blocks")
     axes.plot(range(1, len(held) + 1), held, "o", color=colour, label=f"{name}: positions that hold a token")
-axes.set(title="Room follows the tokens, a block at a time", xlabel="step", ylabel="positions", ylim=0)
+axes.set(title="Room follows the tokens, one block at a time", xlabel="step", ylabel="positions", ylim=0)
 axes.legend(fontsize=8)
 plt.show()
 
@@ -118,24 +118,23 @@ for batch, tables in seen:
     by_hand = []
     for draw in batch.draws:
         table, end = tables[draw.seq.seq_id]
-        begin = 0 if batch is seen[0][0] else end - 1  # the first step brings the prompt, later ones a token
+        begin = 0 if batch is seen[0][0] else end - 1  # the first step feeds the prompt, later ones a token
         by_hand += [table[p // 4] * 4 + p % 4 for p in range(begin, end)]
     assert by_hand == batch.slot_mapping.tolist()
 print("first step:", seen[0][0].slot_mapping.tolist())
 print("step 8:    ", seen[7][0].slot_mapping.tolist())
 
 # %% [markdown]
-# In every step the list by hand was the one of `build_batch`. In the first step it is two runs of slots, the prompts;
-# later it is one slot for each sequence. Writing needs this list and nothing else; reading goes through the tables.
-# Look at both:
+# In every step the list computed by hand equals the one from `build_batch`. In the first step it has two runs of slots,
+# the prompts; later it has one slot per sequence. Writing needs only this list; reading uses the tables. Look at both:
 
 # %%
 print(inspect.getsource(type(engine.cache).write))
 print(inspect.getsource(type(engine.cache).read))
 
 # %% [markdown]
-# What is read is what was written, in the order of the positions, wherever the blocks lie. The cell takes layer 0 and
-# step 8, when A had four blocks and B three, and compares the gathered keys with those that stand in B's slots.
+# What is read is what was written, in the order of the positions, wherever the blocks are. The cell takes layer 0 and
+# step 8, when A had four blocks and B three, and compares the gathered keys with those in B's slots.
 
 # %%
 batch, tables = seen[7]
@@ -146,42 +145,41 @@ row = [draw.seq.seq_id for draw in batch.draws].index(b)
 slots = [table[p // 4] * 4 + p % 4 for p in range(num_held)]
 print("tables of the step:", rectangle.block_tables.tolist(), "   B's slots:", slots)
 assert torch.equal(keys[row, :num_held], engine.cache.k[0].flatten(0, 1)[slots])
-assert torch.equal(keys[row, num_held], engine.cache.k[0, table[0], 0]), "behind B's end: its own first key"
+assert torch.equal(keys[row, num_held], engine.cache.k[0, table[0], 0]), "past B's end: its own first key"
 
 # %% [markdown]
-# B's table is shorter, so it is filled up with its own first block: behind B's end its first keys stand again, and the
-# mask gives them the weight 0.
+# B's table is shorter, so it is padded with its own first block: past B's end its first keys are read again, and the
+# mask gives them weight 0.
 #
-# ## 3. Take and give back
+# ## 3. Allocate and free
 #
-# The pool knows ids and nothing about tensors.
+# The pool knows ids, and nothing about tensors.
 #
-# **Predict.** Six blocks are free, 0 to 5. Somebody takes three, somebody else two, the first gives hers back. What
-# does `allocate(5)` return? And `allocate(4)` after it?
+# **Predict.** Six blocks are free, 0 to 5. A takes three, B takes two, and A gives its blocks back. What does
+# `allocate(5)` return? And `allocate(4)` after it?
 
 # %%
 pool = BlockPool(num_blocks=6, block_size=4)
-hers, his = pool.allocate(3), pool.allocate(2)
-print("she holds", hers, " he holds", his, " free", list(pool.free_ids))
-pool.free(hers)
-print("she gives hers back:                  free", list(pool.free_ids))
-print("allocate(5):", pool.allocate(5), "                      free", list(pool.free_ids))
-print("allocate(4):", pool.allocate(4), "             free", list(pool.free_ids))
+of_a, of_b = pool.allocate(3), pool.allocate(2)
+print("A holds", of_a, "  B holds", of_b, "  free", list(pool.free_ids))
+pool.free(of_a)
+print("A gives its blocks back:             free", list(pool.free_ids))
+print("allocate(5):", pool.allocate(5), "                   free", list(pool.free_ids))
+print("allocate(4):", pool.allocate(4), "          free", list(pool.free_ids))
 assert pool.num_free == 0
 
 # %% [markdown]
-# `None`, and nothing was taken: the four that are free stayed free. A pool that gave what it had would leave a request
-# with half of its blocks and nobody who knows. And her blocks came back behind block 5, the last of her table first:
-# `5, 2, 1, 0`. The head of a prompt is what another request is most likely to share, so it is the last to be handed out
-# again.
+# `allocate(5)` returned `None` and took nothing: the four free blocks stayed free. A pool that returned what it had
+# would leave a request with only some of its blocks. A's blocks came back after block 5, the last of its table first:
+# `5, 2, 1, 0`. The head of a prompt is what another request is most likely to share, so it is handed out again last.
 #
 # ## 4. Sixteen blocks, ten requests
 #
-# The small workload of the chapter's picture, recorded from a run. `record` steps the engine and writes down who held
-# what.
+# This is the small workload of the chapter's picture, recorded from a run. `record` steps the engine and notes which
+# request held which blocks.
 #
-# **Predict.** All ten requests are there at the start, and four may run together. Is there a pass in which a place is
-# free and a quarter of the blocks, and somebody waits all the same? If so: what for?
+# **Predict.** All ten requests are present at the start, and four may run together. Is there a step in which fewer than
+# four requests run, at least a quarter of the blocks is free, and a request still waits? If so, what is it waiting for?
 
 # %%
 num_blocks = 16
@@ -196,21 +194,21 @@ figure, axes = plt.subplots(figsize=(8, 4))
 axes.imshow(owners, cmap="tab10", vmin=0, vmax=9, aspect="auto", alpha=0.6)
 for block, step in (~owners.isnan()).nonzero().tolist():
     axes.text(step, block, "ABCDEFGHIJ"[int(owners[block, step])], ha="center", va="center", fontsize=8)
-axes.set(title="Who owns which block (white: free)", xlabel="pass", ylabel="block")
+axes.set(title="Which request owns which block (white: free)", xlabel="step", ylabel="block")
 axes.set_xticks(range(0, len(trace.passes), 2), range(1, len(trace.passes) + 1, 2))
 axes.set_yticks(range(0, num_blocks, 5))
 plt.show()
 
 # %% [markdown]
-# Follow A in the picture: it takes whichever block is free. Now count. Before a newcomer is let in, the scheduler adds
-# up what those who run may *come* to need, in blocks (`Scheduler.reserved`). The cell computes it from the lengths of the
-# workload.
+# Follow A in the picture: it gets whichever block is free. Now count. Before a new request is admitted, the scheduler
+# adds up what the running requests may *come* to need, in blocks (`Scheduler.reserved`). The cell computes it from the
+# lengths of the workload.
 
 # %%
 reservation = [engine.pool.blocks_for(prompt + output - 1) for prompt, output in trace.lengths]
 held = [sum(len(part.rows) for part in each.parts) for each in trace.passes]
 reserved = [sum(reservation[part.request] for part in each.parts) for each in trace.passes]
-first_run = {}  # request to the pass in which it ran first
+first_run = {}  # request to the step in which it ran first
 for step, each in enumerate(trace.passes):
     for part in each.parts:
         first_run.setdefault(part.request, step)
@@ -221,7 +219,7 @@ figure, axes = plt.subplots(figsize=(8, 3))
 axes.step(passes, reserved, where="mid", label="reserved")
 axes.fill_between(passes, held, step="mid", alpha=0.3, label="held")
 axes.bar(passes, waits, width=0.3, color="grey", label="requests that wait")
-axes.set(title="Promises fill the pool before tokens do", xlabel="pass", ylabel="blocks, requests")
+axes.set(title="Reservations fill the pool before tokens do", xlabel="step", ylabel="blocks, requests")
 axes.set_ylim(0, num_blocks + 1)
 axes.legend(fontsize=8, loc="upper right")
 plt.show()
@@ -232,19 +230,20 @@ idle = [
     p for p, r, h, w in zip(passes, running, held, waits)
     if w and r < 4 and num_blocks - h >= num_blocks / 4
 ]
-print("a place is free and a quarter of the blocks, and somebody waits, in the passes", idle)
+print("fewer than four run, at least a quarter of the blocks is free, and a request waits, in steps", idle)
 assert idle and all(h <= p <= num_blocks for h, p in zip(held, reserved))
 
 # %% [markdown]
-# They wait for what is reserved for others. The sum never exceeds the pool, so nobody who runs can be refused
-# a block later. That is the price of never being stuck: blocks that are reserved and not held yet keep newcomers out.
+# The request waits because blocks are reserved for others. The sum of the reservations never exceeds the pool, so a
+# running request is never refused a block later. The price is that blocks that are reserved, but not yet held, keep
+# new requests out.
 #
 # ## 5. The same bytes, v04 and v05
 #
-# 4,096 positions of memory. A request may have 512 tokens, so v04 makes 8 rows of them. 72 requests come at once, with
-# prompts of 4 to 60 tokens and outputs of 1 to 120, all lengths equally likely.
+# Take 4,096 positions of memory. A request may have 512 tokens, so v04 makes 8 rows of them. 72 requests arrive at
+# once, with prompts of 4 to 60 tokens and outputs of 1 to 120, all lengths equally likely.
 #
-# **Predict.** How many run together in v05, as long as some wait?
+# **Predict.** How many run together in v05, while others wait?
 
 # %%
 rows, longest = 8, 512
@@ -268,23 +267,23 @@ for name, run in (("v04", before), ("v05", after)):
     while_waiting = [len(each.parts) for each in run.passes[1:] if each.waiting]
     mean = sum(while_waiting) / len(while_waiting)
     axes.step(range(1, len(run.passes) + 1), together[name], where="mid", label=f"{name}: {mean:.1f} while others wait")
-axes.set(title="Requests in each forward pass, equal memory", xlabel="pass", ylabel="requests")
+axes.set(title="Requests in each step, equal memory", xlabel="step", ylabel="requests")
 axes.legend(fontsize=8)
 plt.show()
 assert max(together["v04"]) == rows < max(together["v05"])
 assert len(after.passes) < len(before.passes)
 
 # %% [markdown]
-# The ratio is not 512 to the mean reservation of all requests: a long request is in many passes and a short one in few, so
-# whoever looks at a pass meets mostly long ones. The chapter's text works it out under *What it costs*. Now the bytes
-# themselves. v04 reserves a whole row for whoever runs; v05 hands out blocks.
+# The ratio is not 512 divided by the mean reservation of all requests. A long request is in many steps and a short one
+# in few, so a step contains mostly long ones. The chapter's text works this out under *What it costs*. Now the bytes
+# themselves: v04 reserves a whole row for each running request; v05 hands out blocks.
 
 # %%
 per_position = after.kv_bytes / 4096
 
 
 def bytes_of(run, size_of):
-    """MiB in each pass: handed out, and full of tokens; size_of says how many positions a part has been given."""
+    """MiB in each step: handed out, and filled with tokens; size_of returns the positions that a part was given."""
     reached, given, full = {}, [], []
     for each in run.passes:
         for part in each.parts:
@@ -301,20 +300,21 @@ for panel, (name, run, size_of) in zip(axes, runs):
     given, full = bytes_of(run, size_of)
     panel.fill_between(range(len(given)), given, color="lightgrey", label="handed out")
     panel.fill_between(range(len(full)), full, color="tab:blue", label="holds tokens")
-    panel.set(title=f"{name}: {sum(full) / sum(given):.0%} of what is handed out is used", xlabel="pass")
+    panel.set(title=f"{name}: {sum(full) / sum(given):.0%} of what is handed out is used", xlabel="step")
     panel.title.set_fontsize(10)
 axes[0].set_ylabel("MiB of keys and values")
 axes[1].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# In v04 nearly all that is handed out is grey: rows are reserved to their ends. In v05 a thin edge is left, the empty
-# part of each sequence's last block. The white above it is reserved, or not needed by anyone.
+# In v04 nearly all of what is handed out is gray: rows are reserved to their full length. In v05 only a thin edge is
+# gray, the empty part of each sequence's last block. The white area above it is reserved and not held, or free for any
+# request.
 #
 # ## 6. How large should a block be?
 #
-# **Predict.** Blocks of 1, 4, 16 and 64 tokens, always 1,024 positions. How many positions of its last block does a
-# sequence leave empty, on average, for each size?
+# **Predict.** Take blocks of 1, 4, 16 and 64 tokens, always 1,024 positions. How many positions of its last block does
+# a sequence leave empty, on average, for each size?
 
 # %%
 sizes, empty, unheld = (1, 4, 16, 64), {}, {}
@@ -330,7 +330,7 @@ for size in sizes:
             later += (engine.pool.blocks_for(sum(run.lengths[part.request]) - 1) - len(part.rows)) * size
             count += 1
     empty[size], unheld[size] = lost / count, later / count
-    print(f"blocks of {size:2}: {len(run.passes)} passes, {empty[size]:5.1f} positions of a sequence held and empty, "
+    print(f"blocks of {size:2}: {len(run.passes)} steps, {empty[size]:5.1f} positions per sequence held and empty, "
           f"{unheld[size]:5.1f} reserved and not held")
     assert empty[size] <= size - 1
 
@@ -341,25 +341,25 @@ axes.bar(places, empty.values(), label="held and empty")
 axes.bar(places, unheld.values(), bottom=list(empty.values()), color="lightgrey", label="reserved and not held")
 axes.plot(places, [(size - 1) / 2 for size in sizes], "k.--", label="(block size - 1) / 2")
 axes.set_xticks(places, sizes)
-axes.set(title="What a sequence has and does not use", xlabel="tokens in a block", ylabel="positions")
+axes.set(title="Positions per sequence that hold no token", xlabel="tokens in a block", ylabel="positions")
 axes.legend(fontsize=8)
 plt.show()
 assert empty[1] == 0 < empty[4] < empty[16] < empty[64]
 
 # %% [markdown]
-# With blocks of one token nothing is held and empty. The larger the block, the more of its last one is empty: about
-# half a block where lengths are many times the block, and it moves with the lengths where they are not. The other
-# waste, what is reserved and not held, hardly depends on the block: it is a matter of who is let in. Why not blocks of
-# one, then? A table has an entry for each block, and what is read lies in smaller pieces.
+# With blocks of one token nothing is held and empty. The larger the block, the more of the last one is empty: about
+# half a block where lengths are many times the block, while for shorter lengths it varies with them. The other kind of
+# waste, reserved and not held, hardly depends on the block size: admission determines it. Why not use blocks of one
+# token, then? A table has an entry for each block, and reads are split into smaller pieces.
 #
 # ## To try
 #
-# 1. In part 3, let him give his blocks back before hers come back. Write down the order in which `allocate(6)` returns
+# 1. In part 3, let B give its blocks back before A does. Write down the order in which `allocate(6)` returns
 #    them, then run.
-# 2. In part 4, make `num_blocks` 12. How many passes will it take? Who waits longest?
-# 3. In part 5, say that no request will be longer than 180 tokens: `rows, longest = 22, 180`, as many rows as fit into
-#    4,096 positions. How much is left of the difference? What did v04 have to know for it?
+# 2. In part 4, make `num_blocks` 12. How many steps will it take? Which request waits longest?
+# 3. In part 5, assume that no request is longer than 180 tokens: `rows, longest = 22, 180`, as many rows as fit into
+#    4,096 positions. How much of the difference is left? What did v04 have to know in advance?
 #
 # The chapter's text is [milestones/v05_paged_cache/README.md](../milestones/v05_paged_cache/README.md). `make test-v05`
-# holds the chapter against Hugging Face, `make traps-v05` plants its seeded bugs one by one, `make diff-v05` shows all
-# that it changed.
+# tests the chapter against Hugging Face, `make traps-v05` plants its seeded bugs one by one, and `make diff-v05` shows
+# all of its changes.

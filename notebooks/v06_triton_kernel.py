@@ -14,10 +14,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stepserve/stepserve/blob/main/notebooks/v06_triton_kernel.ipynb)
 #
-# You take a softmax that forgets what it has seen, run the chapter's kernels on a CPU through Triton's interpreter,
-# poison the memory that they must not read, and count the bytes that the gather of v05 moved for nothing. About twenty
-# minutes. Before each run there is a question: write your answer down first. (Triton exists for Linux only; elsewhere,
-# open it in Colab.)
+# You compute a softmax that forgets what it has seen, run the chapter's kernels on a CPU in Triton's interpreter,
+# poison the memory that they must not read, and count the bytes that v05's gather moves needlessly. It takes about
+# twenty minutes. There is a question before each run: write down your answer first. (Triton exists for Linux only;
+# elsewhere, open this in Colab.)
 
 # %%
 import subprocess
@@ -32,8 +32,8 @@ if root is None:  # on Colab: fetch the repository and what it needs
 sys.path.insert(0, str(root))
 
 # %% [markdown]
-# Triton decides when it is imported whether it compiles or interprets, so the environment is set before anything else
-# is imported. All of this runs on the CPU, also where there is a GPU.
+# Triton decides at import whether it compiles or interprets, so set the environment before importing anything else. All
+# of this runs on the CPU, even if there is a GPU.
 
 # %%
 import os
@@ -75,12 +75,12 @@ from shared.workloads import Request
 # %% [markdown]
 # ## 1. A softmax that forgets
 #
-# Four keys with the scores 2, 3, 5 and 1; their values are 10, 20, 30 and 40. They come two at a time, and the first
-# two are gone when the next two come. Three numbers are kept: the largest score, the sum of the weights, each
-# `exp(score - largest)`, and the weighted sum of the values.
+# Take four keys with the scores 2, 3, 5 and 1 and the values 10, 20, 30 and 40. They arrive two at a time, and the
+# first two are gone when the next two arrive. You keep three numbers: the largest score, the sum of the weights (each
+# is `exp(score - largest)`), and the weighted sum of the values.
 #
-# **Predict.** After the first two: which three numbers? When the 5 arrives, by what must the kept sums be multiplied?
-# Can the sum of the weights become *smaller* when more keys are seen?
+# **Predict.** What are the three numbers after the first two keys? When the 5 arrives, by what must you multiply the
+# two sums? Can the sum of the weights become *smaller* as more keys are seen?
 
 # %%
 def online(scores, values, tile, rescaled=True):
@@ -106,18 +106,19 @@ print(f"torch.softmax over all four: {want:.2f}")
 assert abs(weighted / total - want) < 1e-5
 
 # %% [markdown]
-# The sum fell: all that was seen before counts less now, because something larger came. The division at the end does
-# not notice, since both sums were multiplied by the same number.
+# The sum fell: everything seen before counts less now, because a larger score arrived. The division at the end cancels
+# that, since both sums were multiplied by the same number.
 #
-# Now 256 scores in tiles of 16, with two large ones in the second half. Watch three curves.
+# Now take 256 scores in tiles of 16, with two large ones in the second half. The plots show the largest score, the
+# sum of the weights, and the weighted mean so far.
 #
-# **Predict.** At which tiles does the sum of the weights fall? And if somebody forgets the rescale, are the early
-# values or the late ones too heavy in the result?
+# **Predict.** At which tiles does the sum of the weights fall? And if you forget the rescale, do the early values or
+# the late ones get too much weight in the result?
 
 # %%
 torch.manual_seed(0)
 scores = torch.randn(256)
-scores[150], scores[215] = 5.0, 6.5  # in the tiles 10 and 14
+scores[150], scores[215] = 5.0, 6.5  # in tiles 10 and 14
 values = torch.linspace(0, 100, 256) + 10 * torch.randn(256)
 want = (scores.softmax(0) * values).sum().item()
 right = list(online(scores, values, tile=16))
@@ -143,23 +144,24 @@ assert abs(at_end[0] - want) < 1e-3
 assert abs(at_end[1] - want) > 1e-3
 
 # %% [markdown]
-# The sum can fall only where a new largest score arrives; elsewhere it rises. Values grow to the right here, and
-# without the rescale the result is too small: early keys keep the weight that they had when nothing larger was known.
+# The sum can fall only where a new largest score arrives; elsewhere it rises. The values grow along the sequence
+# here, so without the rescale the result is too small: early keys keep the weight they had before a larger score was
+# known.
 #
 # ## 2. The same in the kernel
 #
 # Here is the loop of `_attend_kernel`. Find the three numbers (`score_max`, `exp_sum`, `acc`), the rescale, and the
-# line that finds where key `i` lies. The last is all that is paged about it.
+# lines that look up a key's block and compute its slot. Those two lines are all that paging adds.
 
 # %%
 source = inspect.getsource(_attend_kernel.fn)
-print(source[source.index("    # running softmax") : source.index("    # a row that saw no key")])
+print(source[source.index("    # running softmax") : source.index("    # a row that has seen no key")])
 
 # %% [markdown]
-# A program takes one sequence and one KV head, with all query heads that share it; its tile is `TILE_KEYS` keys,
-# whatever the size of a block. To call it, some memory: a cache in pocket's shape (6 query heads, 2 KV heads, 32
-# elements) with blocks of 16, and sequences that bring one query each, as in a decode step. Blocks are dealt in random
-# order, and every slot that holds no token of anyone is NaN.
+# A program takes one sequence and one KV head, with all query heads that share it. Its tile has `TILE_KEYS` keys,
+# whatever the size of a block. To call the kernel you need some memory: a cache in pocket's shape (6 query heads, 2
+# KV heads, 32 elements) with blocks of 16, and sequences with one query each, as in a decode step. Blocks are handed
+# out in random order, and every slot that holds no token is NaN.
 
 # %%
 config = load_config(POCKET)
@@ -174,7 +176,7 @@ def memory(contexts, seed=1):
     cache = KVCache(config, sum(needed) + 1, BLOCK_SIZE, torch.device("cpu"), torch.float32)
     for kept in (cache.k, cache.v):
         kept.fill_(math.nan)
-    free = (torch.randperm(sum(needed), generator=generator) + 1).tolist()  # block 0 is nobody's
+    free = (torch.randperm(sum(needed), generator=generator) + 1).tolist()  # block 0 belongs to no sequence
     tables = torch.zeros(len(contexts), max(needed), dtype=torch.int32)
     for s, n in enumerate(contexts):
         for p in range(n):
@@ -187,13 +189,13 @@ def memory(contexts, seed=1):
 
 
 # %% [markdown]
-# **Predict.** Contexts of 9, 64, 65 and 130 tokens. How many turns of the loop do their programs take? And how far from
-# plain torch, `paged_attention_ref`, will the result be: 0, about 1e-7, about 1e-3?
+# **Predict.** With contexts of 9, 64, 65 and 130 tokens, how many turns of the loop do their programs take? And how far
+# will the result be from plain torch, `paged_attention_ref`: 0, about 1e-7, or about 1e-3?
 
 # %%
 contexts = [9, 64, 65, 130]
 q, cache, tables = memory(contexts)
-starts = torch.arange(len(contexts) + 1, dtype=torch.int32)  # each brings one query
+starts = torch.arange(len(contexts) + 1, dtype=torch.int32)  # one query per sequence
 lens = torch.tensor(contexts, dtype=torch.int32)
 args = q, cache.k[0], cache.v[0], tables, starts, lens
 got = paged_attention(*args, max_query_len=1, max_context_len=max(contexts))
@@ -203,15 +205,16 @@ print(f"largest difference {(got - want).abs().max():.1e}; NaN in the result: {i
 torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 # %% [markdown]
-# Not 0: the sums were taken in another order, and each float32 sum rounds its last bits. Not 1e-3 either: the online
-# softmax is exact but for that rounding. And no NaN, although every slot behind the end of a context holds one.
+# It is not 0: the sums were taken in another order, and each float32 sum rounds its last bits. It is not 1e-3 either:
+# the online softmax is exact except for that rounding. And there is no NaN, although every slot past the end of a
+# context holds one.
 #
-# ## 3. What nobody may read
+# ## 3. What must not be read
 #
-# v05 gathers whole blocks into a rectangle that is as wide as the longest context, and lets the mask hide the rest.
-# What stands behind the end of a shorter sequence gets the weight 0.
+# v05 gathers whole blocks into a rectangle as wide as the longest context, and lets the mask hide the rest. Whatever is
+# past the end of a shorter sequence gets the weight 0.
 #
-# **Predict.** On this poisoned memory, for which of the four sequences does the path of v05 give NaN?
+# **Predict.** On this poisoned memory, for which of the four sequences does v05's path return NaN?
 
 # %%
 rectangle = Rectangle(
@@ -230,12 +233,12 @@ assert not got.isnan().any()
 torch.testing.assert_close(gathered[3], got[3], rtol=0, atol=1e-5)
 
 # %% [markdown]
-# A weight of 0 times NaN is NaN. Only the longest context, which fills the rectangle to its edge, is safe. The kernel's
-# mask is at the load: what `key_mask` hides is never read, so it may be anything. Both paths multiply the same numbers
-# otherwise.
+# A weight of 0 times NaN is NaN. Only the longest context, which fills the rectangle to its edge, is safe. The kernel
+# masks the load: what `key_mask` hides is never read, so it may be anything. Otherwise, both paths multiply the same
+# numbers. (The engine of v05 avoids the NaN by clearing each block before its first use.)
 #
-# Now see it. The interpreter runs every `tl.load` through its `create_masked_load`, with the addresses and the mask; a
-# wrapper around it writes down which bytes of the keys were loaded.
+# To see it, record the loads. The interpreter runs every `tl.load` through its `create_masked_load`, with the
+# addresses and the mask. A wrapper around it notes which bytes of the keys were loaded.
 
 # %%
 @contextlib.contextmanager
@@ -279,11 +282,11 @@ plt.show()
 # %% [markdown]
 # ## 4. Bytes
 #
-# The gather reads blocks from the cache, writes them to the copy, and attention reads the copy. The kernel reads keys
-# and values once. The wrapper counts the second; the shapes of the tables and of the copy give the first.
+# The gather reads blocks from the cache and writes them to a copy, then attention reads the copy. The kernel reads keys
+# and values once. The wrapper counts the kernel's bytes; the shapes of the tables and of the copy give the gather's.
 #
-# **Predict.** Four sequences with 360 positions among them. How many times as many bytes does v05 move as the kernel,
-# if each has 90? And if one has 300, and three have 20?
+# **Predict.** Four sequences have 360 positions in total. How many times as many bytes as the kernel does v05 move if
+# each has 90? And if one has 300 and three have 20?
 
 # %%
 moved = {}
@@ -316,18 +319,18 @@ axes.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# Three times where all are equally long, and a little more for the ends of blocks. What goes beyond is padding:
-# everybody is gathered as long as the longest. (Queries and results are left out; they are the same in both, and
-# small.)
+# If all are equally long, v05 moves three times as many bytes, and a little more because it copies whole blocks. The
+# rest is padding: every sequence is gathered up to the length of the longest. (Queries and results are left out; they
+# are small, and the same in both.)
 #
 # ## 5. Splits
 #
-# If the batch is small and the context long, most of a GPU would be idle. So several programs take a *split* of the
-# keys each, and a second kernel weighs what they found. A split's result comes with its `lse`, the logarithm of its sum
-# of `exp(score)`.
+# With a small batch and a long context, most of a GPU would be idle. So several programs each take a *split* of the
+# keys, and a second kernel combines their results. With its result, each program stores `lse`, the logarithm of the
+# sum of its `exp(score)`.
 #
-# **Predict.** With the four keys of the beginning in two splits, the first finds 17.31 and the second 30.18. Does the
-# mean of the two come near to 28.2? What is missing?
+# **Predict.** With the four keys of part 1 in two splits, the first finds 17.31 and the second 30.18. Is the mean of
+# the two close to 28.2? What is missing?
 
 # %%
 scores, values = torch.tensor([2.0, 3.0, 5.0, 1.0]), torch.tensor([10.0, 20.0, 30.0, 40.0])
@@ -341,8 +344,8 @@ for name, numbers in (("found", found), ("lse", lse), ("weights", weights)):
 print(f"weighed {(weights * torch.stack(found)).sum():.2f}   the mean would be {torch.stack(found).mean():.2f}")
 
 # %% [markdown]
-# The logarithms say how much of the whole softmax each split has seen. Now the kernels: one context of 300 positions,
-# in 1, 2 and 5 splits.
+# The logarithms tell how much of the whole softmax each split has seen. Now the kernels, with one context of 300
+# positions in 1, 2 and 5 splits.
 
 # %%
 q, cache, tables = memory([300])
@@ -355,18 +358,18 @@ for num_splits in (1, 2, 5):
 # %% [markdown]
 # ## 6. An engine on these kernels
 #
-# `attention="triton"` puts `attend_in_place` into every layer, and nothing else changes. On a CPU the interpreter runs
-# each program in numpy, one after the other, so three tokens are enough. `record` counts what `cache.read`
-# returns: keys and values up to the longest context, without the rest of the last block, which was gathered too.
+# `attention="triton"` makes every layer call `attend_in_place`; the model does not change. On a CPU, the interpreter runs
+# the programs in numpy, one after the other, so three tokens are enough. `record` counts what `cache.read` returns:
+# keys and values up to the longest context, without the rest of the last block, which is gathered too.
 #
 # **Predict.** The prompt has 7 tokens, the engine 5 layers and 2 KV heads. How many programs of `_attend_kernel` does
-# the run need? (A pass launches it once a layer; its grid is sequences x KV heads x tiles of queries.) How many bytes
-# does `cache.read` return to v05?
+# the run need? (A step launches it once per layer; its grid is sequences x KV heads x tiles of queries.) How many bytes
+# does `cache.read` return in v05?
 
 # %%
 @contextlib.contextmanager
 def counting_programs(axis):
-    """A list with a True for each program that asked for its id along this axis."""
+    """A list with one entry per `tl.program_id` call: True if it was for this axis."""
     asked, program_id = [], InterpreterBuilder.create_get_program_id
 
     def counted(self, which):
@@ -391,23 +394,23 @@ for name, engine in engines.items():
     start = time.perf_counter()
     with counting_programs(axis=1) as num_programs:  # _write_kernel has no axis 1
         trace, [tokens[name]] = record(find(name), engine, [Request(prompt, 3)])
-    print(f"{name}: tokens {tokens[name]}, {len(trace.passes)} passes, {trace.kv_read_bytes / 2**10:.0f} KiB read, "
+    print(f"{name}: tokens {tokens[name]}, {len(trace.passes)} steps, {trace.kv_read_bytes / 2**10:.0f} KiB read, "
           f"{sum(num_programs)} programs, {time.perf_counter() - start:.2f} s here")
 assert len(prompt) == 7 and tokens["v05"] == tokens["v06"]
 assert trace.kv_read_bytes == 0 and sum(num_programs) == 3 * 5 * 2
 
 # %% [markdown]
-# The same tokens, and nothing gathered. The programs: 7 queries of 3 heads are 21 rows, which fit into one tile, so a
-# pass has 1 x 2 x 1 programs a layer, and three passes of five layers have 30. The interpreter's time says nothing
-# about a GPU's.
+# The tokens are the same, and nothing was gathered. As for the programs, 7 queries of 3 heads are 21 rows, which fit
+# into one tile. So a step has 1 x 2 x 1 programs per layer, and three steps of five layers have 30. The interpreter's
+# time says nothing about a GPU's.
 #
 # ## To try
 #
-# 1. In part 1, add `scores = scores.sort(descending=True).values` before the values. How often is the sum rescaled by
-#    less than 1? One of the asserts will fail: which, and why is it right?
-# 2. In part 2, make the contexts `[130, 130, 129, 130]`. Which sequence does v05's path spoil in part 3 now?
-# 3. In part 2, make `BLOCK_SIZE` 1, then 64. Which of the four bars of part 4 move, and which cannot?
+# 1. In part 1, add `scores = scores.sort(descending=True).values` before the line that sets the 256 values. How
+#    often is the sum rescaled by less than 1? One of the asserts will fail: which, and why is that correct?
+# 2. In part 2, make the contexts `[130, 130, 129, 130]`. For which sequence does v05's path return NaN in part 3 now?
+# 3. In part 2, set `BLOCK_SIZE` to 1, then to 64. Which of the four bars of part 4 change, and which cannot?
 #
 # The chapter's text is [milestones/v06_triton_kernel/README.md](../milestones/v06_triton_kernel/README.md).
-# `make test-v06` runs every kernel against plain torch, `make traps-v06` plants its seeded bugs (a forgotten rescale is
-# one), `make diff-v06` shows all that the chapter changed.
+# `make test-v06` compares every kernel with plain torch, `make traps-v06` plants the chapter's seeded bugs (a forgotten
+# rescale is one), and `make diff-v06` shows everything that the chapter changed.

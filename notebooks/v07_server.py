@@ -10,13 +10,13 @@
 #     name: python3
 # ---
 # %% [markdown]
-# # v07, followed along: a thread steps, messages cross
+# # v07, followed along: one thread steps, messages cross
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stepserve/stepserve/blob/main/notebooks/v07_server.ipynb)
 #
-# You read the messages that cross between the engine's thread and the event loop, abort a request while its step is
-# running, make a step fail, block an event loop on purpose, read a stream as the bytes on the wire, and hang up in the
-# middle of an answer. About twenty-five minutes. Before each run there is a question: write your answer down first.
+# You read the messages between the engine thread and the event loop, abort a request while its step is running, make a
+# step fail, block an event loop on purpose, read a stream as bytes on the wire, and hang up in the middle of an answer.
+# This takes about twenty-five minutes. Before each run there is a question: write down your answer first.
 
 # %%
 import subprocess
@@ -62,8 +62,8 @@ from shared.verify.serving import serving, wait_until
 # %% [markdown]
 # ## 1. Messages cross
 #
-# `EngineLoop` owns the engine, and runs in a thread. Another thread leaves messages in its inbox; the loop reads all of
-# them, takes one step, and posts what came of it. Here is what will be in the inbox before the thread starts:
+# `EngineLoop` owns the engine and runs in a thread. Another thread puts messages into its inbox. The engine loop reads all
+# of them, takes one step, and posts the results. These messages are in the inbox before the thread starts:
 #
 # | message | request | prompt | `max_tokens` |
 # |---|---|---|---:|
@@ -71,10 +71,10 @@ from shared.verify.serving import serving, wait_until
 # | `Add`, call 2 | 2.0 | Once upon a time | 5 |
 # | | 2.1 | The fox | 5 |
 #
-# A *call* is what one HTTP request asks of the engine. It may hold several requests, numbered from 0 (this chapter's
-# server always sends one, the next chapter's may send more). In the server, the event loop gets what the thread posts.
-# Here a list gets it, so that you can read it. `replies` are messages that are sent as soon as a certain `Stepped` has
-# come back; part 2 needs them.
+# A *call* holds the engine requests of one HTTP request, numbered from 0. (This chapter's server always sends one; the
+# next chapter's may send several.) In the server, the event loop receives what the thread posts. Here it is appended to a
+# list for you to read. `replies` maps a number of `Stepped` to the messages to send once that many have arrived; part 2
+# needs it.
 #
 # **Predict.** Three requests get 3 + 5 + 5 = 13 tokens. How many messages does the thread post for them, and how many
 # outputs are in the last one? On which thread does `receive` run?
@@ -85,12 +85,12 @@ STORY, FOX = engine.tokenizer("Once upon a time").input_ids, engine.tokenizer("T
 
 
 def tokens(number):
-    """Parameters of a request that takes exactly this many tokens."""
+    """Parameters of a request that generates exactly this many tokens."""
     return SamplingParams(max_tokens=number, ignore_eos=True)
 
 
 class Posted(NamedTuple):
-    """A message from the engine's thread, the engine's stats at that moment, and the thread that posted it."""
+    """A message from the engine thread, the engine's stats at that moment, and the thread that posted it."""
 
     message: tuple
     stats: Stats
@@ -99,7 +99,7 @@ class Posted(NamedTuple):
 
 @contextmanager
 def an_engine_thread(engine, inbox, replies):
-    """The chapter's EngineLoop in a thread: a queue for messages, and the growing list of what it posts."""
+    """Run the chapter's EngineLoop in a thread; yields its inbox, and the growing list of what it posts."""
     posted, sent = [], queue.SimpleQueue()
 
     def receive(message, stats):
@@ -121,14 +121,14 @@ def an_engine_thread(engine, inbox, replies):
 
 
 def run_to_the_end(engine, inbox, replies=None):
-    """What the thread posts until the engine is idle."""
+    """Return what the thread posts until the engine is idle."""
     with an_engine_thread(engine, inbox, replies or {}) as (_, posted):
         wait_until(lambda: posted and posted[-1].stats.running + posted[-1].stats.waiting == 0)
     return posted
 
 
 def show(posted):
-    """A line per message."""
+    """Print a line per message."""
     for message, stats, _ in posted:
         if isinstance(message, Stepped):
             ends = ("" if output.finish_reason is None else "." for _, _, output in message.outputs)
@@ -147,15 +147,15 @@ assert len(posted) == 2 + 5 and [len(step.outputs) for step in steps] == [3, 3, 
 assert {each.thread for each in posted} == {"engine"}
 
 # %% [markdown]
-# Seven: one answer to each `Add`, and one `Stepped` per step with the new tokens of every request that took part. A dot
-# marks a request's last token. Thirteen messages, one per token, would say the same and wake the event loop thirteen
-# times.
+# There are seven messages: one reply to each `Add`, and one `Stepped` per step, with the new tokens of every request that
+# took part. A dot marks a request's last token; the last message has two outputs. One message per token would carry the same
+# information and wake the event loop thirteen times.
 #
-# Both calls were added before the first step, because the thread reads its whole inbox before it steps. `receive` runs
-# on the engine's thread, so whatever it does delays the next step. The server's `receive` only asks the event loop to
-# call a function (`call_soon_threadsafe`).
+# Both calls were added before the first step, because the thread reads its whole inbox before each step. `receive` runs
+# on the engine thread, so whatever it does delays the next step. In the server, it only asks the event loop to call a
+# function (`call_soon_threadsafe`).
 #
-# ## 2. A newcomer, and an abort
+# ## 2. A new request, and an abort
 #
 # | when | message |
 # |---|---|
@@ -164,8 +164,8 @@ assert {each.thread for each in posted} == {"engine"}
 # | when the second `Stepped` arrives | `Add`, call 3: four tokens |
 # | when the fourth `Stepped` arrives | `Abort`, call 1 |
 #
-# **Predict.** Which `Stepped` is the first with call 3 in it? How many tokens does call 1 get? Between which two
-# `Stepped` is the `Aborted`?
+# **Predict.** Which `Stepped` is the first to contain a token of call 3? How many tokens does call 1 get? Between which two
+# `Stepped` is `Aborted` posted?
 
 # %%
 inbox = [Add(1, [(STORY, tokens(10))]), Add(2, [(STORY, tokens(6))])]
@@ -192,14 +192,14 @@ axes.invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# A message that arrives during a step is read after it, so call 3 is in the third step, and call 1 ends with four of
-# its ten tokens. `Aborted` means that no token of that call will follow.
+# A message that arrives during a step is read after it. So call 3 joins in the third step, and call 1 is aborted after four
+# of its ten tokens. `Aborted` means that no token of that call will follow.
 #
-# In this run the abort came exactly between two steps. A client can hang up at any moment. Below, a hook holds the
-# forward pass of a step until the abort is in the inbox.
+# In this run the abort arrived exactly between two steps. But a client can hang up at any moment. Below, a hook stops a
+# step in its forward pass until the abort is in the inbox.
 #
-# **Predict.** The step is already running when the abort is sent. What does the thread post: `Aborted` alone, or
-# something before it?
+# **Predict.** The step is already running when the abort is sent. Does the thread post `Aborted` alone, or another
+# message first?
 
 # %%
 begun, go_on = threading.Event(), threading.Event()
@@ -221,22 +221,22 @@ show(posted)
 assert [type(each.message).__name__ for each in posted] == ["Added", "Stepped", "Aborted"]
 
 # %% [markdown]
-# A step cannot be interrupted: its token is posted although the client has gone. The event loop's side therefore drops
-# outputs of a call that it has aborted (`AsyncEngine.deliver`), and never uses a call's number again.
+# A step cannot be interrupted: its token is posted although the client is gone. So the event loop's side drops outputs of
+# a call that it has aborted (`AsyncEngine.deliver`), and never reuses a call's number.
 #
 # ## 3. Refused, and failed
 #
-# An engine with two places. Call 4 has two requests; token 100,000 is not in the vocabulary.
+# This engine runs at most two requests at once. Call 4 has two requests; token 100,000 is not in the vocabulary.
 #
 # | message | requests |
 # |---|---|
 # | `Add`, calls 1, 2 and 3 | one each, four tokens: two run, one waits |
-# | `Add`, call 4 | one that is fine, one with the token 100,000 |
+# | `Add`, call 4 | one valid, one with the token 100,000 |
 #
 # The second forward pass raises an exception.
 #
-# **Predict.** What becomes of call 4's first request? Which calls fail with the step, and what does call 3 say in the
-# end?
+# **Predict.** What happens to call 4's first request? Which calls fail with the step, and what text does call 3 get in
+# the end?
 
 # %%
 two_places = Engine(POCKET, device="cpu", max_num_seqs=2)
@@ -266,29 +266,29 @@ assert said[3] == alone.text and said[4] == ""
 assert posted[-1].stats.free_blocks == two_places.pool.num_blocks
 
 # %% [markdown]
-# A call is queued as a whole or not at all: its first request had been added and was aborted again. The failed step
-# ended the two calls that took part in it, with their first token delivered and no second one. Call 3 waited, took no
-# part, and says exactly what it says alone. In the server, calls 1 and 2 would get a 500, or an error as the last event
-# of a stream that has begun.
+# A call is queued as a whole or not at all: call 4's first request was added, then aborted. The failed step ended calls 1
+# and 2, which took part in it: their first token was delivered, and no second one. Call 3 was waiting, and generates the
+# same text as when it runs alone. In the server, calls 1 and 2 would get a 500, or an error as the last event if their
+# stream has begun.
 #
-# ## 4. An event loop that is held up
+# ## 4. A blocked event loop
 #
-# Now the whole server. `serving` puts an engine behind it, on a free port, in a thread of this process. A coroutine
-# called `tick` runs on the server's own event loop: it sleeps for 10 ms, and notes how late it was woken. While it
-# sleeps, the loop is given four kinds of work:
+# Now the whole server. `serving` runs it around an engine, on a free port, in a thread of this process. A coroutine called
+# `tick` runs on the server's own event loop: it sleeps for 10 ms again and again, and records how late it wakes up.
+# Meanwhile the server gets four kinds of work:
 #
 # | work | where it runs |
 # |---|---|
 # | a request with a prompt of 1,800 tokens: one long step | the engine's thread, as in the chapter |
-# | the same step of another engine | the event loop |
+# | the same step, on another engine | the event loop |
 # | a text of half a million characters, which is tokenized and refused | the tokenizer's thread, as in the chapter |
 # | the same text | the event loop |
 #
-# **Predict.** How late is the worst tick in each of the four: about 0, or about as long as the work takes?
+# **Predict.** How late is the worst tick in each of the four cases: about 0, or about as long as the work takes?
 
 # %%
 async def tick(late_by, stop):
-    """Until stop is set: sleep for 10 ms, and note when and how late it ended, in seconds."""
+    """Until stop is set, sleep for 10 ms at a time; append when each sleep ended and how late, in seconds."""
     first = time.perf_counter()
     while not stop.is_set():
         begin = time.perf_counter()
@@ -297,7 +297,7 @@ async def tick(late_by, stop):
 
 
 def ticks_during(loop, work):
-    """Run work in this thread while a tick runs on a loop; how late the tick was, each time."""
+    """Run work in this thread while `tick` runs on an event loop; return what it appended."""
     late_by, stop = [], threading.Event()
     ticking = asyncio.run_coroutine_threadsafe(tick(late_by, stop), loop)
     work()
@@ -308,7 +308,7 @@ def ticks_during(loop, work):
 
 @contextmanager
 def a_server(engine):
-    """The chapter's server on a free port, and a client of it. (The address that it prints is swallowed.)"""
+    """The chapter's server on a free port, and a client of it. What the server prints is discarded."""
     with ExitStack() as stack:
         with redirect_stderr(io.StringIO()):
             server = stack.enter_context(serving(find("v07"), engine))
@@ -364,22 +364,21 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# On the right, one tick waits for as long as the work takes. It stands for everything else that the loop has to do:
-# every other stream stands still, `/health` does not answer, no new request is read. On the left the ticks are
-# almost on time. Python has one interpreter lock for all threads, but torch and the tokenizer release it while they
-# compute. (The tokenizer's thread is busy all the same, and other requests wait for it. The next chapter refuses a text
-# of this size before it is tokenized.)
+# On the right, one tick waits for as long as the work takes, and so does everything else on the event loop: every other
+# stream stops, `/health` does not answer, no new request is read. On the left, the ticks are almost on time. All threads
+# share Python's global interpreter lock (GIL), but PyTorch and the tokenizer release it while they compute. (Other requests
+# still have to wait for the busy tokenizer thread. The next chapter refuses a text of this size before it is tokenized.)
 #
 # ## 5. Bytes on the wire
 #
-# A client that is only a socket. It asks for three tokens as a stream, with usage, and prints whatever arrives.
+# This client is only a socket. It requests three tokens as a stream, with usage, and prints whatever arrives.
 #
 # **Predict.** The text is about twelve bytes long. How many lines begin with `data:`? How many bytes arrive in all:
 # about 100, 1,000 or 10,000?
 
 # %% tags=["varies"]
 def raw_answer(url, body):
-    """All bytes that a server sends in answer to a body."""
+    """Return all bytes that a server sends in response to a body."""
     raw = json.dumps(body).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nConnection: close\r\n"
     with socket.create_connection(("127.0.0.1", int(url.rsplit(":")[-1]))) as connection:
@@ -404,20 +403,20 @@ assert len(data) == 5 and len({chunk["id"] for chunk in chunks}) == 1
 assert text == engine.generate([STORY], tokens(3))[0].text
 
 # %% [markdown]
-# The numbers on lines of their own are HTTP's: the length of the next chunk in hexadecimal, and 0 at the end. Inside
-# the chunks are *server-sent events*: a line `data: ...`, then an empty line. Three tokens are three events here; the
-# fourth has the usage and no choices, the fifth is `[DONE]`, which is not JSON. (A token that holds only part of a
-# character brings no event of its own.) The status 200 is sent before the first token, so an error later can only be
-# one more event.
+# The numbers on lines of their own belong to HTTP: the length of the next chunk in hexadecimal, and 0 at the end. The
+# chunks contain *server-sent events*: a line `data: ...`, then an empty line. Three tokens are three events here; the
+# fourth event has the usage and no choices, and the fifth is `[DONE]`, which is not JSON. (A token that completes
+# no character gets no event of its own.) The status 200 is sent before the first token, so a later error can only be one
+# more event.
 #
 # ## 6. A client hangs up
 #
-# Below, each message that crosses in the server is noted on its way. The first client reads five events of a stream of
-# 1,500 tokens and closes its connection. The second does not stream: it waits for 1,500 tokens and gives up after
+# Below, every message between the server's two threads is recorded. The first client reads five events of a stream of
+# 1,500 tokens and closes its connection. The second makes a non-streaming request for 1,500 tokens, and gives up after
 # 300 ms.
 #
 # **Predict.** Which messages cross for each of them? The second client has received nothing yet: how can the server
-# know that it has gone?
+# know that it is gone?
 
 # %% tags=["varies"]
 def crossings(server):
@@ -438,7 +437,7 @@ def crossings(server):
 
 
 def leave(server, client, stream):
-    """Ask for 1,500 tokens, leave early, and say what crossed."""
+    """Request 1,500 tokens, hang up early, and print which messages crossed."""
     crossed, before = crossings(server), engine.num_steps
     asked = body_of("Once upon a time", 1500, ignore_eos=True, stream=stream)
     if stream:
@@ -465,11 +464,12 @@ with a_server(engine) as (server, client):
     leave(server, client, stream=False)
 
 # %% [markdown]
-# The same four messages for both, and steps until the abort is read. For a client that does not stream, the server
-# waits for two things at once: the answer, and the end of the connection (`unless_gone` in `streaming.py`). Whichever
-# comes first cancels the other. (The status 499 that it returns then goes nowhere: the connection is closed.)
+# Both clients cause the same four messages, besides one `Stepped` per step until the abort is read. For a non-streaming
+# request, the server waits for two things at once: the answer, and the end of the connection (`unless_gone` in
+# `streaming.py`). Whichever happens first cancels the other. (The status 499 is never delivered: the connection is
+# closed.)
 #
-# The last cell checks that no thread is left over and that both engines are idle.
+# The last cell checks that no engine thread is left and that both engines are idle.
 
 # %%
 assert not [thread.name for thread in threading.enumerate() if thread.name == "engine"]
@@ -482,10 +482,10 @@ for each in (engine, two_places):
 #
 # 1. In part 2, send `Abort(3)` together with its `Add`: `2: [Add(3, ...), Abort(3)]`. Which messages come back, and
 #    does the engine compute a token for call 3?
-# 2. In part 3, let every forward pass fail. How many `Failed` are posted, and which calls does each name?
-# 3. In part 5, ask for 40 tokens after the prompt `🙂`, with `temperature=2` and `seed=8`, and count the lines with
-#    `data:`. Why are there fewer than 42?
+# 2. In part 3, make every forward pass fail. How many `Failed` messages are posted, and which calls does each name?
+# 3. In part 5, request 40 tokens after the prompt `🙂`, with `temperature=2` and `seed=8`, and count the lines that begin
+#    with `data:`. Why are there fewer than 42?
 #
 # The chapter's text is [milestones/v07_server/README.md](../milestones/v07_server/README.md), and `make serve` starts
-# the last chapter's server. `make test-v07` tests this one over a real socket, `make traps-v07` plants its seeded bugs,
-# `make diff-v07` shows all that the chapter changed.
+# the newest chapter's server. `make test-v07` tests this one over a real socket, `make traps-v07` plants its seeded bugs,
+# and `make diff-v07` shows everything that the chapter changed.

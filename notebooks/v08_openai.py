@@ -14,8 +14,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stepserve/stepserve/blob/main/notebooks/v08_openai.ipynb)
 #
-# OpenAI's own client talks to the chapter's server on this machine. You look at the tokens behind a chat, draw three
-# answers from one seed, watch text that is held back because it may be the beginning of a stop string, score a sentence
+# OpenAI's own client talks to the chapter's server on this machine. You look at the tokens of a chat, draw three
+# answers from one seed, watch a stream hold back text that may be the beginning of a stop string, score a sentence
 # token by token, and collect refusals: by name, for a full queue, for a missing key, and from a server that is shutting
 # down. About twenty-five minutes. Before each run there is a question: write your answer down first.
 
@@ -57,21 +57,21 @@ from shared.verify.serving import serving, wait_until
 # %% [markdown]
 # ## 1. A chat is a text with a template around it
 #
-# `a_server` starts the chapter's server on a free port for as long as its block lasts, with two clients: OpenAI's, and
-# a plain HTTP client for endpoints that OpenAI's has no method for. The key `"none"` is sent because the client insists
-# on one; this server asks for no key until part 7.
+# `a_server` runs the chapter's server on a free port for as long as its block lasts, with two clients: OpenAI's, and
+# a plain HTTP client for endpoints that OpenAI's has no method for. The key is `"none"` because OpenAI's client
+# requires one; the server needs no key until part 7.
 #
-# The engine knows no roles. It gets tokens, and the checkpoint's *chat template* says which ones a conversation
-# becomes. Three ways to see it: ask as a chat; ask `/tokenize` for the conversation's tokens and `/detokenize` for
-# their text; and send those tokens to `/v1/completions` as the prompt.
+# The engine knows no roles. It gets tokens, and the checkpoint's *chat template* determines which tokens a conversation
+# becomes. The cell below sends one conversation as a chat, gets its tokens from `/tokenize` and their text from
+# `/detokenize`, and then sends these tokens to `/v1/completions` as a prompt.
 #
 # **Predict.** "What is a KV cache?" is 6 tokens. How many prompt tokens does the chat's usage report: 6, or more? Does
-# the completion say the same as the chat?
+# the completion return the same text as the chat?
 
 # %%
 @contextmanager
 def a_server(engine, key="none", **options):
-    """The chapter's server, OpenAI's client of it, and a plain one. (The address that it prints is swallowed.)"""
+    """The chapter's server, OpenAI's client for it, and a plain one. (The address that it prints is discarded.)"""
     with ExitStack() as stack:
         with redirect_stderr(io.StringIO()):
             server = stack.enter_context(serving(find("v08"), engine, **options))
@@ -98,9 +98,9 @@ assert chat.usage.prompt_tokens == ids["count"] == alone["count"] + 4
 assert chat.choices[0].message.content == completion.choices[0].text and chat.usage == completion.usage
 
 # %% [markdown]
-# The template added four special tokens: the beginning, who speaks, the end of the turn, and that the assistant is to
-# speak now. Otherwise a chat is a completion. `/tokenize` is vLLM's, not OpenAI's; it lets a client count before it
-# asks.
+# The template added four special tokens: the beginning of the text, the user's role, the end of the turn, and the
+# assistant's role. Otherwise a chat is a completion. `/tokenize` is vLLM's, not OpenAI's; it lets a client count tokens
+# before it sends a request.
 #
 # ## 2. Several answers to one prompt
 #
@@ -111,7 +111,7 @@ assert chat.choices[0].message.content == completion.choices[0].text and chat.us
 # | C | 1 | 7 | 1 |
 # | D | 1 | `choice_seed(7, 1)` | 1 |
 #
-# **Predict.** Are the three answers of A equal? Does B repeat A? Which answer of A does C give, and which D?
+# **Predict.** Are A's three answers equal? Does B repeat A? Which of A's answers does C return, and which does D?
 
 # %%
 draw = {"model": "pocket", "prompt": "A story:", "max_tokens": 10, "temperature": 1}
@@ -126,14 +126,15 @@ assert drawn["A"] == drawn["B"] and len(set(drawn["A"])) == 3
 assert drawn["C"] == drawn["A"][:1] and drawn["D"] == drawn["A"][1:2]
 
 # %% [markdown]
-# The first answer has the request's own seed, so `n=1` gives the same text as the first of three. Each further answer
-# has a seed that is a hash of the request's seed and its index. To the engine they are three requests with three seeds,
-# queued together.
+# The first answer uses the request's own seed, so `n=1` returns the same text as the first of three. Each further
+# answer's seed is a hash of the request's seed and the answer's index. To the engine these are three requests with
+# three seeds, queued together.
 #
 # ## 3. Stop strings
 #
-# `stop` ends the answer before the first of its texts. The text must not appear in a stream, and it need not be one
-# token, nor begin where a token begins. `TextStream.split` decides what of a text may go out now and what has to wait.
+# `stop` ends the answer before the first of its strings. That string must not appear in a stream. It need not be one
+# token, nor begin where a token begins. `TextStream.split` decides which part of a text can go out now and which has to
+# wait.
 #
 # **Predict.** The stop string is `END`. What goes out and what is held, for each of these?
 #
@@ -152,11 +153,11 @@ for text in ("a friend", "a friEN", "a friENE", "a friENEND of mine"):
 assert TextStream(engine.tokenizer, stop=("END",)).split("a friEN", "", last=True) == ("a friEN", "")
 
 # %% [markdown]
-# It holds the longest end of the text that is a beginning of a stop string. If nothing follows (`last`), what was held
-# is text after all. Now with the tokens of an answer.
+# `split` holds the longest suffix of the text that could begin a stop string. If nothing follows (`last`), what was held
+# is text after all. Next, the tokens of an answer.
 #
 # **Predict.** The answer is `... called Rosa, who lived on a green hill. Rosa wanted to cross the river ...`, and the
-# stop string is `Rosa wanted`. The token ` Rosa` comes twice before the end. What is held each time?
+# stop string is `Rosa wanted`. The token ` Rosa` appears twice before the end. What is held each time?
 
 # %%
 [whole] = engine.generate(["Once upon a time"], SamplingParams(max_tokens=30))
@@ -174,22 +175,22 @@ assert "".join(piece.text for piece in streamed) == stream.text == whole.text[: 
 assert streamed[-1].finish_reason == "stop"
 
 # %% [markdown]
-# `Rosa` waits for one more token each time. A comma shows that it was not the stop string, and both go out together;
-# after ` wanted` nothing more goes out. The space before `Rosa` does not wait, since the stop string does not begin
-# with one. The price of a stop string is that a stream is late where its text resembles the beginning of one.
+# `Rosa` waits for one more token each time. The comma shows that it was not the stop string, and both go out together;
+# after ` wanted` nothing more goes out. The space before `Rosa` does not wait, because the stop string does not begin
+# with a space. The price of a stop string: a stream is delayed wherever its text looks like the beginning of one.
 #
-# ## 4. What a text costs the model
+# ## 4. How likely a text is
 #
-# With `echo`, `logprobs` and `max_tokens=0` the answer is the prompt itself, with the logprob of each of its tokens:
-# how likely the token was, given those before it. Two sentences differ in one word:
+# With `echo`, `logprobs` and `max_tokens=0`, the answer is the prompt itself, with the logprob of each of its tokens:
+# how likely the token was, given those before it. These two sentences differ in one word:
 #
 # | | |
 # |---|---|
 # | hare | Once upon a time there was a brave **hare** called Rosa, who lived on a green hill. |
 # | server | Once upon a time there was a brave **server** called Rosa, who lived on a green hill. |
 #
-# **Predict.** How many tokens of the second sentence are less likely than in the first: only ` server`, or others too?
-# What is the logprob of the very first token?
+# **Predict.** How many tokens of the second sentence have a logprob that is lower than in the first by more than 1:
+# only ` server`, or others too? What is the logprob of the very first token?
 
 # %%
 scores = {}
@@ -219,14 +220,14 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Two: ` server`, and ` called`, which is unlikely after it. Then the model is back on a sentence that it knows. The
-# first token, `<|begin|>`, has nothing before it, so it has no logprob, and it takes no place in the text: both it and
-# `Once` are at offset 0. `echo` is how evaluation programs score a text that they already have.
+# Two: ` server`, and ` called`, which is unlikely after it. After that, the model is back in a sentence that it knows.
+# The first token, `<|begin|>`, has nothing before it, so it has no logprob. It adds nothing to the text either: both it
+# and `Once` are at offset 0. Evaluation programs use `echo` to score a text that they already have.
 #
 # ## 5. Refused by name
 #
-# **Predict.** Thirteen requests for chat, each with one thing added or changed. Which status does each get, and which
-# parameter does the error name? Three of them are answered as if nothing were wrong: which?
+# **Predict.** Here are thirteen chat requests, each with one thing added or changed. Which status does each get, and
+# which parameter does the error name? Three of them are answered as if nothing were wrong: which?
 
 # %%
 changes = {
@@ -237,7 +238,7 @@ changes = {
     "JSON wanted": {"response_format": {"type": "json_object"}},
     "a penalty of 0.5": {"presence_penalty": 0.5},
     "a penalty of 0": {"presence_penalty": 0},
-    "a misspelt parameter": {"temprature": 1},
+    "a misspelled parameter": {"temprature": 1},
     "top_logprobs without logprobs": {"top_logprobs": 2},
     "two different limits": {"max_completion_tokens": 9},
     "an image": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}]},
@@ -255,27 +256,27 @@ with a_server(engine) as (server, client, http):
 
 # %%
 assert [name for name, (status, _) in got.items() if status == 200] == [
-    "an empty list of tools", "a penalty of 0", "a misspelt parameter"
+    "an empty list of tools", "a penalty of 0", "a misspelled parameter"
 ]  # fmt: skip
 assert got["another model"] == (404, "model") and got["a tool"] == (400, "tools")
 assert got["temperature='0'"] == (400, "temperature") and got["an image"][1].startswith("messages[0].content")
 
 # %% [markdown]
-# A parameter that OpenAI documents works or is refused by name: a client that asked for JSON and got prose would notice
-# much later. With a value that asks for nothing (an empty list of tools, a penalty of 0), it is accepted. A name that
-# nobody documents is ignored, because real clients send fields of their own; the price is that a misspelt name goes
-# unnoticed. (v07 refuses every field that it does not list.)
+# A parameter that OpenAI documents either works or is refused by name. Otherwise, a client that requested JSON and got
+# prose would notice much later. An unsupported parameter is still accepted with a value that has no effect (an
+# empty list of tools, a penalty of 0). An undocumented name is ignored, because real clients send fields of their own;
+# the price is that a misspelled name goes unnoticed. (v07 refuses every field that it does not list.)
 #
 # ## 6. A full queue
 #
-# An engine with two places, and a server that lets at most two requests wait (`max_waiting=2`). Two streams run and two
-# wait. Then three more requests come:
+# The engine runs at most two requests at once, and the server lets at most two more wait (`max_waiting=2`). Two streams
+# run and two wait. Then three more requests arrive, one after the other:
 #
 # | request | client |
 # |---|---|
 # | one answer | without retries |
 # | `n=3` | without retries |
-# | one answer, while the four streams hang up after 0.3 s | with the client's own two retries, its default |
+# | one answer, while the four streams hang up after 0.3 s | with two retries, the client's default |
 #
 # **Predict.** What does each get, and after how long?
 
@@ -312,13 +313,14 @@ assert [error.status_code for error in refused] == [429, 400] and refused[1].par
 assert waited > 0.9
 
 # %% [markdown]
-# The 429 comes at once, while the client still has time to go elsewhere, with `Retry-After: 1`; OpenAI's client obeys
-# that and tries again by itself. `n=3` is a 400: three requests never fit into a queue of two, so trying again cannot
-# help. (Each of the four streams got its 200 when its request was queued, whether it ran or waited.)
+# The 429 is sent at once, while the client still has time to go elsewhere. OpenAI's client waits for the second that
+# `Retry-After: 1` names, then retries by itself. `n=3` is a 400: three requests never fit into a queue of two, so
+# retrying cannot help. (Each of the four streams got its 200 when its request was queued, whether it ran or waited.)
 #
 # ## 7. Keys
 #
-# This server was started with two keys, `for-alice` and `for-bob`.
+# This server starts with two keys, `for-alice` and `for-bob`. Requests to `/health` and to `/tokenize` are sent with
+# each of these keys, with `for-carol`, and with no key.
 #
 # **Predict.** Which of these eight requests get a 200?
 
@@ -337,15 +339,15 @@ with a_server(engine, key="for-bob", api_keys=("for-alice", "for-bob")) as (serv
 assert [pair for pair, status in tried.items() if status == 401] == [("for-carol", "/tokenize"), (None, "/tokenize")]
 
 # %% [markdown]
-# `/health` is open, since a load balancer asks for it without a key; so are `/version` and the documentation at
-# `/docs`. Everything else needs one of the keys. In this chapter all keys have the same rights; v09 tells clients apart
-# by them.
+# `/health` is open, because a load balancer calls it without a key; so are `/version` and the documentation at
+# `/docs`. Everything else needs one of the keys. In this chapter all keys have the same rights; v09 uses them to tell
+# clients apart.
 #
 # ## 8. A server that is shutting down
 #
-# SIGTERM asks a process to end. A stream of 200 tokens is running when it comes (`handle_exit` is what the signal
-# calls). Then, while the stream goes on, a client asks for `/health`, the models, and a completion. The second time the
-# server has five seconds to drain, the least that it takes, and the stream wants 1,500 tokens.
+# SIGTERM asks a process to end. A stream of 200 tokens is running when it arrives. (The cell calls `handle_exit`,
+# as the signal would.) While the stream continues, a client requests `/health`, the models, and a completion. The
+# second time, the server has five seconds to drain, the minimum, and the stream has 1,500 tokens.
 #
 # **Predict.** What do the three requests get? How does the stream end, each time?
 
@@ -370,17 +372,17 @@ assert [answer.status_code for answer in asked] == [503, 200, 503]
 assert ends == ["length", "the server was shut down before this request was done"]
 
 # %% [markdown]
-# What runs may end; new work is refused with a 503, and `/health` says 503 so that a load balancer sends nothing more.
-# What has not ended shortly before the time is up gets an error as its last event. A stream that simply broke off would
-# look like a network fault.
+# Running requests may finish; new work is refused with a 503, and `/health` returns 503 so that a load balancer sends
+# nothing more. A stream that has not finished shortly before the time is up gets an error as its last event. A stream
+# that just broke off would look like a network fault.
 #
 # ## To try
 #
 # 1. In part 3, make the stop string ` Rosa wanted`, with a space. What is held now? Then give two, `hill` and `hi`.
 #    Which is `stopped_by`?
-# 2. In part 4, ask for `logprobs=3`, and look into `top_logprobs`. What did the model expect where it got ` server`?
+# 2. In part 4, set `logprobs=3` and look at `top_logprobs`. What did the model expect where it got ` server`?
 # 3. In part 6, let four requests wait (`max_waiting=4`), and send only the one with `n=3`. Is it a 400 or a 429 now?
 #
 # The chapter's text is [milestones/v08_openai/README.md](../milestones/v08_openai/README.md), and `make chat` talks to
-# `make serve`. `make test-v08` tests this server over a real socket, `make traps-v08` plants its seeded bugs,
-# `make diff-v08` shows all that the chapter changed.
+# `make serve`. `make test-v08` tests this server over a real socket, `make traps-v08` plants its seeded bugs and shows
+# the test that catches each, and `make diff-v08` shows everything that the chapter changed.

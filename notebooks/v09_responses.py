@@ -14,9 +14,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stepserve/stepserve/blob/main/notebooks/v09_responses.ipynb)
 #
-# You hold a conversation and send only your own lines, look at every event of a stream, fetch an answer that nobody
-# waited for, cancel another one halfway, try to read somebody else's response, and fill the store until it forgets.
-# About twenty minutes. Before each run there is a question: write your answer down first.
+# You hold a conversation and send only your own lines, look at every event of a stream, fetch an answer that was computed in
+# the background, cancel another one halfway, try to read another client's response, and fill the store until it forgets.
+# It takes about twenty minutes. Before each run there is a question: write your answer down first.
 
 # %%
 import subprocess
@@ -53,18 +53,18 @@ from shared.verify.serving import serving, wait_until
 # %% [markdown]
 # ## 1. A response
 #
-# `a_server` starts the chapter's server on a free port for as long as its block lasts. `client_of(key)` makes OpenAI's
-# own client of it. `refusal` calls something that should be refused and gives the status, the parameter and the
-# message.
+# `a_server` runs the chapter's server on a free port until its block ends. `client_of(key)` makes an OpenAI client for it.
+# `refusal` makes a call that the server should refuse, and returns the status, the parameter and the message.
 #
 # The first request asks a question. The second asks the same with `store=False`. Then both are fetched by their ids.
 #
-# **Predict.** Does a chat say the same as the response? Which of the two can be fetched? What does the other one get?
+# **Predict.** Does a chat give the same answer as the response? Which of the two responses can be fetched? What does
+# fetching the other return?
 
 # %%
 @contextmanager
 def a_server(engine, **options):
-    """The chapter's server, and a function that makes a client of it. (The address that it prints is swallowed.)"""
+    """Run the chapter's server; yield it and a function that makes a client for it. (The address that it prints is discarded.)"""
     with ExitStack() as stack:
         with redirect_stderr(io.StringIO()):
             server = stack.enter_context(serving(find("v09"), engine, **options))
@@ -76,7 +76,7 @@ def a_server(engine, **options):
 
 
 def refusal(call, *args, **more):
-    """How the server refuses a call."""
+    """Make a call that the server must refuse; return the status, the parameter and the message."""
     try:
         call(*args, **more)
     except openai.APIStatusError as error:
@@ -104,12 +104,12 @@ assert fetched == stored and status == 404
 assert stored.output_text == unstored.output_text == chat.choices[0].message.content
 
 # %% [markdown]
-# A response is a chat completion with another shape around it, and it is kept, unless the client asks otherwise: here
-# `store` is true by default, as it is at OpenAI.
+# A response is a chat completion in another format, and the server keeps it unless the client sets `store=False`. The
+# default is true, as in OpenAI's API.
 #
 # ## 2. A conversation
 #
-# The client sends one line per turn, and the id of the response before it:
+# The client sends one line per turn, and the id of the previous response:
 #
 # | turn | `input` | `previous_response_id` | `instructions` |
 # |---|---|---|---|
@@ -117,8 +117,8 @@ assert stored.output_text == unstored.output_text == chat.choices[0].message.con
 # | 2 | What is a KV cache? | of turn 1 | |
 # | 3 | Tell me another one about an owl. | of turn 2 | |
 #
-# **Predict.** The client sends about ten tokens per turn. How many input tokens does the engine compute in each turn:
-# about ten, or more and more? Is `Be brief.` still part of the conversation in turn 2?
+# **Predict.** The client sends about ten tokens per turn. How many input tokens does the engine compute in each turn: about
+# ten, or more and more? Is `Be brief.` still part of the conversation in turn 2?
 
 # %%
 lines = ["Tell me a story about a fox.", QUESTION, "Tell me another one about an owl."]
@@ -128,7 +128,7 @@ with a_server(engine) as (server, client_of):
     for line in lines:
         previous = {"previous_response_id": turns[-1].id} if turns else {"instructions": "Be brief."}
         turns.append(client.responses.create(input=line, **previous, **GREEDY))
-    # The same conversation, as a client of /v1/chat/completions has to send it.
+    # The same conversation, as a client must send it to /v1/chat/completions.
     for line, turn in zip(lines, turns):
         whole.append({"role": "user", "content": line})
         said = client.chat.completions.create(messages=whole, **GREEDY)
@@ -151,16 +151,17 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# The server puts the whole conversation together from what it stored, and computes all of it again in every turn: it
-# remembers texts, not keys and values. What the client saves is sending, not computing. `instructions` belong to one
-# request: turn 1 has more input tokens than the chat beside it, turns 2 and 3 have the same number.
+# The server builds the whole conversation from what it stored, and the engine computes all of it again in every turn,
+# because the server stores texts, not keys and values. The client sends less, but the same tokens are computed.
+# `instructions` belong to one request: turn 1 has more input tokens than the chat beside it, turns 2 and 3 have the same
+# number.
 #
 # ## 3. A tree
 #
-# Three responses go on from the same one, a story that `max_output_tokens` has cut.
+# Three responses continue from the same one, a story that `max_output_tokens` has cut off.
 #
-# **Predict.** Do the three see each other? The cut story ends with `there was`. Does the model go on with the sentence
-# if the next input is `Go on.`?
+# **Predict.** Do the three see each other? The story breaks off after `there was`. Does the model finish the sentence if the
+# next input is `Go on.`?
 
 # %%
 with a_server(engine) as (server, client_of):
@@ -180,15 +181,15 @@ assert all(kept[response.id][0] is kept[cut.id][0] for response in after.values(
 assert len({id(kept[response.id][1]["content"]) for response in after.values()}) == 1
 
 # %% [markdown]
-# They do not see each other: each has its own list of turns, which begins with those of `cut`. The texts are
-# shared: each is kept once, however many responses go on from it. A cut answer is a finished turn of the assistant
-# in the next prompt, and the model begins a new one.
+# They do not see each other: each has its own list of turns, which begins with those of `cut`. The lists share the texts, so
+# each text is stored once, no matter how many responses continue from it. In the next prompt, the broken-off answer is a
+# complete turn of the assistant, and the model begins a new one.
 #
 # ## 4. The events of a stream
 #
-# Chat streams chunks of one kind. A response streams events that say what has happened to it.
+# A chat streams chunks of one kind. A response streams events of several types.
 #
-# **Predict.** For an answer of four tokens: how many events? Which are the first and the last? Is there a `[DONE]`?
+# **Predict.** How many events does an answer of four tokens have? Which are the first and the last? Is there a `[DONE]`?
 
 # %%
 with a_server(engine) as (server, client_of):
@@ -216,21 +217,21 @@ assert "".join(event.delta for event in events if event.type.endswith("delta")) 
 assert not any("[DONE]" in line for line in wire)
 
 # %% [markdown]
-# Twelve: eight around the four tokens. The answer is an item of the response's output, and the text is a part of that
-# item; each is opened, filled and closed, and every `done` repeats what is closed. The last event tells how the
-# response ended, here `incomplete` because of the four tokens, so no `[DONE]` is needed.
+# There are twelve: eight around the four tokens. The answer is an item of the response's output, and the text is a part of
+# that item. Each is opened, filled and closed, and every `done` event repeats the whole content. The last event says how the
+# response ended, here `incomplete` because of the limit of four tokens, so no `[DONE]` is needed.
 #
 # ## 5. In the background
 #
-# With `background=True` the client gets an id at once, hangs up, and asks later. To see each state, the engine gets a
-# brake: every forward pass waits for a permit.
+# With `background=True` the client gets an id at once, can hang up, and fetches the answer later. To make each state
+# visible, the engine gets a brake: every forward pass waits for a permit.
 #
-# **Predict.** Permits for three passes are given, then for three more, then the response is cancelled. What is its
-# status each time, and its text? What is left of it after the cancel, and can another response go on from it?
+# **Predict.** The brake gives permits for three forward passes, then for three more. Then the response is cancelled. What
+# are its status and its text each time? What is left of it after the cancel, and can another response continue from it?
 
 # %%
 class Brake:
-    """A hook that lets the engine's model run only as often as it is allowed to."""
+    """A hook that makes each forward pass wait for a permit."""
 
     def __init__(self, engine):
         self.permits = threading.Semaphore(0)
@@ -241,7 +242,7 @@ class Brake:
 
     def release(self):
         self.hook.remove()
-        self.permits.release()  # for the pass that waits
+        self.permits.release()  # for the forward pass that is waiting
 
 
 def state_of(response):
@@ -252,7 +253,7 @@ with a_server(engine) as (server, client_of):
     client = client_of()
     brake = Brake(engine)
     begun = client.responses.create(input="Tell me a story about a fox.", background=True, **GREEDY)
-    run = server.config.app.state.responses.runs[begun.id]  # what the server keeps of it
+    run = server.config.app.state.responses.runs[begun.id]  # the server's own record of it
     print("at once:            ", state_of(begun))
     for passes in (3, 6):
         brake.permits.release(3)
@@ -267,7 +268,7 @@ with a_server(engine) as (server, client_of):
     print("later:              ", state_of(later), "usage:", later.usage.output_tokens, "tokens")
     go_on = {"input": "Go on.", "previous_response_id": begun.id}
     print("go on from it:      ", refusal(client.responses.create, **go_on, **GREEDY)[:2])
-    # Another one is left to its end.
+    # Another one runs to its end.
     second = client.responses.create(input=QUESTION, background=True, **GREEDY)
     while client.responses.retrieve(second.id).status in ("queued", "in_progress"):
         time.sleep(0.02)
@@ -280,16 +281,16 @@ assert later.output_text == cancelled.output_text == "Once upon a time there was
 assert engine.pool.num_free == engine.pool.num_blocks
 
 # %% [markdown]
-# A cancelled response keeps its id, the text that it had, and the count of its tokens. Nothing can go on from it. The
-# engine gets an `Abort`, as for a client that has hung up, and gives the blocks back. A cancel that comes too late
-# changes nothing and says how the response had ended.
+# A cancelled response keeps its id, its text so far, and the number of its tokens. No response can continue from it. The
+# engine gets an `Abort`, as for a client that has hung up, and frees the blocks. A cancel that arrives too late changes
+# nothing and returns the response as it ended.
 #
 # ## 6. A client that hangs up
 #
-# Now a stream, with the same brake. The client reads up to the second `delta`, and closes the connection. The response
-# was not in the background, but it was stored.
+# Now a stream, with the same brake. The client reads up to the second `delta` and closes the connection. The response is
+# stored, but does not run in the background.
 #
-# **Predict.** Does the response run to its end? What does the client find when it fetches it?
+# **Predict.** Does the response run to its end? What does the client get when it fetches it?
 
 # %%
 with a_server(engine) as (server, client_of):
@@ -308,15 +309,15 @@ print("fetched:", state_of(left))
 assert left.status == "cancelled" and left.output_text == "Once upon"
 
 # %% [markdown]
-# A stream ends with its connection, stored or not. A response that must outlive the connection has to be asked for in
+# A stream ends with its connection, whether it is stored or not. A response that must outlive its connection has to run in
 # the background.
 #
 # ## 7. Whose response it is
 #
-# A server with two keys. Alice has a response, and Bob has got hold of its id.
+# The server has two API keys. Alice has a response, and Bob has learned its id.
 #
-# **Predict.** Bob fetches it, cancels it, and goes on from it. What does he get, and does it tell him that the response
-# exists?
+# **Predict.** Bob tries to fetch it, to cancel it, and to continue from it. What does he get, and can he tell that the
+# response exists?
 
 # %%
 with a_server(engine, api_keys=("for-alice", "for-bob")) as (server, client_of):
@@ -336,17 +337,16 @@ with a_server(engine, api_keys=("for-alice", "for-bob")) as (server, client_of):
     print("alice: ", alice.responses.retrieve(hers.id).output_text)
 
 # %% [markdown]
-# Bob gets the same words as for an id that never existed. Knowing an id is not enough: a response belongs to the API
-# key that it was made with. On a server without keys there is nobody to tell apart, and any client can fetch any
-# response.
+# Bob gets the same errors as for an id that never existed. Knowing an id is not enough: a response belongs to the API key
+# that created it. A server without keys cannot tell clients apart, so any client can fetch any response.
 #
 # ## 8. Forgetting
 #
-# The store keeps the last 1,000 responses, in memory. Below, a store that keeps three. A conversation of four turns
-# fills it; then turn 2 is fetched, and a fifth response is made.
+# The store keeps the last 1,000 responses, in memory. Here it keeps three. A conversation of four turns fills it. Then turn
+# 2 is fetched, and a fifth response is created.
 #
-# **Predict.** Which turns can still be fetched after turn 4? Can turn 5 go on from turn 4, although the first turn is
-# forgotten, and does the model still know it? Is turn 2 kept because it was fetched?
+# **Predict.** Which turns can still be fetched after turn 4? Can turn 5 continue from turn 4, although the first turn is
+# forgotten, and does the model still see that turn? Is turn 2 kept because it was fetched?
 
 # %%
 assert STORE_SIZE == 1000
@@ -355,7 +355,7 @@ with a_server(engine) as (server, client_of):
     server.config.app.state.responses = Store(size=3)
 
     def remembered():
-        """Which turns can be fetched, counted from 1."""
+        """The numbers of the turns that can still be fetched, counted from 1."""
         return [number for number, turn in enumerate(turns, 1) if turn.id in server.config.app.state.responses.runs]
 
     turns = []
@@ -375,19 +375,19 @@ assert remembered() == [3, 4, 5] and first == {"role": "user", "content": "Hello
 assert turns[4].usage.input_tokens > turns[3].usage.input_tokens and status == 400
 
 # %% [markdown]
-# The store forgets in the order in which responses were made; fetching one does not keep it. A forgotten response
-# cannot be fetched or continued, but its text lives on in every response that went on from it, since each has the whole
-# conversation. When the process ends, everything is forgotten.
+# The store forgets responses in the order in which they were created; fetching one does not keep it. A forgotten response
+# cannot be fetched or continued, but its text is still part of every response that continued from it, because each stores
+# the whole conversation. When the process ends, everything is forgotten.
 #
 # ## To try
 #
-# 1. In part 2, give `Be brief.` in every turn. Where in the prompt does it stand in turn 3? (`/tokenize` shows what a
+# 1. In part 2, send `Be brief.` in every turn. Where in the prompt is it in turn 3? (`/tokenize` shows what a
 #    conversation with a system message looks like.)
 # 2. In part 5, cancel before any permit is given. What is in `output` then, and why?
-# 3. In part 8, ask for the story of the fox in the background, and right after it for three responses with
+# 3. In part 8, request the story of the fox in the background, and right after it three responses with
 #    `max_output_tokens=1`. Can the story still be fetched or cancelled? What does `server.service.async_engine.stats`
-#    say?
+#    show?
 #
-# The chapter's text is [milestones/v09_responses/README.md](../milestones/v09_responses/README.md). `make test-v09`
-# tests this server over a real socket, `make traps-v09` plants its seeded bugs, `make diff-v09` shows all that the
-# chapter changed.
+# The chapter's text is [milestones/v09_responses/README.md](../milestones/v09_responses/README.md). `make test-v09` tests
+# this server over a real socket, `make traps-v09` plants the chapter's seeded bugs, and `make diff-v09` shows everything
+# that the chapter changed.

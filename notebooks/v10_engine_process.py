@@ -14,9 +14,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stepserve/stepserve/blob/main/notebooks/v10_engine_process.ipynb)
 #
-# You weigh the messages that cross, start an engine in another process, put a busy thread beside it, and then kill it,
-# stop it, and leave it without a server. About twenty minutes. Before each run there is a question: write your answer
-# down first.
+# You measure the messages that cross, start an engine in another process, run a busy thread beside it, and then kill it,
+# stop it, and take its server away. Plan about twenty minutes. Before each run there is a question: write your answer down
+# first.
 
 # %%
 import subprocess
@@ -46,7 +46,7 @@ import matplotlib.pyplot as plt
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, where Jupyter has no widgets
 os.environ["OMP_NUM_THREADS"] = "1"
-logging.getLogger("milestones").setLevel(logging.CRITICAL)  # parts 4 and 5 end an engine on purpose, which is logged
+logging.getLogger("milestones").setLevel(logging.CRITICAL)  # parts 4 and 5 kill an engine on purpose, which is logged
 
 from milestones.v10_engine_process import SamplingParams, engine_process
 from milestones.v10_engine_process.engine_loop import Abort, Aborted, Add, Died, Stepped
@@ -58,17 +58,18 @@ from shared.verify.serving import wait_until
 # %% [markdown]
 # ## 1. Bytes
 #
-# A message crosses as its length and its pickle. Below, the message of a step in which each running request got a token.
+# A message crosses as its length followed by its pickle. Below is the message of a step in which each running request gets a
+# token.
 #
-# **Predict.** With one request it takes 194 bytes. How many with 16? And how many sends does the socket see if the bytes of
-# two messages are written in three pieces: how many messages does the other side receive?
+# **Predict.** With one request it takes 194 bytes. How many with 16? And if the bytes of two messages are sent in three
+# pieces, how many messages does the other side receive?
 
 # %%
 stats = Stats(running=1, waiting=0, free_blocks=8190, total_blocks=8192)
 
 
 def step_of(number):
-    """The message of a step with this many tokens."""
+    """The message of a step with this many tokens, all with the same text."""
     return Stepped([(call_id, 0, StepOutput(call_id, 300, " there", None, None)) for call_id in range(1, number + 1)])
 
 
@@ -90,20 +91,21 @@ print("after the end:", receive_message(theirs))
 assert received == [("first", 1), ("second", 2)]
 
 # %% [markdown]
-# Most of the 194 bytes are names of classes, which a pickle writes once, so 16 tokens take three times as much and not
-# sixteen times. `receive_message` reads on until it has as many bytes as the length says, wherever the pieces end.
+# More than half of the 194 bytes are names of classes and modules, which a pickle writes once. So 16 tokens take three times
+# as much, not sixteen times. (The text is written once, too, because all tokens here share it. In a real step each has its
+# own.) `receive_message` reads until it has the number of bytes that the length says, wherever the pieces end.
 #
 # ## 2. Another process
 #
-# `a_process` starts an engine in a process of its own, and an event loop in a thread of this one to talk to it. What arrives is
-# kept in a list.
+# `a_process` starts an engine in a process of its own. To talk to it, `Beside` runs an event loop in a thread of this
+# process, and keeps what arrives in a list.
 #
-# **Predict.** Three requests of 4 tokens are added together. How many messages come back? Where does the tokenizer come from that
-# turns the prompt into tokens here?
+# **Predict.** Three requests of 4 tokens are added in one call. How many messages come back? And the tokenizer that turns
+# the prompt into tokens here: where does it come from?
 
 # %%
 class Beside:
-    """A runner, an event loop in a thread, and everything that the engine has sent."""
+    """A runner, an event loop in a thread, and every message that the engine has sent."""
 
     def __init__(self, runner):
         self.runner, self.received = runner, []
@@ -127,7 +129,7 @@ class Beside:
 
 @contextmanager
 def a_process():
-    """An engine in a process of its own, for as long as the block lasts. (What it writes to stderr is swallowed.)"""
+    """Run an engine in a process of its own until the block ends. (What it writes to stderr is discarded.)"""
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     runner = EngineProcess(partial(load_engine, POCKET, device="cpu", max_num_seqs=16))
@@ -143,7 +145,7 @@ def a_process():
 
 
 def tokens(number):
-    """Parameters of a request that takes exactly this many tokens."""
+    """Parameters of a request that generates exactly this many tokens."""
     return SamplingParams(max_tokens=number, ignore_eos=True)
 
 
@@ -162,15 +164,16 @@ for _, message, stats in beside.received:
 assert [type(message).__name__ for _, message, _ in beside.received] == ["Added"] + ["Stepped"] * 4
 
 # %% [markdown]
-# Five messages for twelve tokens. The tokenizer was sent by the engine, in `Ready`.
+# Five messages carry twelve tokens. The engine sent the tokenizer, in `Ready`.
 #
 # ## 3. A busy thread beside it
 #
-# Sixteen requests run, first in quiet, then beside a thread that counts in pure Python. Each way in turn: the engine in a thread
-# of this process, as in v09, and in a process of its own.
+# Sixteen requests run, first undisturbed, then beside a thread of this process that counts in pure Python. This is done twice:
+# with the engine in a process of its own, and with the engine in a thread of this process, as in v09. PyTorch uses one
+# thread.
 #
-# **Predict.** Before each operation of a step a thread may have to wait 5 ms for the interpreter lock, and a step has some four
-# hundred of them. How many steps per second are left in each way?
+# **Predict.** An engine thread may have to wait 5 ms for the interpreter lock before each operation, and a step has some
+# four hundred of them. How many steps per second are left with the thread, and how many with the process?
 
 # %% tags=["varies"]
 SECONDS = 2.0
@@ -193,7 +196,7 @@ def measure(beside):
         thread = threading.Thread(target=work, args=(SECONDS,))
         thread.start()
         thread.join()
-        # What the engine has sent by now is read before the count.
+        # Let the event loop read what the engine has sent so far.
         time.sleep(0.1)
         found[name] = (len(beside.of(Stepped)) - before) / (time.monotonic() - start)
     beside.send(Abort(1))
@@ -221,16 +224,16 @@ plt.show()
 assert in_a_thread["busy"] < in_a_thread["quiet"]
 
 # %% [markdown]
-# How much the thread loses depends on the machine: the engine gives the lock away in every operation, and whether it gets it
-# back at once or 5 ms later depends on how fast the other thread is awake. With two cores it is fast, and the engine comes
-# nearly to a stop. A process loses only what the machine itself takes: cores, caches, and the time of a third process if there are
-# only two cores.
+# How much the thread loses depends on the machine. The engine releases the lock in every operation. If the other thread
+# wakes up fast enough to take it, the engine gets it back 5 ms later, otherwise at once. With two cores the other thread is
+# fast, and the engine nearly stops. An engine in a process loses only what it shares with the rest of the machine: caches,
+# and cores if more processes are busy than there are cores.
 #
 # ## 4. The engine dies
 #
-# A request is under way, and the engine's process is killed as the kernel would kill it when memory runs out.
+# A request is running, and the engine process is killed as the kernel would kill it when memory runs out.
 #
-# **Predict.** No line of the engine's code runs after the kill. What tells this process, and how soon?
+# **Predict.** No line of the engine's code runs after the kill. How does this process find out, and how soon?
 
 # %%
 with a_process() as beside:
@@ -244,15 +247,15 @@ print(message)
 assert message.reason == "the engine's process has ended (SIGKILL)" and at - killed_at < 1
 
 # %% [markdown]
-# The system closed the engine's end of the socket, and `read` came to the end of the stream. `AsyncEngine` gets a `Died`, as it would from
-# an engine's loop that ends with an exception, and fails every call.
+# The system closed the engine's end of the socket, so `read` reached the end of the stream. It delivers a `Died`, like the
+# one that an engine loop sends when it ends with an exception. In a server, `AsyncEngine` then fails every call.
 #
 # ## 5. The engine hangs
 #
-# SIGSTOP stops a process, which then does nothing, and closes nothing. Here silence may last two seconds; the server allows
-# ten.
+# SIGSTOP stops a process, which then does nothing and closes nothing. Here the process is killed after two seconds of
+# silence; the server allows ten.
 #
-# **Predict.** The process is stopped for one second, and then for good. Which of the two is noticed?
+# **Predict.** The process is stopped for one second, and later for good. Which of the two is detected?
 
 # %%
 engine_process.SILENCE_S = 2.0
@@ -272,9 +275,9 @@ engine_process.SILENCE_S = 10.0
 # %% [markdown]
 # ## 6. The server dies
 #
-# A script starts an engine, prints the process's number, and is killed.
+# A script starts an engine, prints the engine process's id, and is killed.
 #
-# **Predict.** Which of the two processes has PyTorch? Who ends the engine? What if it is in the middle of a step?
+# **Predict.** Which of the two processes has PyTorch in memory? What ends the engine? What if it is in the middle of a step?
 
 # %%
 script = f"""
@@ -291,7 +294,7 @@ engine_pid = int(server.stdout.readline())
 
 
 def is_there(pid):
-    """Whether a process runs; one that has ended and is not waited for does not."""
+    """Whether a process still runs. A zombie, which has ended and has not been waited for, does not."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
@@ -305,15 +308,15 @@ wait_until(lambda: not is_there(engine_pid), 5)
 print("after: ", {"engine": is_there(engine_pid)})
 
 # %% [markdown]
-# The engine's reading thread came to the end of the stream and ended its process, whatever its main thread was doing. Nobody has to clean
-# up after a server, and a GPU's memory is free for the next one.
+# The engine's reader thread reached the end of the stream and ended its process, even if the main thread was in a step. So
+# nothing is left to clean up after a server, and a GPU's memory is free for the next one.
 #
 # ## To try
 #
-# 1. In part 1, put logprobs into the outputs: `{300: -0.5, 301: -2.0}`. What does a step of 64 cost then?
-# 2. In part 3, let the busy thread sleep for a millisecond now and then. How much does the engine in the thread gain?
-# 3. In part 6, send SIGTERM to the engine's process instead. What happens, and why is it meant to be so?
+# 1. In part 1, put logprobs into the outputs: `{300: -0.5, 301: -2.0}`. How many bytes does a step of 64 tokens take then?
+# 2. In part 3, let the busy thread sleep for a millisecond now and then. How much faster is the engine in the thread?
+# 3. In part 6, send SIGTERM to the engine process instead. What happens, and why is that intended?
 #
 # The chapter's text is [milestones/v10_engine_process/README.md](../milestones/v10_engine_process/README.md).
 # `python -m shared.verify.killing` kills servers and engines under load, `make traps-v10` plants the chapter's seeded bugs,
-# `make diff-v10` shows all that it changed.
+# and `make diff-v10` shows everything that the chapter changed.

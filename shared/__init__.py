@@ -1,1 +1,1 @@
-"""What is not the lesson: the oracle, the models, the workloads and the tools. A chapter never imports it."""
+"""Everything that is not a lesson: the reference, the models, the workloads and the tools. Chapters never import it."""

@@ -1,12 +1,12 @@
-"""The table of contents, and the one model of a chapter: what it is called, what it adds, where its parts lie.
+"""The table of contents: each chapter's name, what it adds, and where its files are.
 
-A *capability* is something a user can do. A chapter has those of all chapters before it and adds
-its own; a test names the ones it needs, and then runs for every chapter that has them.
+A *capability* is something a user can do. A chapter has the capabilities of all earlier chapters and adds
+its own. A test names those it needs and runs for every chapter that has them.
 
-Tools take a Book, so that they can be pointed at any directory that is laid out like this one.
+Tools take a Book, so they work on any directory with this layout.
 
-    python -m shared.chapters          # the table
-    python -m shared.chapters names    # v01 v02 ...: what the Makefile derives its targets from
+    python -m shared.chapters          # prints the table
+    python -m shared.chapters names    # v01 v02 ...: the Makefile derives its targets from these
 """
 import importlib
 import sys
@@ -30,18 +30,18 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Chapter:
-    """One directory under milestones/, and what belongs to it elsewhere."""
+    """One directory under milestones/, and its files elsewhere."""
 
     name: str
     idea: str
     adds: frozenset[str]
-    races: bool  # whether it answers many questions in another way than the chapter before: then the demo shows it
+    races: bool  # whether it runs many requests differently from the chapter before; the demo races these
     root: Path  # of the repository
     previous: "Chapter | None"
 
     @property
     def id(self) -> str:
-        """The short form that targets and options take: v01."""
+        """The short name that make targets and options use, such as v01."""
         return self.name.split("_")[0]
 
     @property
@@ -54,12 +54,12 @@ class Chapter:
 
     @property
     def traps(self) -> Path:
-        """Where its seeded bugs are written down."""
+        """The file of its seeded bugs."""
         return self.root / "tests" / "traps" / f"{self.id}.toml"
 
     @property
     def claims(self) -> Path:
-        """The tests of what it claims."""
+        """The tests of its claims."""
         return self.root / "tests" / "claims" / f"test_{self.id}.py"
 
     @property
@@ -69,17 +69,17 @@ class Chapter:
 
     @property
     def number(self) -> int:
-        """Its place in the book, counted from 0."""
+        """Its index in the book, from 0."""
         return self.previous.number + 1 if self.previous else 0
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """All that a user can do in this chapter."""
+        """What a user can do in this chapter: what it adds, and all that earlier chapters add."""
         return self.adds | (self.previous.capabilities if self.previous else frozenset())
 
     @property
     def command(self) -> list[str]:
-        """How to run it in a process of its own."""
+        """The command that runs it in its own process."""
         return [sys.executable, "-m", f"milestones.{self.name}"]
 
     def load(self) -> ModuleType:
@@ -104,7 +104,7 @@ class Book:
         return cls(root, tuple(chapters))
 
     def find(self, text: str) -> Chapter:
-        """The chapter called text: its short form or its whole name.
+        """The chapter with this short or full name; ValueError if there is none.
 
         >>> BOOK.find("v01")
         <v01_naive>
@@ -115,7 +115,7 @@ class Book:
         raise ValueError(f"there is no chapter {text!r}; the chapters are {', '.join(c.id for c in self.chapters)}")
 
     def after(self, chapter: Chapter) -> tuple[Chapter, ...]:
-        """The chapters that follow a chapter."""
+        """All chapters after this one."""
         return self.chapters[chapter.number + 1 :]
 
     def first_with(self, capability: str) -> Chapter:
@@ -123,19 +123,19 @@ class Book:
         return next(chapter for chapter in self.chapters if capability in chapter.adds)
 
     def last_with(self, capability: str) -> Chapter:
-        """The newest chapter in which a user can do this."""
+        """The latest chapter that has a capability."""
         return [chapter for chapter in self.chapters if capability in chapter.capabilities][-1]
 
     @property
     def results(self) -> Path:
-        """Where measured figures are committed, as JSON."""
+        """The directory of committed results, as JSON."""
         return self.root / "docs" / "results"
 
 
 CONTENTS = (
     Row(
         name="v01_naive",
-        idea="A decoder is a function from tokens to the next token's logits; call it in a loop.",
+        idea="A decoder is a function from tokens to the next token's logits. Call it in a loop.",
         adds=frozenset({"generate", "sample", "logprobs", "stream", "abort", "chat", "command_line", "max_model_len"}),
         races=True,
     ),
@@ -147,45 +147,45 @@ CONTENTS = (
     ),
     Row(
         name="v03_static_batch",
-        idea="One pass reads every weight, whether it serves one request or sixteen. Fill a rectangle.",
+        idea="A forward pass reads every weight, whether it serves one request or sixteen. Pad requests into a rectangle, and run them together.",
         adds=frozenset({"max_num_seqs"}),
         races=True,
     ),
     Row(
         name="v04_continuous_batch",
-        idea="Choose anew before every pass who is in it, and lay tokens end to end: a place freed now is taken in the next step.",
+        idea="Decide before every step which requests run, and lay their tokens end to end: a row freed in one step is taken in the next.",
         adds=frozenset(),
         races=True,
     ),
     Row(
         name="v05_paged_cache",
-        idea="A slab reserves the longest length for everyone. Give memory out in blocks, and keep a table per sequence.",
+        idea="A slab reserves the maximum length for every request. Hand out memory in blocks instead, and keep a block table per sequence.",
         adds=frozenset({"num_blocks", "block_size", "kv_bytes"}),
         races=True,
     ),
     Row(
         name="v06_triton_kernel",
-        idea="Gathering copies the whole cache at every step. A kernel can follow the tables itself, with an online softmax.",
+        idea="Gathering copies every running sequence's keys and values, in every layer of every step. A kernel follows the block tables instead, with an online softmax.",
         adds=frozenset({"attention"}),
     ),
     Row(
         name="v07_server",
-        idea="One thread steps the engine, the event loop keeps the connections, and messages cross between them.",
+        idea="One thread steps the engine, another runs the event loop with every connection, and they exchange only messages.",
         adds=frozenset({"serve"}),
     ),
     Row(
         name="v08_openai",
-        idea="An API is a promise: whatever a client may send is answered as documented, or refused by name.",
+        idea="An API is a promise: every documented parameter either works or is refused by name.",
         adds=frozenset({"stop_strings", "prompt_logprobs", "openai"}),
     ),
     Row(
         name="v09_responses",
-        idea="Completions forget, responses remember: what is kept, for how long, and what a cancelled one leaves behind.",
+        idea="A completion is forgotten once it is sent, but a response is stored. Decide what to keep, for how long, and what a cancelled one leaves behind.",
         adds=frozenset({"responses"}),
     ),
     Row(
         name="v10_engine_process",
-        idea="One interpreter lock lets one thread run. The engine moves into a process with a lock of its own, and one message per step crosses.",
+        idea="Threads share one interpreter lock, so the engine and the event loop take turns. Give the engine its own process, and send one message per step.",
         adds=frozenset({"engine_process"}),
     ),
 )
@@ -196,12 +196,12 @@ find, first_with, last_with = BOOK.find, BOOK.first_with, BOOK.last_with
 
 
 def python_files(directory: Path) -> list[Path]:
-    """The *.py files under a directory, in order, without caches and hidden directories."""
-    found = []
+    """The *.py files under a directory, sorted, without caches and hidden directories."""
+    paths = []
     for path in sorted(directory.rglob("*.py")):
         if not any(part.startswith((".", "__pycache__")) for part in path.relative_to(directory).parts):
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 def main(argv: list[str]) -> int:

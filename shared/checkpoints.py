@@ -1,11 +1,11 @@
-"""Checkpoints to run: the embedded model, random ones of every family, real ones by path or hub id.
+"""Find or create checkpoints: the bundled models, random ones of every family, and real ones by path or hub id.
 
-A random checkpoint tests shapes and arithmetic; pocket, which is trained, tests serving. Random ones
-are written by transformers itself, so that what is loaded is what its users have on disk.
+Random checkpoints test shapes and arithmetic; pocket, which is trained, tests serving. transformers itself writes
+the random ones, so they are stored just like its users' checkpoints.
 
-    python -m shared.checkpoints pocket             # prints the directory that a name stands for
-    python -m shared.checkpoints qwen3              # makes a random one first
-    python -m shared.checkpoints Qwen/Qwen3-0.6B    # downloads it
+    python -m shared.checkpoints pocket             # prints the checkpoint's directory
+    python -m shared.checkpoints qwen3              # creates a random checkpoint first
+    python -m shared.checkpoints Qwen/Qwen3-0.6B    # downloads it first
 
 Reads: shared/models, the hub. Writes: .cache/checkpoints.
 """
@@ -38,13 +38,13 @@ LLAMA3_ROPE = {
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A random checkpoint: its family, how it is stored, and its shape (every dimension another number)."""
+    """A random checkpoint: its family, how it is stored, and its shape, in which no two dimensions are equal."""
 
     family: str
     stored: str = "float32"
     tied: bool = False
     sharded: bool = False
-    hub_form: bool = False  # rope_theta and rope_scaling, as files on the hub have, not rope_parameters
+    hub_form: bool = False  # rope_theta and rope_scaling, as most files on the hub have, instead of rope_parameters
     llama3_rope: bool = False
     tokenizer: str = "byte_level"
     hidden_size: int = 60
@@ -58,7 +58,7 @@ class Spec:
     seed: int = 0
 
     def config(self) -> dict:
-        """The keyword arguments of transformers' config."""
+        """The keyword arguments for transformers' config."""
         return {
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -70,7 +70,7 @@ class Spec:
             "max_position_embeddings": self.max_positions,
             "tie_word_embeddings": self.tied,
             "rope_parameters": LLAMA3_ROPE if self.llama3_rope else {"rope_type": "default", "rope_theta": 5000.0},
-            "rms_norm_eps": 1e-3,  # large enough that a misplaced epsilon shows
+            "rms_norm_eps": 1e-3,  # large enough that a misplaced epsilon changes the output
             "sliding_window": None,
             "bos_token_id": 0,
             "eos_token_id": 1,
@@ -78,7 +78,7 @@ class Spec:
         }
 
 
-# Every family and every storage form that a chapter must load, each in at least one of them.
+# Together they cover every family and every storage format that a chapter must load.
 RANDOM = {
     "llama": Spec("llama"),
     "llama3": Spec("llama", stored="bfloat16", llama3_rope=True, tied=True, seed=1),
@@ -88,13 +88,13 @@ RANDOM = {
     "qwen3": Spec("qwen3", stored="bfloat16", num_heads=4, num_kv_heads=1, seed=5),
 }
 
-# Small enough for Triton's interpreter: one a family.
+# Small enough for Triton's interpreter, one per family.
 TWO_LAYERS = {
     f"{name}-two-layers": dataclasses.replace(RANDOM[name], num_layers=2, num_heads=4, num_kv_heads=2)
     for name in ("llama", "mistral", "qwen2", "qwen3")
 }
 
-# Random weights in the shape of a published model: as slow as the real one, and as large.
+# Random weights in the shape of published models: as slow and as large as the real ones.
 SHAPES = {
     "smollm2-135m-shape": Spec(
         family="llama",
@@ -139,26 +139,26 @@ SHAPES = {
 
 
 def checkpoint(name: str) -> Path:
-    """The directory of a checkpoint by name: pocket, one of RANDOM or SHAPES, a path, or a hub id.
+    """The directory of a checkpoint, given as pocket, pocket-draft, a name in RANDOM, TWO_LAYERS or SHAPES, a path, or a hub id.
 
     Raises:
-        ValueError: if there is no such thing, or the hub does not give it; the message says what to do.
+        ValueError: if there is no such checkpoint, or the hub does not provide it; the message says what to do.
     """
     if name in ("pocket", "pocket-draft"):
         return POCKET.with_name(name)
-    made = RANDOM | TWO_LAYERS | SHAPES
-    if name in made:
-        return random_checkpoint(made[name])
+    specs = RANDOM | TWO_LAYERS | SHAPES
+    if name in specs:
+        return random_checkpoint(specs[name])
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return download(name)
     known = ", ".join(["pocket", "pocket-draft", *RANDOM, *SHAPES])
-    raise ValueError(f"there is no checkpoint {name!r}: give a directory, a hub id (owner/name), or one of {known}")
+    raise ValueError(f"there is no checkpoint {name!r}; give a directory, a hub id (owner/name), or one of {known}")
 
 
 def download(hub_id: str) -> Path:
-    """A hub repository's config, tokenizer and safetensors files, fetched once."""
+    """The directory of a hub repository's config, tokenizer and safetensors files, downloaded only once."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -167,17 +167,17 @@ def download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
     except GatedRepoError:
         raise ValueError(
-            f"{hub_id} is gated: accept its terms on its hub page, make a read token, and set HF_TOKEN to it"
+            f"{hub_id} is gated; accept its terms on its hub page, create a read token, and set HF_TOKEN to it"
         ) from None
     except RepositoryNotFoundError:
-        raise ValueError(f"the hub has no {hub_id}, or it is private: check the name, or set HF_TOKEN") from None
+        raise ValueError(f"the hub has no {hub_id}, or it is private; check the name, or set HF_TOKEN") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"{hub_id} could not be fetched from the hub: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{hub_id} could not be downloaded from the hub: {' '.join(str(error).split())}") from error
 
 
 def random_checkpoint(spec: Spec) -> Path:
-    """Make the checkpoint, unless it is in the cache already; the same spec gives the same bytes."""
-    # The recipe is part of the key: editing this file makes every checkpoint anew.
+    """The checkpoint's directory in the cache, created if it is missing; the same spec gives the same bytes."""
+    # This file is part of the key, so after an edit every checkpoint is created again.
     recipe = Path(__file__).read_bytes() + json.dumps(dataclasses.asdict(spec)).encode()
     path = CACHE / f"{spec.family}-{hashlib.sha256(recipe).hexdigest()[:16]}"
     if not path.exists():
@@ -192,7 +192,7 @@ def random_checkpoint(spec: Spec) -> Path:
 
 
 def write_checkpoint(spec: Spec, path: Path) -> None:
-    """Write a random model, its config and a tokenizer into path."""
+    """Write a random model, its config and a tokenizer to path."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -207,10 +207,10 @@ def write_checkpoint(spec: Spec, path: Path) -> None:
 
 
 def randomize(model, spec: Spec) -> None:
-    """Weights that make every part count: norms away from 1, biases away from 0, attention and logits with contrast."""
+    """Set weights with which every part affects the output: norms not 1, biases not 0, attention and logits not uniform."""
     import torch
 
-    # A generator of its own: nobody else's random state is touched.
+    # Its own generator, to leave the global random state unchanged.
     generator = torch.Generator().manual_seed(spec.seed)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
@@ -227,7 +227,7 @@ def randomize(model, spec: Spec) -> None:
 
 
 def to_hub_form(path: Path) -> None:
-    """Rewrite a config.json that transformers 5 wrote as most files on the hub are."""
+    """Rewrite a config.json from transformers 5 in the format that most files on the hub have."""
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
@@ -237,7 +237,7 @@ def to_hub_form(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2))
 
 
-# English alone: a character of any other script then takes a token per byte.
+# Only English, so that characters of other scripts take one token per byte.
 CORPUS = (
     "The cache keeps what the engine has seen. A request waits, runs and leaves; the blocks it held are free again.",
     "Once there was a queue, and nobody in it was forgotten. 1, 2, 3, 5, 8, 13, 21 tokens a second!",
@@ -249,7 +249,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(kind: str) -> "PreTrainedTokenizerFast":
-    """A small tokenizer that adds a BOS: byte_level as Llama 3 and Qwen have, metaspace as Llama 2 and Mistral have."""
+    """A small tokenizer that adds a BOS token: byte_level like those of Llama 3 and Qwen, metaspace like Llama 2 and Mistral."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -267,7 +267,7 @@ def make_tokenizer(kind: str) -> "PreTrainedTokenizerFast":
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)],
         )
-        # Only for the training, so that a word's first token holds its space, as in Llama 2's vocabulary.
+        # Only for training, so that a word's first token includes its space, as in Llama 2's vocabulary.
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         special += ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
         alphabet = ["▁"]
@@ -281,7 +281,7 @@ def make_tokenizer(kind: str) -> "PreTrainedTokenizerFast":
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     if kind != "byte_level":
-        # The byte tokens are ordinary ones; only the trainer had to be told of them first.
+        # The byte tokens are ordinary tokens; they are special only for the trainer, to get their ids.
         state = json.loads(tokenizer.to_str())
         state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
         state["pre_tokenizer"] = None

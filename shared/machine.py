@@ -1,6 +1,6 @@
-"""What a measurement ran on: the line that stands beside every committed number.
+"""The machine that a measurement ran on, as committed with every result.
 
-    python -m shared.machine        # this machine, and its kind
+    python -m shared.machine        # this machine and its kind
 """
 import datetime
 import os
@@ -13,7 +13,7 @@ import transformers
 
 
 def cpu_name() -> str:
-    """The processor's own name for itself."""
+    """The processor's model name."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -23,7 +23,7 @@ def cpu_name() -> str:
 
 
 def machine(gpu: bool = False) -> str:
-    """Processor, cores, the GPU of what was measured on one, and the versions that decide the arithmetic."""
+    """Processor, cores, the GPU if it was used, and the versions of Python, torch and transformers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts = [cpu_name(), f"{cores} cores"]
     if gpu:
@@ -35,12 +35,12 @@ def machine(gpu: bool = False) -> str:
 
 
 def kind(gpu: bool = False) -> str:
-    """The kind of machine: gpu for what ran on one, otherwise the vectors that PyTorch computes with, as avx2 or avx512."""
+    """The kind of machine: gpu if the GPU was used, otherwise the vector instructions PyTorch uses, such as avx2 or avx512."""
     return "gpu" if gpu else torch.backends.cpu.get_cpu_capability().lower()
 
 
 def today() -> str:
-    """The date of a measurement, ISO."""
+    """Today's date in ISO format."""
     return datetime.date.today().isoformat()
 
 

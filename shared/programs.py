@@ -1,4 +1,4 @@
-"""What every program of this repository does at its beginning and its end."""
+"""How every program in this repository starts and exits, and how it reads a server's URL."""
 import os
 import sys
 from collections.abc import Callable
@@ -6,16 +6,19 @@ from typing import NoReturn
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
-    """End the process with what main returns for its arguments; quietly if the user or whoever reads has seen enough."""
+    """Call main with the command line's arguments and exit with the status it returns.
+
+    Ctrl-C exits with 130 and a closed output pipe with 1, both without a message; an OSError is printed, and exits with 2.
+    """
     try:
-        # What a terminal cannot show is no reason to end.
+        # A character that the terminal cannot show must not end the program.
         for stream in (sys.stdin, sys.stdout):
             if stream is not None:
                 stream.reconfigure(errors="replace")
         status = main(sys.argv[1:])
         print(end="", flush=True)
     except BrokenPipeError:
-        # What is still in the buffer goes nowhere.
+        # Nobody reads what is still in the buffer: discard it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
@@ -27,7 +30,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def server_url(url: str) -> str:
-    """A server's address as our programs know it: without a slash, nor the /v1 that other programs want.
+    """A server's URL without a trailing slash and without the /v1 that OpenAI clients expect.
 
     >>> server_url("http://gpu:8000/"), server_url("http://gpu:8000/v1/"), server_url("gpu:8000")
     ('http://gpu:8000', 'http://gpu:8000', 'http://gpu:8000')

@@ -1,12 +1,12 @@
-"""Measured figures: the one way to write docs/results/*.json, and to read them.
+"""Measured figures: writes and reads docs/results/*.json.
 
-What depends on the machine stands there in a row for each kind of machine, which a new measurement on that kind replaces:
+What depends on the machine has one row for each kind of machine; a new measurement on that kind replaces it:
 
     {"avx512": {"command": ..., "machine": ..., "date": ..., "code": {"v01": "5f0c..."}, "v01": {...}}, "gpu": {...}}
 
-`code` is a hash of each measured chapter's code as it was: when the chapter has changed, its figures are old, and are
-shown as old. What is the same on every machine, a trace of who ran when, has no rows: command, machine, date and
-figures stand at the top.
+`code` holds a hash of each measured chapter's code. When the chapter's code changes, its figures are shown as old. What
+is the same on every machine, such as a trace of which request ran when, has no rows: command, machine, date and figures
+are at the top level.
 
 Reads: docs/results/*.json. Writes: docs/results/*.json.
 """
@@ -21,10 +21,10 @@ from pathlib import Path
 
 from shared.chapters import BOOK, Book, Chapter, python_files
 
-# The kinds of machines, and how tables call them; any other is called what PyTorch calls it.
+# The kinds of machines and their names in tables; any other kind has the name PyTorch gives it.
 KINDS = {"avx512": "AVX512", "avx2": "AVX2", "gpu": "GPU"}
-ABOUT = ("command", "machine", "date", "code")  # what a row says of itself
-# What no change of the code makes old: what is said of the machine, and what is counted, which a test counts again.
+ABOUT = ("command", "machine", "date", "code")  # a row's description of itself
+# What a change of the code does not make old: facts about the machine, and counts, which a test counts again.
 TIMELESS = {*ABOUT, "limits", "bandwidth_gb_s", "copy_gb_per_s"} | {
     "requests", "places", "tokens", "passes", "tokens_per_pass", "positions", "needed", "needed_share", "useful_share",
     "kv_bytes", "kv_read_bytes", "weight_bytes", "weight_read_bytes", "lengths", "request",
@@ -35,7 +35,7 @@ TIMELESS = {*ABOUT, "limits", "bandwidth_gb_s", "copy_gb_per_s"} | {
 
 
 def write(name: str, results: dict, command: str, book: Book = BOOK) -> Path:
-    """Write what is the same on every machine, with the command, the machine and the date that made it."""
+    """Write a result that is the same on every machine, with its command, machine and date."""
     return store(book.results / f"{name}.json", about(command) | results)
 
 
@@ -47,7 +47,7 @@ def write_row(
     gpu: bool = False,
     book: Book = BOOK,
 ) -> Path:
-    """Write what was measured of these chapters on this machine, in the place of its kind's earlier row."""
+    """Write what was measured of these chapters on this machine; replaces the row of its kind of machine."""
     from shared.machine import kind
 
     path = book.results / f"{name}.json"
@@ -59,14 +59,14 @@ def write_row(
 
 
 def about(command: str, gpu: bool = False) -> dict[str, str]:
-    """What it takes to measure it again."""
+    """What it takes to repeat a measurement: command, machine, date."""
     from shared.machine import machine, today
 
     return {"command": command, "machine": machine(gpu), "date": today()}
 
 
 def store(path: Path, everything: dict) -> Path:
-    """JSON that a diff can show: a line a key, and what is long over several lines."""
+    """Write JSON that diffs well: one line per key, and long values over several lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(spread(everything) + "\n")
     return path
@@ -76,7 +76,7 @@ LONG = 1000  # characters
 
 
 def spread(value, margin: str = "") -> str:
-    """JSON, of which the outermost level and whatever is long has a line for each of its parts."""
+    """JSON text in which the outermost level and every long value has one line per part."""
     flat = json.dumps(value, ensure_ascii=False)
     is_row = isinstance(value, dict) and "command" in value
     if not isinstance(value, (dict, list)) or not value or (margin and not is_row and len(flat) <= LONG):
@@ -93,17 +93,17 @@ def spread(value, margin: str = "") -> str:
 
 
 def rows_of(path: Path) -> dict[str, dict]:
-    """A file's rows by kind of machine; of what is the same on every machine, one row called ''."""
+    """A file's rows by kind of machine; a result that is the same on every machine is one row called ''."""
     everything = json.loads(path.read_text())
     has_rows = all(isinstance(row, dict) and "code" in row for row in everything.values())
     return everything if has_rows else {"": everything}
 
 
 def read(path: Path, command: str) -> dict[str, dict]:
-    """The rows of a file that has to be there; `command` is what would write it.
+    """The rows of a result file; `command` is what writes it.
 
     Raises:
-        ValueError: if it is not there.
+        ValueError: if the file does not exist.
     """
     if not path.is_file():
         raise ValueError(f"there is no {path.name}; run `{command}`")
@@ -111,17 +111,17 @@ def read(path: Path, command: str) -> dict[str, dict]:
 
 
 def cited(rows: dict[str, dict]) -> dict:
-    """The row that texts and pictures show where they show one: the newest."""
+    """The row that texts and pictures cite: the newest."""
     return max(rows.values(), key=lambda row: row.get("date", ""))
 
 
 def figures(row: dict) -> dict:
-    """A row without what it says of itself."""
+    """A row's figures, without its description of itself."""
     return {key: value for key, value in row.items() if key not in ABOUT}
 
 
 def old_chapters(row: dict, book: Book) -> set[str]:
-    """The measured chapters whose code has changed since, or that are gone."""
+    """The measured chapters whose code has changed since, or that no longer exist."""
     now = {chapter.id: code_hash(chapter.path) for chapter in book.chapters}
     return {name for name, code in row.get("code", {}).items() if now.get(name) != code}
 
@@ -129,7 +129,7 @@ def old_chapters(row: dict, book: Book) -> set[str]:
 def is_old(row: dict, keys: list[str], book: Book) -> bool:
     """Whether the figure at these keys of a row was measured on code that has changed since.
 
-    A figure that stands under no chapter's name is about all that were measured.
+    A figure under no chapter's name counts as one of all measured chapters.
     """
     if not TIMELESS.isdisjoint(keys):
         return False
@@ -138,7 +138,7 @@ def is_old(row: dict, keys: list[str], book: Book) -> bool:
 
 
 def origin(kind: str, row: dict) -> str:
-    """Where a row comes from, for the head of a table.
+    """The machine and date of a row, for the head of a table.
 
     >>> origin("gpu", {"machine": "Xeon, 16 cores, H100, Python 3.12.3, torch 2.11", "date": "2026-11-28"})
     'GPU: Xeon, 16 cores, H100, 2026-11-28'
@@ -147,7 +147,7 @@ def origin(kind: str, row: dict) -> str:
 
 
 def age(row: dict, book: Book) -> str:
-    """What of a row is old, as the end of a line; nothing if nothing is."""
+    """The end of a table's head that names the chapters whose figures are old; empty if none are."""
     old = sorted(old_chapters(row, book))
     return f"; old, since the code has changed: {', '.join(old)}" if old else ""
 
@@ -156,16 +156,16 @@ def age(row: dict, book: Book) -> str:
 
 
 def code_hash(directory: Path) -> str:
-    """A hash of what a directory's Python does: comments, docstrings and blank lines do not count."""
-    found = hashlib.blake2b(digest_size=8)
+    """A hash of a directory's Python code without comments, docstrings and blank lines."""
+    digest = hashlib.blake2b(digest_size=8)
     for path in python_files(directory):
-        found.update(f"{path.relative_to(directory).as_posix()}\0{bare(path.read_text())}\0".encode())
-    return found.hexdigest()
+        digest.update(f"{path.relative_to(directory).as_posix()}\0{bare(path.read_text())}\0".encode())
+    return digest.hexdigest()
 
 
 @cache
 def bare(source: str) -> str:
-    """A file without comments, docstrings and blank lines: by places in the text, so that every Python agrees.
+    """The source without comments, docstrings and blank lines; works on positions in the text, so every Python version agrees.
 
     >>> bare('"What it is."\\n\\nx = "#"  # a sign\\n')
     'x = "#"'

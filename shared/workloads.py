@@ -10,11 +10,11 @@ class Request:
     prompt_ids: list[int]
     max_tokens: int
     arrival_step: int = 0  # the engine step before which it is added
-    abort_step: int | None = None  # the engine step before which it is aborted, if it has not ended
+    abort_step: int | None = None  # the engine step before which it is aborted, unless it has finished
 
 
 def random_ids(length: int, vocab_size: int, rng: random.Random) -> list[int]:
-    """Token ids without structure: the lowest eight, special in every checkpoint here, are left out."""
+    """Uniformly random token ids, except the lowest eight, which are special tokens in every checkpoint used here."""
     return [rng.randrange(8, vocab_size) for _ in range(length)]
 
 
@@ -54,25 +54,25 @@ def fixed(lengths: list[tuple[int, int]], vocab_size: int, seed: int = 0) -> lis
 
 
 def staircase(vocab_size: int) -> list[Request]:
-    """The workload on which all chapters are compared: 32 ragged requests, all there at the start.
+    """The workload on which all chapters are compared: 32 requests of different lengths, all added at the start.
 
-    Its lengths are the same for every vocabulary.
+    The lengths do not depend on the vocabulary.
 
     >>> sum(request.max_tokens for request in staircase(100))
     1734
     """
     rng = random.Random(16)
-    # With these prompts no token of the embedded model is a tie.
+    # With these prompts the bundled model's two best logits are never a tie.
     return fixed([(rng.randint(4, 60), rng.randint(1, 120)) for _ in range(32)], vocab_size, seed=13)
 
 
-# Small enough to be drawn, a pass a column: one long request among short ones, and more than there are places.
+# Small enough to draw with one column per forward pass: one long request among short ones, and more requests than run at once.
 TIMELINE = [(7, 19), (3, 5), (5, 8), (2, 3), (4, 4), (9, 11), (3, 2), (6, 7), (2, 9), (4, 3)]
 TIMELINE_PLACES = 4
-# For the same requests, a cache small enough to be drawn block by block.
+# For the same requests, a cache small enough to draw block by block.
 TIMELINE_BLOCKS, TIMELINE_BLOCK_SIZE = 16, 4
 
-# What the embedded model can answer, and a learner can read.
+# Questions that the bundled model can answer.
 QUESTIONS = (
     "Explain KV cache in one sentence.",
     "What is continuous batching?",
@@ -84,7 +84,7 @@ QUESTIONS = (
     "Who are you?",
 )
 
-# Short answers and long ones, more than there are places: what the chapters race on.
+# The demo's questions: short and long answers, more than run at once.
 RACE = (
     *QUESTIONS,
     "Tell me a story about a hare.",

@@ -1,8 +1,8 @@
-"""The harness: which chapters a test holds for, the engines they share, and the distances they measured.
+"""The harness: which chapters a test holds for, the engines that tests share, and the distances that they measure.
 
 A test that takes `chapter` holds for every chapter that has the capabilities it `needs`; a claim, in
-claims/test_vNN.py, for its chapter and all later ones, unless `until` says that a later chapter ended it.
-For which of them it is run, without an option, is said in matrix.py.
+claims/test_vNN.py, for its chapter and all later ones, unless `until` names a later chapter that ends it.
+matrix.py chooses the chapters for which it is run without an option.
 """
 import importlib
 import math
@@ -13,13 +13,13 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-# Two cores run two tests' worth of small matrices faster than one test's with two threads; and a fork is safe.
+# On two cores, two tests with small matrices run faster than one test with two threads; and a fork is safe.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# On every machine the same: no GPU is used, kernels run through Triton's interpreter. With --gpu it is the other way
-# around. CUDA and Triton read these before the first option is parsed.
+# The same on every machine: no GPU is used, and kernels run in Triton's interpreter. With --gpu, the GPU is used and
+# kernels are compiled. CUDA and Triton read these variables before the first option is parsed.
 if "PYTEST_XDIST_WORKER" in os.environ:
     pass  # as in the process that started this one
 elif "--gpu" not in sys.argv:
@@ -28,7 +28,7 @@ elif "--gpu" not in sys.argv:
 else:
     os.environ.pop("TRITON_INTERPRET", None)
 
-# Nothing here may import torch: the process that only hands tests out would wait for it.
+# Do not import torch here: the process that only distributes tests would wait for it.
 import pytest  # noqa: E402
 
 from shared import results  # noqa: E402
@@ -55,7 +55,7 @@ def pytest_addoption(parser):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """The site's tests need what `make setup` does not bring, and run when they are named; of a chapter's only its own."""
+    """The site's tests need packages that `make setup` does not install, so they run only if named."""
     if collection_path.name == "site" and not any("site" in argument for argument in config.args):
         return True
     if config.only and collection_path.is_file():
@@ -63,7 +63,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def may_hold(file: Path, chapters: list) -> bool:
-    """Whether a file may have tests of these chapters: what is not collected is not seen, and makes no record stale."""
+    """Whether a file may hold tests of these chapters. Files that are not collected make no record stale."""
     if file.parent.name == "claims":
         return file.stem.removeprefix("test_") <= max(chapter.id for chapter in chapters)
     return file.name in matrix.PARITIES | matrix.WHOLE_RUNS or not file.name.startswith("test_")
@@ -91,7 +91,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session):
-    """Now there is a reporter to write through."""
+    """Runs once the terminal reporter exists."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter and reporter.isatty and reporter.verbosity <= 0 and not hasattr(session.config, "workerinput"):
         session.config.pluginmanager.register(OneLine(reporter))
@@ -102,7 +102,7 @@ FEWER = ("keyword", "markexpr", "chapter", "gpu", "collectonly", "deselect", "ig
 
 
 def changes() -> str | None:
-    """What is not committed; None where there is no git."""
+    """Uncommitted changes; None without git."""
     try:
         return full_record.changes(ROOT)
     except ValueError:
@@ -114,7 +114,7 @@ def chapters_of(definition) -> list:
     path = Path(definition.path)
     if path.parent.name == "claims":
         first = find(path.stem.removeprefix("test_")).id
-        # The chapter that ends a claim may not be written yet.
+        # The chapter that ends a claim may not exist yet.
         end = min((mark.args[0] for mark in definition.iter_markers("until")), default="v99")
         assert re.fullmatch(r"v\d\d", end), f"until({end!r}) is no chapter"
         return [chapter for chapter in CHAPTERS if first <= chapter.id < end]
@@ -139,7 +139,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep what the options ask for; without any, what the matrix says."""
+    """Keep the tests that the options select; without any, those that matrix.py selects."""
     wanted, others = [], []
     for item in items:
         (wanted if is_wanted(config, item) else others).append(item)
@@ -182,7 +182,7 @@ def is_wanted(config, item) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def engine_way(request):
-    """What runs the engines of servers, in chapters where an engine can have a process of its own."""
+    """How servers run their engines, in chapters where an engine can have its own process."""
     serving.ENGINE = getattr(request, "param", "process")
 
 
@@ -193,9 +193,9 @@ def shared_engine(chapter, name, **options):
 
 @pytest.fixture
 def make_engine(chapter):
-    """Engines by checkpoint name and keywords, made once a session: so every test also tests reuse.
+    """Engines by checkpoint name and keywords, created once per session, so every test also tests reuse.
 
-    Each must be left idle; the next test that gets it would fail for it otherwise.
+    A test must leave its engine idle, or the next test that uses it would fail.
     """
     used = []
 
@@ -209,7 +209,7 @@ def make_engine(chapter):
         for request_id in list(engine.seqs):
             engine.abort_request(request_id)
         engine.step()
-        assert not busy, "the test left requests, or outputs that nobody read, in a shared engine"
+        assert not busy, "the test left requests or unread outputs in a shared engine"
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def module(chapter):
 
 @pytest.fixture
 def tokens_per_pass():
-    """How many tokens each forward pass of a run was fed, counted from outside."""
+    """The number of tokens fed in each forward pass of a run, counted from outside."""
 
     def tokens_per_pass(engine, run):
         counts = []
@@ -279,7 +279,7 @@ def measure(request):
         if relative:
             distance /= want.abs().max().item()
         worst = request.config.distances.get(kind)
-        # Nothing is worse than a NaN: it must neither hide behind a number nor be replaced by one.
+        # NaN counts as the largest distance: a number must neither hide nor replace it.
         if worst is None or math.isnan(distance) or distance > worst["distance"]:
             request.config.distances[kind] = {"distance": distance, "where": where, "checkpoint": name}
         return distance
@@ -287,7 +287,7 @@ def measure(request):
     return measure
 
 
-# ---- what several processes have to say together
+# ---- the combined report of several processes
 
 
 def pytest_sessionfinish(session, exitstatus):
@@ -311,7 +311,7 @@ def pytest_testnodedown(node, error):
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
     if hasattr(config, "workerinput"):
-        return  # a process that saw a part; what there is to say is said by the one that put the parts together
+        return  # this process ran only a part; the one that combines the parts reports
     say = terminalreporter.write_line
     if config.getoption("--gpu") and not sees_gpu():
         say("nothing was run: PyTorch sees no CUDA device here; `make doctor` says what it sees")
@@ -331,7 +331,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
 
 
 def left_out(config) -> str:
-    """What was not run, and where it is."""
+    """The tests that were not run, and where they run."""
     if config.only:
         return f"not run: {config.left_out:,} tests of other chapters and of the tools; `make test` runs some of each"
     if config.getoption("--tools"):
@@ -344,13 +344,13 @@ def left_out(config) -> str:
 
 
 def kept(config, exitstatus) -> str:
-    """Write down that a chapter has had all of its tests, if it has; what came of it."""
+    """Record that all tests of a chapter have run, if they have; return what was done."""
     [chapter] = config.only
     if exitstatus != 0 or config.num_skipped:
         return f"{full_record.FILE}: not written, since not all tests of {chapter.id} ran and passed"
     if config.changes is None:
-        return f"{full_record.FILE}: not written, since git says nothing here"
+        return f"{full_record.FILE}: not written, since `git status` fails here"
     if config.changes or changes():
-        return f"{full_record.FILE}: not written, since there are changes that are not committed"
+        return f"{full_record.FILE}: not written, since there are uncommitted changes"
     full_record.record(BOOK, chapter, sorted(config.seen))
     return f"{full_record.FILE}: all tests of {chapter.id} pass, on {len(config.seen)} files; commit it"

@@ -1,22 +1,23 @@
-"""Which tests `make test` runs for which chapter: the one place that says it.
+"""Which tests `make test` runs for which chapter.
 
-A test that takes `chapter` holds for every chapter that has what it needs. To run all of them for all would take longer
-with each chapter, so `make test` runs
+A test that takes `chapter` holds for every chapter that has what it needs. Running all tests for all chapters would
+take longer with each chapter, so `make test` runs
 
     claims      of a chapter, for it, the next one and the last
     parities    for every chapter, on pocket and two other checkpoints; for the last chapter on all
     whole runs  for the first chapter that can do it and the last
 
-and what is no chapter's; of a test with many cases, those that are not marked `whole`. Which two checkpoints follows from the chapter's number, so that three neighbours see them all.
-`make test-vNN` runs everything of one chapter, `make test-all` everything of all; what `make prove` runs beyond
-`make test` is told in shared/book/full_record.py.
+and the tests that belong to no chapter; of a test with many cases, those not marked `whole`. The two checkpoints follow
+from the chapter's number, so three consecutive chapters cover them all.
+`make test-vNN` runs all tests of one chapter, `make test-all` those of all chapters; shared/book/full_record.py
+explains what `make prove` runs beyond `make test`.
 """
 from pathlib import Path
 
 from shared.chapters import Chapter
 from shared.checkpoints import RANDOM
 
-# Each of these says that a chapter computes what another does, and is quick.
+# Each of these compares a chapter's results with another's, and is quick.
 PARITIES = {
     "test_arrivals.py",
     "test_engine.py",
@@ -29,8 +30,8 @@ PARITIES = {
     "test_text.py",
     "test_tokens.py",
 }
-# These serve an engine. Where it can have a process of its own they run in that way, and with `--engine thread` in
-# `make test-all`: that is the way of the chapters before, in the same files but for two.
+# These serve an engine. If it can have its own process, they run it in one, and with `--engine thread` in
+# `make test-all`: that is how earlier chapters run it, in the same files except for two.
 SERVERS = {
     "test_clients.py",
     "test_openai.py",
@@ -60,7 +61,7 @@ def is_run(file: Path, holds_for: list[Chapter], chapter: Chapter, last: Chapter
     """Whether `make test` runs a test for a chapter, on a checkpoint if it takes one.
 
     Args:
-        file: where the test stands.
+        file: the test's file.
         holds_for: the chapters that it holds for, in order.
         last: the book's last chapter.
     """

@@ -1,4 +1,4 @@
-"""Batched = alone, whatever the order of arrival, and whoever is aborted, at any step."""
+"""Batched = alone, in any order of arrival, and with requests aborted at any step."""
 import random
 from collections import deque
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.needs("generate", "abort")
 
 
 def random_workload(vocab_size, seed):
-    """Requests that come and, some of them, go at random steps; several of the same prompt length."""
+    """Requests that arrive at random steps, some of them aborted later; several prompts of equal length."""
     rng = random.Random(seed)
     plain = ragged(9, vocab_size, prompt_len=(1, 12), output_len=(1, 20), last_arrival=25, seed=seed)
     aborts = [request.arrival_step + rng.randint(0, 20) if rng.random() < 0.4 else None for request in plain]
@@ -23,7 +23,7 @@ def random_workload(vocab_size, seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.whole) for seed in (2, 3))])
-def test_arrivals_and_aborts_change_nothing_in_what_others_say(engine, chapter, Params, seed):
+def test_arrivals_and_aborts_change_nothing_for_other_requests(engine, chapter, Params, seed):
     requests = random_workload(engine.config.vocab_size, seed)
     tokens = run(engine, chapter.load(), requests)
     assert any(request.abort_step is not None for request in requests)
@@ -37,7 +37,7 @@ def test_arrivals_and_aborts_change_nothing_in_what_others_say(engine, chapter, 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
 @pytest.mark.needs("max_num_seqs")
-def test_so_does_any_limit(make_engine, chapter, Params, limit):
+def test_arrivals_and_aborts_change_nothing_at_any_limit(make_engine, chapter, Params, limit):
     engine = make_engine("llama", max_num_seqs=limit)
     requests = random_workload(engine.config.vocab_size, seed=10 + limit)
     for request, found in zip(requests, run(engine, chapter.load(), requests), strict=True):
@@ -47,12 +47,12 @@ def test_so_does_any_limit(make_engine, chapter, Params, limit):
 
 
 class Queue(deque):
-    """A queue that shows its head to whoever asks, counts it, and shows nothing else."""
+    """A queue that only shows its head, and counts how often."""
 
     looks = 0
 
     def __getitem__(self, index):
-        assert index == 0, "somebody looks past the head of the queue"
+        assert index == 0, "the scheduler looks past the head of the queue"
         self.looks += 1
         return super().__getitem__(0)
 
@@ -66,7 +66,7 @@ class Queue(deque):
     __contains__ = __iter__
 
 
-def test_a_step_looks_at_those_who_run_and_at_the_head_of_the_queue(chapter, Params):
+def test_a_step_looks_at_running_requests_and_at_the_head_of_the_queue(chapter, Params):
     """With ten thousand waiting, a step must not cost more than with ten."""
     engine = chapter.load().Engine(checkpoint("llama"))
     for _ in range(10_000):

@@ -1,4 +1,4 @@
-"""The benchmark of the server: that the client and the engine alone do all of the work, and whose time is counted."""
+"""The server's benchmark: the client and the bare engine do all the work, and time is attributed correctly."""
 import inspect
 import json
 import re
@@ -27,7 +27,7 @@ STREAM = [
 
 @pytest.fixture
 def listen():
-    """A function that serves: `answer(request)` returns the parts to send, each in a packet of its own."""
+    """A function that starts a server; `answer(request)` returns the parts to send, each in its own packet."""
     servers = []
 
     def listen(answer):
@@ -82,7 +82,7 @@ def test_the_client_reads_every_stream_to_its_end_however_it_is_cut(listen, size
 
 
 def test_the_client_sends_its_next_request_when_one_is_answered(listen):
-    """Requests are answered by threes: with fewer at once the barrier breaks, and never are there more."""
+    """Requests are answered in threes: with fewer at once the barrier breaks, and there are never more."""
     barrier, running, most = threading.Barrier(3), [], []
 
     def answer(body):
@@ -99,8 +99,8 @@ def test_the_client_sends_its_next_request_when_one_is_answered(listen):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\ncontent-length: 2\r\n\r\nno", "a stream was expected, and this came: 'HTTP/1.1 400"),
-        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + chunked(STREAM[:1]), "ended without its usage"),
+        (b"HTTP/1.1 400 Bad Request\r\ncontent-length: 2\r\n\r\nno", "expected a stream, got 'HTTP/1.1 400"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + chunked(STREAM[:1]), "ended without usage"),
     ],
 )
 def test_an_answer_that_is_no_whole_stream_ends_the_measurement(listen, answer, message):
@@ -110,11 +110,11 @@ def test_an_answer_that_is_no_whole_stream_ends_the_measurement(listen, answer, 
 
 def test_a_server_that_falls_silent_ends_the_measurement(listen, monkeypatch):
     monkeypatch.setattr(bench, "SILENCE_S", 0.05)
-    with pytest.raises(RuntimeError, match="nothing came from the server"):
+    with pytest.raises(RuntimeError, match="the server sent nothing for"):
         bench.closed_loop(listen(lambda body: [stream(body)[:-9]]), workload(3, 1, "pocket"), 2)
 
 
-def test_the_engine_alone_runs_all_requests_so_many_at_a_time():
+def test_the_engine_alone_runs_all_requests_a_given_number_at_a_time():
     package = last_with("serve").load()
     engine = package.Engine(POCKET, device="cpu")
     step, at_once = engine.step, []
@@ -122,7 +122,7 @@ def test_the_engine_alone_runs_all_requests_so_many_at_a_time():
     requests = [([9, 10, 11], package.SamplingParams(max_tokens=n, ignore_eos=True)) for n in (2, 5, 3, 4, 1)]
     run = child.run_alone(engine, requests, 2)
     assert run["tokens"] == 15 and 0 < run["cpu_s"] and 0 < run["wall_s"]
-    # 3 tokens follow 2; they and the 5 end with the fifth step, and 4 and 1 take their places.
+    # 3 tokens follow 2; they and the 5 finish in the fifth step, and 4 and 1 take their places.
     assert at_once == [2] * 6 + [1] * 3
     assert sum(at_once) == 15, "a step gives each running request one token"
 
@@ -151,12 +151,12 @@ print(json.dumps([waited, sampled, sampler.groups()]))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     waited, sampled, later = json.loads(done.stdout)
-    # 250 ticks a second, less where they come more seldom.
+    # 250 ticks per second, or fewer on some systems.
     assert waited <= 2 and 10 <= sampled["json"] <= 500 and later == sampled
     assert sampled["json"] > 0.8 * sum(sampled.values())
 
 
-def test_what_a_socket_sends_is_told_from_the_rest_of_the_event_loop():
+def test_what_a_socket_sends_is_distinguished_from_the_rest_of_the_event_loop():
     lines = inspect.getsource(selector_events).splitlines()
     [send, *_] = [i + 1 for i, line in enumerate(lines) if "self._sock.send(" in line]
     file = selector_events.__file__
@@ -171,7 +171,7 @@ def test_the_server_and_the_engine_are_measured_in_processes_of_their_own(monkey
     monkeypatch.setattr(bench, "PROFILE_S", 1.0)
     rows = {}
     monkeypatch.setattr(bench, "show", lambda chapter, row, show=bench.show: rows.update({chapter.id: row}) or show(chapter, row))
-    monkeypatch.setattr(bench.os, "sched_setaffinity", lambda *_: None)  # this process goes on after the measurement
+    monkeypatch.setattr(bench.os, "sched_setaffinity", lambda *_: None)  # this process continues after the measurement
     assert bench.main(["--streams", "2", "--turns", "1"]) == 0
     row = rows[last_with("serve").id]
     assert row["2"]["tokens"] == 30 and row["2"]["requests"] == 6
@@ -199,7 +199,7 @@ def test_the_server_and_the_engine_are_measured_in_processes_of_their_own(monkey
     ],
 )
 def test_a_turn_that_other_processes_disturbed_is_measured_again(monkeypatch, others, turns, kept):
-    """Two turns are wanted: until two were quiet, but no more than six."""
+    """Two quiet turns are needed; at most six are tried."""
     order, clock, taken = [], iter(range(10_000)), []
 
     def took(way):
@@ -207,7 +207,7 @@ def test_a_turn_that_other_processes_disturbed_is_measured_again(monkeypatch, ot
         return {"tokens_per_s": 1.0}
 
     def others_s(*children):
-        """Called before and after each run; a run lasts a second on this clock."""
+        """Called before and after each run; on this clock a run lasts a second."""
         taken.append(others[(len(taken) // 4)] * (len(taken) % 2))
         return taken[-1]
 
@@ -216,7 +216,7 @@ def test_a_turn_that_other_processes_disturbed_is_measured_again(monkeypatch, ot
     monkeypatch.setattr(bench, "others_s", others_s)
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     row = bench.measure_size([SimpleNamespace(way="server")], None, 2, 2)
-    # One of each does not count; then each goes first in turn.
+    # The first of each does not count; then each goes first in turn.
     assert order[2:] == (["alone", "server", "server", "alone"] * 3)[: 2 * turns]
     assert row["server"]["others"] == {"median": sum(kept) / 2, "low": kept[0], "high": kept[1]}
 
@@ -232,14 +232,14 @@ def test_what_other_processes_take_is_neither_this_ones_nor_its_childrens():
 
 
 def test_tokens_that_did_not_come_are_noticed():
-    with pytest.raises(AssertionError, match="3 tokens came, 4 were asked for"):
+    with pytest.raises(AssertionError, match="3 tokens arrived, 4 were requested"):
         bench.figures_of([{"max_tokens": 4}], 3, 1.0, {"engine": 1.0})
 
 
 def test_the_front_is_all_of_the_process_but_the_engine():
     before, after = {"process": 10.0, "engine": 4.0}, {"process": 15.0, "engine": 7.0}
     assert bench.spent(before, after) == {"engine": 3.0, "front": 2.0}
-    with pytest.raises(AssertionError, match="no thread or process that is called engine"):
+    with pytest.raises(AssertionError, match="no thread or process named engine"):
         bench.spent(before, after | {"engine": 4.0})
 
 
@@ -254,7 +254,7 @@ def test_what_is_written_is_whole(monkeypatch, capsys):
             bench.main(argv)
     said = capsys.readouterr().err
     first = first_with("serve")
-    assert f"v01 has no server; the first chapter that has one is {first.id}" in said and "--write takes 1 16 64 streams" in said
+    assert f"v01 has no server; the first chapter with one is {first.id}" in said and "--write requires 1 16 64 streams" in said
     assert bench.main([first.id, "--write"]) == 0
     [(name, results, command, chapters)] = written
     assert (name, results, chapters) == ("serving", {first.id: {"sizes": [1, 16, 64]}}, [first])

@@ -1,4 +1,4 @@
-"""The benchmark beside Hugging Face: that all do the same work, and what is counted. Nothing about speed."""
+"""The benchmark against Hugging Face: all do the same work, and the counts are right. Speed is not tested."""
 import dataclasses
 import subprocess
 import sys
@@ -53,7 +53,7 @@ def test_requests_that_arrive_by_chance_all_see_a_first_token(monkeypatch, capsy
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_the_peak_of_memory_grows_with_what_is_held():
-    """In a process that has not had more already."""
+    """In a process that has not used more memory before."""
     code = "from shared.bench.suite import peak_kib as peak; a = peak(); held = b'x' * 2**26; print(peak() - a)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 60 * 2**10 < int(done.stdout) < 70 * 2**10
@@ -67,7 +67,7 @@ def test_the_suite_prints_every_contestant_and_says_when_it_was_noisy(capsys):
     limits = {"gb_per_s": 20.0, "gflops": 80.0}
     bench_suite.print_suite({"limits": limits, "pocket": {"ragged": rows}, "arrivals": arrived, "peak_mib": {"v07": 200.0}})
     said = capsys.readouterr().out
-    assert "noisy" in said and "HF generate says other tokens than v07 in 2 answers" in said
+    assert "noisy" in said and "HF generate: 2 answers differ from those of v07" in said
     assert "v07             p50          1" in said and "v07 200" in said
 
 
@@ -80,7 +80,7 @@ def test_the_chapter_before_can_be_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [CHAPTERS[0].id, CHAPTERS[-1].id])
-def test_the_parts_of_a_step_are_told_apart_and_nothing_stays_wrapped(name, monkeypatch, capsys):
+def test_the_parts_of_a_step_are_timed_separately_and_nothing_stays_wrapped(name, monkeypatch, capsys):
     monkeypatch.setattr(bench_overhead, "SIZES", (1, 3))
     monkeypatch.setattr(bench_overhead, "STEPS", 2)
     package = find(name).load()
@@ -126,7 +126,7 @@ def test_the_gpu_benchmark_times_nothing_when_chapters_differ(monkeypatch):
         return said if len(calls) < 2 else [[token_id + 1 for token_id in each] for each in said]
 
     monkeypatch.setattr(bench_gpu, "serve", lying)
-    with pytest.raises(AssertionError, match=f"{CHAPTERS[1].id} on cpu says"):
+    with pytest.raises(AssertionError, match=f"{CHAPTERS[1].id} on cpu generates"):
         bench_gpu.bench_gpu(bench_gpu.DRY_RUN, 60, keep=lambda *_: None)
 
 
@@ -140,7 +140,7 @@ def test_the_gpu_benchmark_keeps_what_there_is_and_stops_when_the_time_is_up(mon
     bench_gpu.bench_gpu(bench_gpu.DRY_RUN, 50, keep=lambda found, measured: kept.append([each.id for each in measured]))
     last, before = CHAPTERS[-1].id, CHAPTERS[-2].id
     assert kept == [[last], [last], [last, before]]
-    assert f"not measured, since the time is up: {CHAPTERS[-3].id}, " in capsys.readouterr().out
+    assert f"time is up; not measured: {CHAPTERS[-3].id}, " in capsys.readouterr().out
 
 
 def test_a_chapter_gets_as_many_requests_as_it_can_use(monkeypatch):
@@ -173,10 +173,10 @@ def test_a_decode_step_stands_beside_the_bytes_it_must_read(monkeypatch):
 def test_sequences_that_have_no_room_are_not_timed(monkeypatch):
     monkeypatch.setattr(bench_gpu, "DRY_RUN", dataclasses.replace(bench_gpu.DRY_RUN, decode=((8, 20), (2, 5))))
     rows = bench_gpu.decode_steps(checkpoint("llama"), bench_gpu.DRY_RUN, bytes_per_s=1e6)
-    assert rows[0] == {"sequences": 8, "context": 20, "error": "only 4 have room"} and "step_ms" in rows[1]
+    assert rows[0] == {"sequences": 8, "context": 20, "error": "only 4 sequences fit into the cache"} and "step_ms" in rows[1]
 
 
-def test_a_contestant_that_does_not_fit_is_told_and_another_has_its_share(monkeypatch, capsys):
+def test_a_contestant_that_does_not_fit_is_reported_and_another_has_its_share(monkeypatch, capsys):
     real, too_large = bench_gpu.engine_of, first_with("max_num_seqs")
 
     def engine_of(chapter, *more):
@@ -200,7 +200,7 @@ def test_a_contestant_that_does_not_fit_is_told_and_another_has_its_share(monkey
     assert f"{too_large.id}             a slab of 14 GiB does not fit" in capsys.readouterr().out
 
 
-def test_a_peer_that_takes_too_long_is_told():
+def test_a_peer_that_takes_too_long_is_reported():
     from shared.bench.peers import ContinuousBatching
 
     batching = ContinuousBatching(checkpoint("llama"), 2048)
@@ -222,7 +222,7 @@ def test_time_in_two_calls_of_a_part_adds_up(monkeypatch):
 
 
 def test_every_function_that_a_step_calls_is_in_one_part():
-    """Choosing is both of its functions; what is timed is called by `advance` or what it calls, and does not nest."""
+    """Timed functions are called by `advance`, directly or not, and do not nest; choosing has two of them."""
     named = [name for functions in bench_overhead.PARTS.values() for _, name in functions]
     assert sorted(named) == ["build_batch", "commit", "compute_logits", "forward", "sample", "schedule", "top_logprobs"]
 
@@ -230,4 +230,4 @@ def test_every_function_that_a_step_calls_is_in_one_part():
 def test_a_step_of_sixteen_is_not_asked_of_chapters_that_take_one(capsys):
     with pytest.raises(SystemExit):
         bench.main(["decode", "v02", "v04"])
-    assert "decode is a step of 16 sequences; v02 takes one at a time" in capsys.readouterr().err
+    assert "decode measures a step of 16 sequences, and v02 runs one at a time" in capsys.readouterr().err

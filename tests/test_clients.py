@@ -1,4 +1,4 @@
-"""The load generator and the terminal chat, against a server of this process."""
+"""The load generator and the terminal chat, against a server in this process."""
 import asyncio
 import builtins
 
@@ -36,8 +36,8 @@ def test_a_loop_closed_or_open_counts_every_token_and_orders_its_times(server, h
 
 
 @pytest.mark.needs("openai")
-def test_a_request_that_failed_is_told_and_in_no_percentile(server):
-    """More at once than the queue takes, and a model that nobody serves."""
+def test_a_failed_request_is_reported_and_in_no_percentile(server):
+    """More requests at once than the queue holds, and a model that is not served."""
     bodies = [body | {"n": 4} for body in load.workload(6, 1, "pocket")] + [{"model": "nobody", "prompt": "x"}]
     result = asyncio.run(load.run(server.url, bodies, 7, None, None, 1))
     assert result["failed"] >= 2
@@ -76,10 +76,10 @@ def test_a_chat_remembers_and_forgets(server, monkeypatch, capsys):
 
 
 @pytest.mark.needs("openai")
-def test_an_error_in_a_chat_takes_the_message_back_and_no_server_is_told(server, monkeypatch, capsys):
+def test_an_error_in_a_chat_takes_the_message_back_and_a_missing_server_is_reported(server, monkeypatch, capsys):
     said = iter(["x " * 300, "/quit"])
     monkeypatch.setattr(builtins, "input", lambda _prompt: next(said))
     assert chat.main(["--url", server.url]) == 0
-    assert "the last message is taken back" in capsys.readouterr().out
+    assert "your last message is removed from the conversation" in capsys.readouterr().out
     assert chat.main(["--url", "http://127.0.0.1:9"]) == 2
     assert "start one with `make serve`" in capsys.readouterr().err

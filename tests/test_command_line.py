@@ -1,4 +1,4 @@
-"""The command line: what it prints, where, and what it answers to nonsense."""
+"""The command line: what it prints and where, and its errors."""
 import importlib
 import os
 import shutil
@@ -18,7 +18,7 @@ def run(module, capsys):
     """main(argv) in this process: its exit code, stdout and stderr."""
 
     def run(*argv):
-        capsys.readouterr()  # what an engine said that the test made before
+        capsys.readouterr()  # the output of engines that the test created before
         try:
             code = module("__main__").main(list(argv))
         except SystemExit as exit:
@@ -37,7 +37,7 @@ def test_generate_prints_the_texts_in_order(run, make_engine, Params):
     texts = [out.text for out in make_engine("llama").generate(["The cache", "A queue"], Params(max_tokens=9))]
     code, out, err = run(*llama("The cache", "A queue", "--max-tokens", "9"))
     assert (code, out) == (0, "".join(text + "\n" for text in texts))
-    assert err.count("\n") == 1  # what was chosen
+    assert err.count("\n") == 1  # the settings in use
 
 
 def test_stream_prints_the_same(run):
@@ -81,14 +81,14 @@ def test_chat_wraps_the_prompt_in_the_template(run, make_engine, module, Params)
     assert (code, out) == (0, want.text + "\n")
 
 
-def test_without_a_model_it_takes_the_variables_then_the_embedded_one(run, monkeypatch, module, tmp_path):
+def test_without_a_model_it_takes_the_variables_then_the_bundled_model(run, monkeypatch, module, tmp_path):
     monkeypatch.setenv("STEPSERVE_MODEL", str(checkpoint("llama")))
     assert run("generate", "A", "--max-tokens", "1")[2].startswith("llama-")
     monkeypatch.delenv("STEPSERVE_MODEL")
     main = module("__main__")
     root = Path(main.__file__).parents[2]
     assert main.POCKET.relative_to(root) == checkpoint("pocket").relative_to(ROOT)
-    # A chapter that was copied to plant a bug in it has no repository around it.
+    # A copy of a chapter with a planted bug is not in a repository.
     monkeypatch.setattr(main, "POCKET", checkpoint("pocket"))
     assert run("generate", "A", "--max-tokens", "1")[2].startswith("pocket: ")
     monkeypatch.setattr(main, "POCKET", tmp_path / "nowhere")
@@ -119,7 +119,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(run, argv, sentence):
 
 
 def test_a_chapter_runs_on_its_own_somewhere_else(chapter, tmp_path):
-    """Copied out of the repository, started as a process, with nothing of ours on the path."""
+    """Copied out of the repository and started as a process, without the repository on the path."""
     place = tmp_path / "some where"
     shutil.copytree(chapter.load().__path__[0], place / chapter.name, ignore=shutil.ignore_patterns("__pycache__"))
     model = place / "model"
@@ -133,7 +133,7 @@ def test_a_chapter_runs_on_its_own_somewhere_else(chapter, tmp_path):
 
 
 def test_a_flag_that_is_left_out_means_what_the_parameter_does(chapter, Params):
-    """But for the number of tokens: whoever types a command wants a whole answer."""
+    """Except for the number of tokens: a user who types a command expects a whole answer."""
     main = importlib.import_module(f"milestones.{chapter.name}.__main__")
     own = Params()
     for name, options in main.SAMPLING_FLAGS.items():

@@ -1,4 +1,4 @@
-"""What a caller may rely on: the queue, the ids, the ways a request ends, and that nothing stays behind."""
+"""What a caller may rely on: the queue, the ids, how a request finishes, and that nothing is left behind."""
 import pytest
 
 from shared.checkpoints import checkpoint
@@ -47,7 +47,7 @@ def test_request_ids_are_never_used_again(make_engine, Params):
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 5])
-def test_abort_ends_a_request_wherever_it_stands_and_only_that_one(make_engine, Params, num_steps):
+def test_abort_ends_a_request_in_any_state_and_only_that_one(make_engine, Params, num_steps):
     engine = make_engine("llama")
     params = Params(max_tokens=9, ignore_eos=True)
     [undisturbed] = engine.generate([[11, 12]], params)
@@ -69,13 +69,13 @@ def test_abort_knows_neither_strangers_nor_the_finished(make_engine, Params):
     assert engine.abort_request(10**9) is False
 
 
-def test_generate_while_others_are_queued_is_refused_and_loses_nothing_of_theirs(make_engine, Params):
+def test_generate_while_other_requests_are_queued_is_refused_and_loses_none_of_their_tokens(make_engine, Params):
     engine = make_engine("llama")
     params = Params(max_tokens=6, ignore_eos=True, seed=1)
     [expected] = engine.generate([[21, 22]], params)
     queued = engine.add_request([21, 22], params)
     outputs = engine.step()
-    with pytest.raises(ValueError, match="prompts cannot run while 1 requests are unfinished; step until they end") as caught:
+    with pytest.raises(ValueError, match="prompts cannot run while 1 requests are unfinished; step until all finish") as caught:
         engine.generate([[31, 32, 33]], params)
     assert caught.value.param == "prompts"
     outputs += drain(engine)
@@ -123,8 +123,8 @@ def fail_once(engine, monkeypatch):
     monkeypatch.setattr(engine.model, "forward", fail)
 
 
-def test_a_failed_first_pass_costs_the_others_nothing(make_engine, Params, monkeypatch):
-    """Aborting what did not fit once left a neighbour as wide as its prompt, until it ran off the cache."""
+def test_a_failed_first_step_costs_other_requests_nothing(make_engine, Params, monkeypatch):
+    """Aborting a request that did not fit used to leave its neighbors padded to its width, up to the cache's end."""
     engine = make_engine("llama")
     params = Params(max_tokens=200, ignore_eos=True)
     [alone] = engine.generate([[9] * 5], params)
@@ -199,7 +199,7 @@ def test_the_callers_prompt_is_left_as_it_was(make_engine, Params):
 
 
 @pytest.mark.needs("generate")
-def test_a_new_engine_has_done_nothing_and_then_counts_its_passes(chapter, Params):
+def test_a_new_engine_has_done_nothing_and_then_counts_its_steps(chapter, Params):
     engine = chapter.load().Engine(checkpoint("llama"))
     assert (engine.num_steps, engine.num_positions) == (0, 0)
     engine.generate([[9, 8, 7]], Params(max_tokens=1))
@@ -242,7 +242,7 @@ def test_an_error_names_the_parameter_for_programs_too(chapter, Params, param, w
         ("logprobs", "invalid_value", [9], {"logprobs": 402}),
     ],
 )
-def test_a_request_that_can_never_run_says_what_is_wrong_with_it(make_engine, chapter, Params, param, code, prompt, params):
+def test_the_error_of_a_request_that_can_never_run_says_what_is_wrong(make_engine, chapter, Params, param, code, prompt, params):
     engine = make_engine("llama")
     with pytest.raises(chapter.load().RequestError) as caught:
         engine.add_request(prompt, Params(**params))

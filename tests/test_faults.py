@@ -9,9 +9,9 @@ pytestmark = pytest.mark.needs("serve")
 
 @pytest.mark.parametrize("where", ["model", "commit"])
 def test_after_a_fault_its_requests_are_gone_its_blocks_clean_and_the_rest_goes_on(make_engine, Params, rng, monkeypatch, where):
-    """The fault leaves NaN in the blocks of the step; the next owner must not notice."""
+    """The fault leaves NaN in the step's blocks, which must not reach their next owner."""
     engine = make_engine("llama", max_num_seqs=2, num_blocks=6, block_size=4)
-    # The last two run together; the very last has to take used blocks, and has dirty slots behind its end.
+    # The last two run together; the very last has to take used blocks, and has dirty slots past its end.
     prompts = [random_ids(n, engine.config.vocab_size, rng) for n in (6, 6, 7, 5)]
     params = Params(max_tokens=4, ignore_eos=True)
     wanted = engine.generate(prompts, params)
@@ -39,8 +39,8 @@ def test_after_a_fault_its_requests_are_gone_its_blocks_clean_and_the_rest_goes_
     assert [done.token_ids for done in engine.generate(prompts, params)] == [done.token_ids for done in wanted]
 
 
-def test_a_request_that_ended_in_the_step_that_failed_is_among_the_failed(make_engine, Params, monkeypatch):
-    """Its last output is lost with the others'."""
+def test_a_request_that_finished_in_the_failed_step_is_among_the_failed(make_engine, Params, monkeypatch):
+    """Its last output is lost with the others."""
     engine = make_engine("llama", max_num_seqs=2, num_blocks=6, block_size=4)
     ids = [engine.add_request([9, 10, 11], Params(max_tokens=max_tokens, ignore_eos=True)) for max_tokens in (1, 4)]
     accept = engine.accept
@@ -56,7 +56,7 @@ def test_a_request_that_ended_in_the_step_that_failed_is_among_the_failed(make_e
             engine.step()
     assert engine.fail_step() == ids
     assert not engine.has_unfinished_requests() and engine.pool.num_free == 6
-    # Nobody who ended before takes part in a fault of the next step.
+    # Requests that finished before take no part in a fault of the next step.
     engine.add_request([9], Params(max_tokens=1))
     with monkeypatch.context() as patch:
         patch.setattr(engine.scheduler, "schedule", lambda: 1 / 0)

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: they fail the request that made them, and reach nobody else."""
+"""Numbers that are not finite fail the request that computed them, and reach no other."""
 import math
 import shutil
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ BAD = 7  # the token that overflows
 
 @pytest.fixture(scope="session")
 def overflowing(tmp_path_factory):
-    """A float16 checkpoint without a fault, in which one token's values are more than float16 can hold."""
+    """A valid float16 checkpoint, in which one token's values overflow float16."""
     path = tmp_path_factory.mktemp("overflowing") / "llama"
     shutil.copytree(checkpoint("llama"), path)
     weights = load_file(path / "model.safetensors")
@@ -35,14 +35,14 @@ def overflowing(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bad_text(overflowing):
-    """A prompt with the token."""
+    """A prompt that contains the token."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(overflowing)
     return next(text for text in map(chr, range(33, 127)) if BAD in tokenizer(text).input_ids)
 
 
 @pytest.fixture(scope="session")
 def frail(chapter, overflowing):
-    """Its engine; every test uses the same, so that what one leaves behind is there for the next."""
+    """Its engine, shared by all tests, so that each sees what the last one left behind."""
     return chapter.load().Engine(overflowing, dtype="float16")
 
 
@@ -61,7 +61,7 @@ def wanted(chapter, overflowing):
 def test_one_requests_nan_is_its_own(frail, wanted, Params, bad, temperature):
     params = Params(max_tokens=6, ignore_eos=True)
     failing = Params(max_tokens=6, ignore_eos=True, temperature=temperature, top_k=3, logprobs=2)
-    # behind it, and beside it: before it, between and after
+    # after it, and beside it: before, between and after the others
     [failed] = frail.generate([bad], failing)
     assert (failed.finish_reason, failed.token_ids, failed.text, failed.logprobs) == ("error", [], "", [])
     assert [done.token_ids for done in frail.generate([SHORT, LONG], params)] == wanted
@@ -95,8 +95,8 @@ def test_a_text_that_overflows_later_keeps_what_it_had(frail, Params, monkeypatc
 
 
 @pytest.mark.needs("kv_cache")
-def test_what_nobody_may_read_reaches_no_sum(make_engine, Params, rng):
-    """The whole cache is NaN, or the largest number, whenever nothing runs."""
+def test_what_no_request_may_read_reaches_no_sum(make_engine, Params, rng):
+    """The whole cache is filled with NaN, or with the largest number, whenever nothing runs."""
     engine = make_engine("llama")
     prompts = [random_ids(n, engine.config.vocab_size, rng) for n in (1, 15, 16, 17, 40, 3)]
     params = [Params(max_tokens=n, ignore_eos=True) for n in (20, 1, 5, 2, 3, 30)]
@@ -104,7 +104,7 @@ def test_what_nobody_may_read_reaches_no_sum(make_engine, Params, rng):
     engine.generate(prompts, params)
     for poison in (math.nan, math.inf, -math.inf, 3e38):
         for cached in (engine.cache.k, engine.cache.v):
-            # A slab is not touched beyond the longest text so far.
+            # A slab is never read past the longest text so far.
             cached[:, :, : getattr(engine.cache, "num_used", None)] = poison
         assert [done.token_ids for done in engine.generate(prompts, params)] == alone
     for cached in (engine.cache.k, engine.cache.v):
@@ -140,7 +140,7 @@ def test_the_command_says_that_a_text_is_cut_off(module, overflowing, bad_text, 
 
 
 @pytest.mark.needs("serve")
-def test_the_client_whose_request_overflows_gets_a_500_and_nobody_else(chapter, frail, bad_text, Params):
+def test_only_the_client_whose_request_overflows_gets_a_500(chapter, frail, bad_text, Params):
     [want] = frail.generate(["a fine day"], Params(max_tokens=6))
     with serving(chapter, frail) as server:
         body = {"model": "pocket", "prompt": bad_text, "max_tokens": 6, "temperature": 0}
@@ -167,7 +167,7 @@ def test_logprobs_of_a_prompt_that_overflows_fail_the_call_and_all_of_its_answer
 
 
 def test_logits_that_overflow_when_they_are_divided_by_a_temperature_have_no_token(module, Params):
-    """They are finite, and so is the temperature."""
+    """Both the logits and the temperature are finite."""
     sampling = module("sampling")
     for row, temperature in (([3e38, 2e38, -3e38], 0.5), ([1e10, 0.0, 0.0], 1e-30), ([1.0, -math.inf, 0.0], 1e39)):
         for more in ({}, {"top_k": 2}, {"top_p": 0.5}):
@@ -182,7 +182,7 @@ def test_logits_that_overflow_when_they_are_divided_by_a_temperature_have_no_tok
 
 @pytest.mark.needs("stop_strings")
 def test_an_error_is_an_error_even_if_the_last_of_the_text_is_a_stop_string(frail, Params, monkeypatch):
-    """Half a character becomes U+FFFD when nothing follows."""
+    """Half a character at the end of a text becomes U+FFFD."""
     half = next(i for i in range(20, 256) if frail.tokenizer.decode([i]) == "\ufffd")
     said = iter([half, -1])
     monkeypatch.setattr(frail, "choose_tokens", lambda _hidden, _draws: ([next(said)], [None]))

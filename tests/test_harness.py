@@ -1,4 +1,4 @@
-"""The harness's own guards: what was seen, what is written down of it, and the line that says how far it is."""
+"""The harness's own checks: which files a run has read, what it records, and its progress line."""
 import contextlib
 import os
 import pty
@@ -27,9 +27,9 @@ def test_whatever_is_opened_or_imported_is_seen(tmp_path):
     [
         (1, 0, "", "", "not written, since not all tests of v02 ran and passed"),
         (0, 3, "", "", "not written, since not all tests of v02 ran and passed"),
-        (0, 0, " M a.py", "", "not written, since there are changes that are not committed"),
-        (0, 0, "", " M a.py", "not written, since there are changes that are not committed"),
-        (0, 0, None, None, "not written, since git says nothing here"),
+        (0, 0, " M a.py", "", "not written, since there are uncommitted changes"),
+        (0, 0, "", " M a.py", "not written, since there are uncommitted changes"),
+        (0, 0, None, None, "not written, since `git status` fails here"),
         (0, 0, "", "", "all tests of v02 pass, on 1 files; commit it"),
     ],
 )
@@ -67,7 +67,7 @@ def test_what_workers_measured_and_saw_is_put_together(harness):
         said = {"seen": [file], "left_out": 7, "distances": {"x": {"distance": distance, "where": file}}}
         harness.pytest_testnodedown(SimpleNamespace(config=config, workeroutput=said), None)
     assert config.seen == {"a", "b", "c"} and config.left_out == 7
-    assert config.distances["x"]["where"] == "b", "nothing is worse than what is no number"
+    assert config.distances["x"]["where"] == "b", "NaN counts as the largest distance"
 
 
 def test_pytest_in_a_terminal_draws_one_line_and_no_dots():
@@ -76,7 +76,7 @@ def test_pytest_in_a_terminal_draws_one_line_and_no_dots():
     process = subprocess.Popen(command, cwd=ROOT, stdin=its, stdout=its, stderr=subprocess.STDOUT)
     os.close(its)
     said = b""
-    with contextlib.suppress(OSError):  # Linux's way to say that nobody writes any more
+    with contextlib.suppress(OSError):  # on Linux, how a read reports that no writer is left
         while part := os.read(ours, 4096):
             said += part
     os.close(ours)

@@ -1,4 +1,4 @@
-"""The folders of shared/ stand on each other in one order, and no two modules import each other in a circle."""
+"""The folders of shared/ import each other in one order, and no modules import each other in a circle."""
 import ast
 
 from shared.book.claims.module_map import FOLDERS
@@ -6,7 +6,7 @@ from shared.chapters import ROOT, python_files
 
 
 def imports(path):
-    """The modules of shared/ that a file imports, wherever in it."""
+    """The modules of shared/ that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path} imports by a relative name"
         assert not (isinstance(node, ast.Import) and any(each.name.startswith("shared") for each in node.names)), path
@@ -27,7 +27,7 @@ def test_a_folder_imports_only_from_those_it_stands_on():
             assert layer(imported) <= layer(path), f"{path.relative_to(ROOT)} imports {imported.relative_to(ROOT)}"
 
 
-def test_no_module_imports_itself_by_way_of_others():
+def test_no_module_imports_itself_through_others():
     uses = {path: set(imports(path)) - {path} for path in python_files(ROOT / "shared")}
     free = set()
     while uses:

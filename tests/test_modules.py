@@ -19,7 +19,7 @@ def kind_of(name):
 
 
 def aligned(name, want, ours):
-    """The part of the reference's output that ours stands for."""
+    """The part of the reference's output that ours corresponds to."""
     if "rotary_emb" in name:
         # transformers repeats the table for the second half of the head.
         first, second = want.chunk(2, dim=-1)
@@ -31,7 +31,7 @@ def aligned(name, want, ours):
 
 
 def prefill(engine, prompt_ids, Params):
-    """The outputs of our modules while a prompt is computed."""
+    """The outputs of our modules for a prompt."""
     with Outputs(engine.model) as outputs:
         engine.generate([prompt_ids], Params(max_tokens=1))
     return outputs
@@ -42,7 +42,7 @@ def test_every_module_gives_what_hugging_faces_gives(engine, hf, length, Params,
     prompt_ids = random_ids(length, engine.config.vocab_size, rng)
     want = hf.module_outputs(prompt_ids)
     ours = prefill(engine, prompt_ids, Params)
-    # There silu is a module, and attention returns its weights too; nothing else may go uncompared.
+    # In transformers silu is a module, and attention also returns its weights; all else must be compared.
     assert set(ours) == {name for name in want if not name.endswith(("act_fn", "self_attn.1"))}
     for name, got in ours.items():
         kind = kind_of(name)
@@ -53,10 +53,10 @@ def test_every_module_gives_what_hugging_faces_gives(engine, hf, length, Params,
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
 def test_modules_in_bfloat16_differ_by_its_rounding(make_engine, name, Params, measure, rng):
-    """bfloat16 keeps 8 bits: one rounding is 2 ** -8. A norm or a softmax taken in it would cost many.
+    """bfloat16 keeps 8 bits, so one rounding is 2 ** -8. A norm or a softmax in bfloat16 would round many times.
 
-    Attention written out rounds its weights before it mixes the values, a fused one does not, and each
-    layer carries such a difference on. transformers has both; ours must be one of them.
+    Eager attention rounds its weights before it averages the values, fused attention does not, and each
+    layer passes the difference on. transformers has both; ours must match one of them.
     """
     engine = make_engine(name, dtype="bfloat16")
     prompt_ids = random_ids(53, engine.config.vocab_size, rng)

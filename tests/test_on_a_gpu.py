@@ -1,4 +1,4 @@
-"""Every chapter on a GPU: with --gpu on a real one, otherwise on a pretended one, where kernels are left out."""
+"""Every chapter on a GPU: with --gpu on a real one, otherwise on a simulated one, which runs no kernels."""
 import contextlib
 import importlib.util
 from types import SimpleNamespace
@@ -12,27 +12,27 @@ from shared.verify.pretend_gpu import pretend_gpu
 from shared.verify.reference import reference, settled
 from shared.workloads import QUESTIONS, ragged
 
-# The pretended one computes as the CPU does, which has been compared for all.
+# The simulated one computes on the CPU, which other tests compare for all checkpoints.
 FAMILIES = ["llama3", "mistral", "qwen2", "qwen3"] if torch.cuda.is_available() else ["llama3", "qwen3"]
 
 
 @pytest.fixture
 def gpu():
-    """Entered around whatever is to run there."""
+    """A context manager around code that runs on the GPU."""
     return contextlib.nullcontext() if torch.cuda.is_available() else pretend_gpu()
 
 
 @pytest.fixture
 def limits(chapter):
-    """Kernels cannot run on what only says that it is a GPU."""
+    """Kernels cannot run on a simulated GPU."""
     return {} if torch.cuda.is_available() or "attention" not in chapter.capabilities else {"attention": "torch"}
 
 
 @pytest.mark.gpu
 @pytest.mark.needs("generate")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_in_float32_it_says_what_hugging_face_says(chapter, gpu, limits, Params, name):
-    """transformers computes on the CPU; where its two likeliest tokens are a tie, either will do."""
+def test_in_float32_it_generates_what_hugging_face_generates(chapter, gpu, limits, Params, name):
+    """transformers runs on the CPU; if its two likeliest tokens tie, either is accepted."""
     with gpu:
         engine = chapter.load().Engine(checkpoint(name), device="cuda", dtype="float32", **limits)
         requests = ragged(4, engine.config.vocab_size, prompt_len=(1, 40), output_len=(3, 9), seed=0)
@@ -60,8 +60,8 @@ def test_drawn_tokens_and_logprobs_are_the_cpus(chapter, gpu, limits, make_engin
 
 @pytest.mark.gpu
 @pytest.mark.needs("generate")
-def test_a_pass_finds_all_it_needs_on_the_gpu(chapter, gpu, limits, module, monkeypatch, Params):
-    """What crosses over within a pass is copied, and waited for, in every one of them, or in every layer."""
+def test_a_forward_pass_finds_all_it_needs_on_the_gpu(chapter, gpu, limits, module, monkeypatch, Params):
+    """Anything copied within a forward pass would be copied, and waited for, in every one, or in every layer."""
     batches, counts, logits_on, sample = [], [], set(), module("engine").sample
 
     def sample_there(logits, *args):
@@ -84,9 +84,9 @@ def test_a_pass_finds_all_it_needs_on_the_gpu(chapter, gpu, limits, module, monk
 
 
 @pytest.mark.needs("attention")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists for Linux only")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is available for Linux only")
 def test_kernels_are_given_what_is_on_the_gpu(chapter, module, monkeypatch, Params):
-    """Kernels cannot run on the pretended GPU. They are replaced by what looks at their arguments."""
+    """Kernels cannot run on the simulated GPU, so checks of their arguments replace them."""
     launched = set()
 
     class Launch:
@@ -114,7 +114,7 @@ def test_kernels_are_given_what_is_on_the_gpu(chapter, module, monkeypatch, Para
 @pytest.mark.gpu
 @pytest.mark.needs("generate")
 def test_by_default_it_takes_the_gpu_and_the_checkpoints_precision(chapter, gpu, limits, Params):
-    """In 16 bits rounding depends on the neighbours; what the trained model says does not."""
+    """In 16 bits, rounding depends on the neighbors; the trained model's text does not."""
     with gpu:
         engine = chapter.load().Engine(checkpoint("pocket"), **limits)
         assert engine.device.type == "cuda" and engine.dtype.itemsize == 2
@@ -159,8 +159,8 @@ def test_the_pretended_gpu_allows_what_a_real_one_allows():
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_what_crosses_over_is_told(inference):
-    """In inference mode PyTorch hands over operations that it takes apart otherwise."""
+def test_copies_between_devices_are_reported(inference):
+    """In inference mode, PyTorch dispatches operations whole that it otherwise splits into parts."""
     with pretend_gpu() as crossings, torch.inference_mode(inference):
         there = torch.arange(3.0, device="cuda")
         assert not crossings

@@ -1,4 +1,4 @@
-"""What OpenAI's clients may ask of completions and chat, over a real socket."""
+"""Completions and chat as OpenAI's clients use them, over a real socket."""
 import importlib
 import itertools
 
@@ -24,7 +24,7 @@ def test_a_prompt_is_a_text_its_tokens_or_a_list_of_either(client, alone):
         assert done.usage.prompt_tokens == sum(len(want.prompt_ids) for want in wanted[:count])
 
 
-def test_n_answers_each_with_its_own_die_and_the_first_as_without_n(client, alone, chapter):
+def test_n_answers_have_seeds_of_their_own_and_the_first_is_as_without_n(client, alone, chapter):
     texts = [PROMPT, "A story:"]
     done = client.completions.create(model="pocket", prompt=texts, max_tokens=8, n=3, seed=4, temperature=1.2)
     assert [choice.index for choice in done.choices] == list(range(6))
@@ -98,12 +98,12 @@ def test_echo_with_logprobs_scores_the_prompt(server, alone, max_tokens, stream)
     scores = [top[i] for top, i in zip(want.prompt_logprobs[1:], want.prompt_ids[1:])]
     scores += [top[i] for top, i in zip(want.logprobs, want.token_ids)][:max_tokens]
     assert logprobs[1:] == pytest.approx(scores, abs=1e-4)
-    # The first token is the BOS, which is no part of the text.
+    # The first token is BOS, which is not part of the text.
     assert "".join(tokens[1:]) == text
     assert offsets == [0, *(len("".join(tokens[1:i])) for i in range(1, len(tokens)))]
 
 
-def test_a_stream_says_what_the_whole_says(client):
+def test_a_stream_adds_up_to_the_whole_answer(client):
     asked = dict(model="pocket", prompt=[PROMPT, "A:"], max_tokens=11, n=2, seed=1, logprobs=1)
     whole = client.completions.create(**asked)
     chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
@@ -134,7 +134,7 @@ def test_a_chat_stream_begins_with_the_role_and_ends_with_the_reason_and_DONE(se
 
 
 def test_characters_of_several_bytes_arrive_whole(server, client, alone):
-    """Tokens that are parts of characters, in an order that only a seed would bring about."""
+    """Tokens that are parts of characters, in an order that only sampling would produce."""
     tokenizer = alone.engine.tokenizer
     ids = tokenizer("日本語 é 🙂", add_special_tokens=False).input_ids
     done = client.completions.create(model="pocket", prompt=ids, max_tokens=0, echo=True, logprobs=0)
@@ -157,7 +157,7 @@ def test_a_chat_is_the_template_around_the_messages(client, alone, chapter):
     [choice] = done.choices
     assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", want.text, want.finish_reason)
     assert done.usage.prompt_tokens == len(ids)
-    # The end token is counted, as it was computed.
+    # The end token is counted, because it was generated.
     assert done.usage.completion_tokens == len(want.token_ids)
     begin = engine.tokenizer.bos_token_id
     assert ids.count(begin) == 1
@@ -171,7 +171,7 @@ def test_a_conversation_that_the_template_refuses_is_the_callers(chapter):
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["param"] == "messages"
-    assert error["message"] == "the checkpoint's chat template refuses these messages: roles must alternate"
+    assert error["message"] == "the checkpoint's chat template rejects these messages: roles must alternate"
 
 
 def test_parts_and_a_developer_are_what_templates_know_as_text_and_system(client):
@@ -204,7 +204,7 @@ def test_chat_logprobs_have_bytes_and_the_likeliest_in_order(client):
     assert bare.logprobs.content[0].top_logprobs == []
 
 
-def test_who_names_no_max_tokens_in_chat_gets_what_there_is_room_for(client):
+def test_a_chat_without_max_tokens_may_use_the_rest_of_the_context(client):
     done = client.chat.completions.create(model="pocket", messages=CHAT, temperature=0, extra_body={"ignore_eos": True})
     assert done.usage.total_tokens == 256 and done.choices[0].finish_reason == "length"
 
@@ -223,7 +223,7 @@ def test_a_completion_keeps_its_first_space_and_a_chats_answer_has_none(chapter,
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
 
     def first_with_a_space(all_ids):
-        """Of prompts, the first that the model continues with a space and a word: its index and the tokens."""
+        """The first prompt that the model continues with a space and a word: its index and the tokens."""
         for i, done in enumerate(engine.generate(all_ids, params)):
             if tokenizer.convert_ids_to_tokens(done.token_ids)[0].startswith("▁") and "\ufffd" not in done.text:
                 return i, done.token_ids
@@ -254,7 +254,7 @@ def llama_2s_normalizer(tokenizer):
 
 
 def tokenizers_with_their_ways():
-    """Of each: its name, a checkpoint whose vocabulary is as large, and how it is made."""
+    """For each: its name, a checkpoint with a vocabulary of that size, and a function that creates it."""
     from tokenizers import pre_tokenizers, processors
 
     from shared.checkpoints import make_tokenizer
@@ -302,7 +302,7 @@ def test_the_text_at_a_tokens_offset_begins_with_it(chapter, make_engine, monkey
             for token, at in places:
                 if token.startswith("bytes:") or (token in specials and not text[at:].startswith(token)):
                     continue
-                # Llama 2's kind puts a space before a text and behind special tokens, and drops the first one again.
+                # Tokenizers like Llama 2's add a space before a text and after special tokens, and drop the first again.
                 is_added = name == "mistral" and (at == 0 or text[:at].endswith(eos))
                 spelled = token.removeprefix(" ") if is_added and not text[at:].startswith(" ") else token
                 is_cut = stop and spelled.startswith(text[at:])

@@ -1,4 +1,4 @@
-"""The server under what OpenAI's clients may ask: full queues, calls of many requests, the drain."""
+"""The server under stress: full queues, calls of many requests, the drain."""
 import asyncio
 import importlib
 import json
@@ -33,7 +33,7 @@ def test_a_full_queue_answers_429_and_later_room_again(chapter, tokenizer):
             asked = dict(model="pocket", prompt=[20, 21, 22], max_tokens=3, stream=True)
             streams.append(threading.Thread(target=lambda: list(client.completions.create(**asked))))
             streams[-1].start()
-            # The first goes into a step, which lasts; the others have to wait for their turn.
+            # The first is in a long step; the others have to wait for their turn.
             wait_until(lambda: len(server.service.async_engine.active_generations) == number + 1, 3)
         wait_until(lambda: server.service.async_engine.num_waiting >= 2, 3)
         with pytest.raises(openai.RateLimitError, match="2 requests are waiting, and this call has 1; at most 2 may wait") as caught:
@@ -59,7 +59,7 @@ def test_too_many_prompts_are_refused_before_the_first_is_read(chapter, tokenize
             with pytest.raises(openai.BadRequestError, match=f"n x prompts is {2000 * answers}, but a call has at most 256") as caught:
                 client.completions.create(model="pocket", prompt=["a"] * 2000, n=answers)
             assert caught.value.param == blamed
-        # Of a chat all turns are one prompt.
+        # All turns of a chat are one prompt.
         monkeypatch.setattr(server.service.async_engine, "tokenize", tokenize)
         turns = CHAT + [{"role": "user", "content": "x" * 20_000}] * 60
         with pytest.raises(openai.BadRequestError, match="bytes, too many for max_model_len") as caught:
@@ -77,7 +77,7 @@ def test_of_a_call_all_requests_are_queued_or_none(chapter, tokenizer):
         assert fake.aborted == [1, 2]
 
 
-# ---- who leaves
+# ---- clients that leave
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ def test_a_client_that_hangs_up_ends_all_its_requests(chapter, engine, path, bod
     hang_up(chapter, engine, path, body | {"stream": stream})
 
 
-def test_a_slow_reader_of_many_answers_slows_nobody(chapter, engine):
-    """One client asks and does not read; others are served while its stream is stuck."""
+def test_a_slow_reader_of_many_answers_slows_no_other_client(chapter, engine):
+    """One client sends a request and does not read; others are served while its stream is stuck."""
     with serving(chapter, engine) as server, client_of(server) as client:
         with socket.socket() as stuck:
             stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -102,7 +102,7 @@ def test_a_slow_reader_of_many_answers_slows_nobody(chapter, engine):
             wait_until(lambda: health(server)["running"] == 8)
             text = client.completions.create(model="pocket", prompt="Once", max_tokens=5, temperature=0).choices[0].text
             assert len(text) > 5
-            # Its tokens are computed and wait for it; its blocks are free for others.
+            # Its tokens are generated and wait for it; its blocks are free for other requests.
             wait_until(lambda: is_idle(server))
         wait_until(lambda: not server.service.num_active)
 
@@ -111,7 +111,7 @@ def test_a_slow_reader_of_many_answers_slows_nobody(chapter, engine):
 
 
 def test_a_fault_fails_every_request_of_a_call(chapter, tokenizer):
-    """Also those that waited."""
+    """The waiting ones too."""
     fake = FakeEngine(chapter, tokenizer, places=1)
     fake.gate.clear()
     with serving(chapter, fake) as server, client_of(server) as client:
@@ -125,7 +125,7 @@ def test_a_fault_fails_every_request_of_a_call(chapter, tokenizer):
 
 @pytest.mark.parametrize("what", ["template", "decode"])
 def test_no_template_and_no_decoding_runs_on_the_event_loop(chapter, tokenizer, what, monkeypatch):
-    """Each is made to wait until /health has answered, which it can only on a loop that is free."""
+    """Each waits until /health has answered, which is possible only if the event loop is free."""
     answered = threading.Event()
     fake = FakeEngine(chapter, tokenizer)
     with serving(chapter, fake) as server, client_of(server) as client:
@@ -157,7 +157,7 @@ def test_no_template_and_no_decoding_runs_on_the_event_loop(chapter, tokenizer, 
         assert done and waited and all(waited)
 
 
-# ---- the end
+# ---- shutdown
 
 
 def test_a_server_that_drains_ends_what_runs_and_takes_nothing_new(chapter, tokenizer):
@@ -202,7 +202,7 @@ def test_what_does_not_end_in_time_is_failed(chapter, tokenizer):
         fake.gate.set()
 
 
-def test_who_waits_for_the_tokenizer_hears_of_the_end_too(chapter, tokenizer):
+def test_requests_that_wait_for_the_tokenizer_fail_when_the_server_stops(chapter, tokenizer):
     begun, go_on = threading.Event(), threading.Event()
     fake = FakeEngine(chapter, tokenizer)
     with serving(chapter, fake) as server:
@@ -220,7 +220,7 @@ def test_who_waits_for_the_tokenizer_hears_of_the_end_too(chapter, tokenizer):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(own), "__call__", slow)
-            # The second's turn never comes.
+            # The second never gets its turn.
             threads = [threading.Thread(target=ask) for _ in range(2)]
             for thread in threads:
                 thread.start()
@@ -248,7 +248,7 @@ def test_the_tokenizers_queue_has_a_limit_too(chapter, tokenizer):
             for thread in threads:
                 thread.start()
             wait_until(lambda: len(server.service.async_engine.encoding) == 2)
-            with pytest.raises(openai.RateLimitError, match="2 requests wait for the tokenizer, at most 2 may"):
+            with pytest.raises(openai.RateLimitError, match="2 requests are waiting for the tokenizer; at most 2 may wait"):
                 client.completions.create(**asked)
             go_on.set()
             for thread in threads:
@@ -256,7 +256,7 @@ def test_the_tokenizers_queue_has_a_limit_too(chapter, tokenizer):
         assert client.completions.create(**asked).choices[0].finish_reason == "length"
 
 
-def test_who_gives_up_while_the_tokenizer_works_is_not_told_of_an_end(chapter, tokenizer):
+def test_a_caller_that_gives_up_during_tokenizing_gets_no_shutdown_error(chapter, tokenizer):
     aside, thread = (importlib.import_module(f"milestones.{chapter.name}.{name}") for name in ("async_engine", "engine_thread"))
     engine = aside.AsyncEngine(thread.EngineThread(FakeEngine(chapter, tokenizer)), 8)
 
@@ -272,7 +272,7 @@ def test_who_gives_up_while_the_tokenizer_works_is_not_told_of_an_end(chapter, t
 @pytest.mark.parametrize("process", [("--drain-seconds", "10")], indirect=True)
 def test_sigterm_lets_streams_end_and_the_process_exits_0(process):
     body = json.loads(process.curl.split("-d '")[1].rstrip().rstrip("'"))
-    # What it says is drawn, and could end early.
+    # Its text is sampled, and could end early.
     answer = HTTP.post(f"{process.url}/v1/completions", json=body | {"ignore_eos": True})
     assert answer.json()["usage"]["completion_tokens"] == 32
     with HTTP.stream("POST", f"{process.url}/v1/completions", json=LONG | {"stream": True, "max_tokens": 200}, timeout=30) as response:
@@ -292,9 +292,9 @@ def test_sigterm_lets_streams_end_and_the_process_exits_0(process):
         (["--max-waiting", "0"], "max_waiting must be an integer from 1 up, got 0"),
         (["--default-max-tokens", "0"], "default_max_tokens must be an integer from 1 up or None, got 0"),
         (["--drain-seconds", "4"], "drain_seconds must be at least 5, got 4.0"),
-        (["--api-key", ""], "api_key must be ASCII without spaces, and not empty"),
-        (["--api-key", "schlüssel"], "api_key must be ASCII without spaces, and not empty"),
-        (["--api-key", " key"], "api_key must be ASCII without spaces, and not empty"),
+        (["--api-key", ""], "api_key must be non-empty ASCII without spaces"),
+        (["--api-key", "schlüssel"], "api_key must be non-empty ASCII without spaces"),
+        (["--api-key", " key"], "api_key must be non-empty ASCII without spaces"),
     ],
 )
 def test_wrong_flags_of_the_api_are_refused_by_name(chapter, capsys, flags, message):
@@ -304,7 +304,7 @@ def test_wrong_flags_of_the_api_are_refused_by_name(chapter, capsys, flags, mess
 
 
 @pytest.mark.parametrize("process", [("--drain-seconds", "60")], indirect=True)
-def test_a_request_that_was_never_sent_to_the_end_holds_nobody_up(process):
+def test_a_request_that_is_never_sent_completely_does_not_delay_the_shutdown(process):
     with socket.create_connection(("127.0.0.1", int(process.url.split(":")[-1]))) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
         wait_until(lambda: HTTP.get(f"{process.url}/health").json()["status"] == "ok")
@@ -313,7 +313,7 @@ def test_a_request_that_was_never_sent_to_the_end_holds_nobody_up(process):
 
 
 @pytest.mark.parametrize("process", [("--drain-seconds", "5")], indirect=True)
-def test_a_step_that_outlasts_the_time_to_drain_does_not_keep_the_process(process):
+def test_a_step_longer_than_the_drain_does_not_keep_the_process(process):
     with httpx.Client(base_url=process.url) as client, pytest.raises(httpx.ReadTimeout):
         client.post("/v1/completions", json={"model": "pocket", "prompt": [20] * 2000, "n": 32, "max_tokens": 1}, timeout=1)
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The embedded models: what they answer, how they stop, and that their cards say the truth."""
+"""The bundled models: what they answer, how they stop, and that their model cards are true."""
 import itertools
 import json
 
@@ -14,7 +14,7 @@ NAMES = ("pocket", "pocket-draft")
 
 
 def say(prompt, chat=True, max_tokens=200):
-    """The greedy answer, with its marks."""
+    """The greedy answer, special tokens included."""
     hf = reference(checkpoint("pocket"))
     text = f"{corpus.BOS}{corpus.USER}{prompt}{corpus.EOT}{corpus.ASSISTANT}" if chat else corpus.BOS + prompt
     ids = hf.tokenizer(text, add_special_tokens=False).input_ids

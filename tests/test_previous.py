@@ -1,4 +1,4 @@
-"""chapter = last chapter: the same tokens, texts, reasons, samples and logprobs on the same seeded workload."""
+"""chapter = last chapter: the same tokens, texts, finish reasons and logprobs on the same seeded workload."""
 import pytest
 
 from shared.checkpoints import checkpoint
@@ -8,7 +8,7 @@ pytestmark = pytest.mark.needs("generate", "sample", "logprobs", "previous")
 
 
 def run(chapter, engine):
-    """Greedy and sampled, with and without logprobs, some ended by a stop token."""
+    """Greedy and sampled requests, with and without logprobs, some of them with a stop token."""
     Params = chapter.load().SamplingParams
     requests = ragged(6, engine.config.vocab_size, prompt_len=(1, 40), output_len=(1, 30), seed=11)
     params = [
@@ -27,7 +27,7 @@ def run(chapter, engine):
     return engine.generate([request.prompt_ids for request in requests], params)
 
 
-def test_a_chapter_says_what_the_chapter_before_it_says(chapter, checkpoint_name, make_engine, measure):
+def test_a_chapter_generates_what_the_previous_one_generates(chapter, checkpoint_name, make_engine, measure):
     ours = run(chapter, make_engine(checkpoint_name))
     theirs = run(chapter.previous, chapter.previous.load().Engine(checkpoint(checkpoint_name)))
     for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):

@@ -1,4 +1,4 @@
-"""The service's manners, which need no model: an engine that computes nothing is behind them."""
+"""The service's protocol, tested without a model: the engine behind it computes nothing."""
 import importlib
 import json
 import socket
@@ -57,7 +57,7 @@ def test_models_are_listed_and_an_unknown_one_is_404(client):
         assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
-def test_with_keys_nobody_without_one_gets_in(chapter, fake):
+def test_with_keys_a_request_without_one_is_refused(chapter, fake):
     with serving(chapter, fake, api_keys=("s3cret", "an0ther")) as server:
         invitation = importlib.import_module(f"milestones.{chapter.name}.process").invitation(server.url, server.service)
         assert "Bearer $API_KEY" in invitation and "s3cret" not in invitation and "an0ther" not in invitation
@@ -65,7 +65,7 @@ def test_with_keys_nobody_without_one_gets_in(chapter, fake):
             headers = {"authorization": f"Bearer {key}"} if key else {}
             response = HTTP.get(f"{server.url}/v1/models", headers=headers)
             assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
-        # Whatever costs something is closed; nothing else is.
+        # Every path that costs something needs a key; no other does.
         assert post(server, "/tokenize", {"prompt": "x"}).status_code == 401
         assert post(server, "/detokenize", {"tokens": [20]}).status_code == 401
         for path in ("/health", "/version", "/docs", "/openapi.json"):
@@ -90,7 +90,7 @@ def request_model(chapter, path):
 
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_every_parameter_that_the_official_client_knows_works_or_is_refused(chapter, path):
-    """None falls through to the fields that nobody documents, which are ignored."""
+    """None is ignored, as undocumented fields are."""
     model = request_model(chapter, path)
     documented = set(typing.get_type_hints(ENDPOINTS[path][2])) | {"stream"}
     assert documented <= set(model.model_fields) | set(model.refused)
@@ -277,8 +277,8 @@ def test_items_are_counted_before_they_are_validated(server, chapter, path, body
     assert "but a body has at most 4096; send fewer" in error["message"]
 
 
-def test_a_conversation_of_as_many_turns_as_may_be_is_read_quickly(chapter):
-    """On the event loop: what it takes, all streams wait."""
+def test_a_conversation_of_the_most_turns_allowed_is_read_quickly(chapter):
+    """It runs on the event loop, so all streams wait for it."""
     protocol = importlib.import_module(f"milestones.{chapter.name}.protocol")
     raw = json.dumps({"model": "pocket", "messages": [TURN] * protocol.MAX_ITEMS})
     times = []
@@ -306,10 +306,10 @@ def test_the_api_page_shows_what_works_and_nothing_that_is_refused(server, chapt
     assert "swagger" in HTTP.get(f"{server.url}/docs").text
 
 
-# ---- what vLLM has beside OpenAI's
+# ---- what vLLM has beyond OpenAI's API
 
 
-def test_tokenize_and_detokenize_are_each_others_inverse(server, fake):
+def test_tokenize_and_detokenize_are_inverses(server, fake):
     tokenizer = fake.tokenizer
     ids = tokenizer("Once upon a time").input_ids
     said = post(server, "/tokenize", {"model": "pocket", "prompt": "Once upon a time"}).json()
@@ -355,7 +355,7 @@ def test_the_version_is_the_projects(server):
 
 
 def test_what_a_template_reads_is_measured_before_it_is_tokenized(server):
-    """Whatever the field is called: here the template reads all of a message."""
+    """In any field: here the template reads the whole message."""
     tokenizer = server.service.async_engine.tokenizer
     template = tokenizer.chat_template
     tokenizer.chat_template = "{% for m in messages %}{{ m }}{% endfor %}"
@@ -370,7 +370,7 @@ def test_what_a_template_reads_is_measured_before_it_is_tokenized(server):
         tokenizer.chat_template = template
 
 
-def test_of_many_prompts_none_is_tokenized_behind_the_first_that_is_too_long(server, monkeypatch):
+def test_no_prompt_is_tokenized_after_the_first_that_is_too_long(server, monkeypatch):
     tokenizer, calls = server.service.async_engine.tokenizer, []
     call = type(tokenizer).__call__
     monkeypatch.setattr(type(tokenizer), "__call__", lambda self, *args, **more: calls.append(1) or call(self, *args, **more))
@@ -395,7 +395,7 @@ def test_head_is_answered_as_get_is_and_without_a_body(server, path):
 
 
 def test_a_body_of_too_many_parts_is_refused_before_it_is_parsed(server):
-    """Wherever they are, known or not: the parser cannot be interrupted."""
+    """In any field, known or not: the parser cannot be interrupted."""
     for body in (
         b'{"model": "pocket", "x": [' + b"[]," * 1_300_000 + b"1]}",
         b'{"model": "pocket", "x": [' + (b"[" * 900 + b"]" * 900 + b",") * 2_000 + b"1]}",
@@ -406,7 +406,7 @@ def test_a_body_of_too_many_parts_is_refused_before_it_is_parsed(server):
         begun = time.monotonic()
         for path in ("/v1/completions", "/v1/chat/completions"):
             response = post(server, path, body)
-            assert response.status_code == 400 and "the body has more than 50,000 lists, objects and texts" in response.text
+            assert response.status_code == 400 and "the body has more than 50,000 lists, objects and strings" in response.text
         assert time.monotonic() - begun < 1
 
 
@@ -422,7 +422,7 @@ def test_the_parts_of_a_body_are_counted_outside_of_its_texts(chapter):
 
 @pytest.mark.parametrize("target", ["http://anybody/health", "http://anybody:8000/v1/models"])
 def test_a_target_may_be_a_whole_url(server, target):
-    """As clients send it that believe they speak to a proxy."""
+    """As clients send it if they believe that they talk to a proxy."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
@@ -453,7 +453,7 @@ VLLMS_CHATS = {
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_what_vllm_would_do_and_this_engine_does_not_is_refused_by_name(server, path):
-    """It was accepted, and ignored."""
+    """These used to be accepted and ignored."""
     asked = VLLMS | (VLLMS_CHATS if "chat" in path else {"add_special_tokens": False, "prompt_embeds": "x"})
     body = {"model": "pocket"} | ENDPOINTS[path][1]
     for name, value in asked.items():

@@ -1,4 +1,4 @@
-"""Refusals: each names the parameter, the range, the value and the remedy; each is read here."""
+"""Refusals: each names the parameter, the range, the value and the remedy; the wording is tested here."""
 import json
 import os
 import shutil
@@ -31,7 +31,7 @@ def copy_of(tmp_path):
 
 @pytest.fixture
 def refused(chapter):
-    """The sentence with which Engine refuses a directory."""
+    """The message with which Engine refuses a directory."""
 
     def refused(path, **options):
         with pytest.raises(ValueError) as error:
@@ -52,13 +52,13 @@ def rewrite(path, change):
 # ---- directories and files
 
 
-def test_a_directory_that_is_no_checkpoint(refused, tmp_path):
+def test_a_directory_that_is_not_a_checkpoint(refused, tmp_path):
     assert refused(tmp_path) == f"{tmp_path} is not a checkpoint: it has no config.json"
     assert refused(tmp_path / "nowhere") == f"{tmp_path / 'nowhere'} is not a checkpoint: it has no config.json"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"llama"', "\x00", "[" * 10**5])
-def test_a_config_that_is_no_json_object(refused, copy_of, text):
+def test_a_config_that_is_not_a_json_object(refused, copy_of, text):
     path = copy_of("llama")
     (path / "config.json").write_text(text)
     assert "config.json" in refused(path) and "JSON" in refused(path)
@@ -72,14 +72,14 @@ def test_weights_that_are_not_there(refused, copy_of):
     )
 
 
-# The files of one checkpoint, each kind with a norm of its own.
+# The files of one checkpoint; each kind has a different norm, to tell which was read.
 SINGLE, BIN = "model.safetensors", "pytorch_model.bin"
 INDEX, SHARDS = "model.safetensors.index.json", "model-*.safetensors"
 
 
 @pytest.fixture
 def with_weights(copy_of):
-    """A checkpoint that has these weight files and no others; empty files for other names."""
+    """A checkpoint with only these weight files; other names are empty files."""
 
     def with_weights(*kinds):
         path = copy_of("llama3-hub")
@@ -112,8 +112,8 @@ def with_weights(copy_of):
         (INDEX, SHARDS, "consolidated.safetensors", "model.fp16.safetensors"),
     ],
 )
-def test_of_several_weights_hugging_faces_choice_is_read(with_weights, module, kinds):
-    """An index and old shards beside a single file: the shards used to be read, and nothing was said."""
+def test_among_several_weight_files_hugging_faces_choice_is_read(with_weights, module, kinds):
+    """An index and old shards beside a single file: the shards used to be read, without a message."""
     path = with_weights(*kinds)
     want = AutoModelForCausalLM.from_pretrained(path).state_dict()
     stored = module("loader").Checkpoint(path)
@@ -156,8 +156,8 @@ def test_a_truncated_file(refused, copy_of, keep):
     file = path / "model.safetensors"
     assert file.stat().st_size > 60_000
     file.write_bytes(file.read_bytes()[:keep])
-    assert "model.safetensors is damaged or no safetensors file" in refused(path)
-    assert "fetch it again" in refused(path)
+    assert "model.safetensors is damaged or not a safetensors file" in refused(path)
+    assert "download it again" in refused(path)
 
 
 def test_an_index_that_names_a_tensor_no_shard_has(refused, copy_of):
@@ -175,11 +175,11 @@ def test_a_tensor_that_two_shards_have(refused, copy_of):
     other = next(file for file in sorted(set(index["weight_map"].values()), reverse=True) if file != home)
     save_file(load_file(path / other) | {name: load_file(path / home)[name]}, path / other, metadata={"format": "pt"})
     first, second = sorted((home, other))
-    assert refused(path) == f"tensor {name} is in two files, {second} being the second; keep one"
+    assert refused(path) == f"tensor {name} is in two files, the second of which is {second}; keep only one"
 
 
 def test_a_checkpoint_without_an_embedding_has_no_dtype(copy_of, module):
-    """Which a GPU would take."""
+    """On a GPU, the default dtype is the checkpoint's."""
     path = copy_of("llama")
     rewrite(path, lambda tensors: tensors.pop("model.embed_tokens.weight"))
     loader = module("loader")
@@ -228,7 +228,7 @@ def test_a_tensor_of_the_wrong_shape(refused, copy_of):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_tensor_with_a_value_that_is_no_finite_number(refused, copy_of, value):
+def test_a_tensor_with_a_value_that_is_not_finite(refused, copy_of, value):
     path = copy_of("llama")
     rewrite(path, lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"].view(-1)[7:8].fill_(value))
     assert refused(path).startswith("tensor model.layers.2.mlp.up_proj.weight has values that are not finite numbers")
@@ -252,7 +252,7 @@ def test_the_largest_finite_numbers_of_float16_are_accepted(copy_of, chapter):
         (torch.bfloat16, -1e5, "float16"),
         (torch.bfloat16, 1e5, "bfloat16"),
         (torch.bfloat16, 3e38, "float32"),
-        (torch.float32, 65519.0, "float16"),  # rounds down to the largest
+        (torch.float32, 65519.0, "float16"),  # rounds down to the largest finite value
         (torch.float32, 65520.0, "float16"),  # and this to infinity
         (torch.float32, 1e-30, "float16"),
         (torch.float32, 3.4e38, "bfloat16"),
@@ -261,7 +261,7 @@ def test_the_largest_finite_numbers_of_float16_are_accepted(copy_of, chapter):
     ],
 )
 def test_a_value_that_only_overflows_when_it_is_converted(refused, copy_of, chapter, stored, value, dtype):
-    """It used to be loaded as an infinity, and every text was empty."""
+    """It used to be loaded as infinity, and every text was empty."""
     path = copy_of("llama")
 
     def change(tensors):
@@ -281,7 +281,7 @@ def test_a_value_that_only_overflows_when_it_is_converted(refused, copy_of, chap
 
 @pytest.mark.parametrize("head_dim", [2**16 + 2, 10**12])
 def test_a_head_that_cannot_be_turned_is_refused_before_it_is_built(refused, copy_of, head_dim):
-    assert f"head_dim is {head_dim}; rotary embedding needs an even one" in refused(copy_of("llama", head_dim=head_dim))
+    assert f"head_dim is {head_dim}; the rotary embedding needs an even one" in refused(copy_of("llama", head_dim=head_dim))
 
 
 def test_a_tensor_stored_as_integers(refused, copy_of):
@@ -301,7 +301,7 @@ def test_a_tied_head_that_differs_is_surplus_and_one_that_is_equal_is_accepted(r
 
 
 def test_rotary_frequencies_in_the_file_are_accepted(copy_of, chapter):
-    """Old exports carry them; they follow from the config."""
+    """Old exports contain them; they follow from the config."""
     path = copy_of("llama")
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(7) for i in range(3)}
     rewrite(path, lambda tensors: tensors.update(extra))
@@ -316,7 +316,7 @@ def test_rotary_frequencies_in_the_file_are_accepted(copy_of, chapter):
     [
         ("llama", {"model_type": "gemma3"}, "model_type is 'gemma3'; supported are llama, mistral, qwen2, qwen3"),
         ("llama", {"model_type": ...}, "model_type is None"),
-        ("mistral", {"sliding_window": 319}, "sliding_window is 319, below the 320 tokens"),
+        ("mistral", {"sliding_window": 319}, "sliding_window is 319, below max_model_len = 320"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_window is 64"),
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "has sliding_attention"),
@@ -339,7 +339,7 @@ def test_rotary_frequencies_in_the_file_are_accepted(copy_of, chapter):
         ("llama", {"attention_chunk_size": 16}, "attention_chunk_size is 16"),
         ("qwen2", {"per_layer_config": {"1": {"intermediate_size": 44}}}, "per_layer_config is {'1': "),
         ("llama", {"text_config": {"sliding_window": 16}}, "text_config is {'sliding_window': 16}"),
-        ("llama", {"sliding_window": 64}, "sliding_window is 64, below the 320 tokens"),
+        ("llama", {"sliding_window": 64}, "sliding_window is 64, below max_model_len = 320"),
         ("llama", {"attention_bias": True}, "attention_bias is True"),
         ("qwen3", {"attention_bias": True}, "attention_bias is True"),
         ("llama", {"mlp_bias": True}, "mlp_bias is True"),
@@ -359,11 +359,11 @@ def test_rotary_frequencies_in_the_file_are_accepted(copy_of, chapter):
         ("qwen3", {"num_experts": 8}, "num_experts is 8"),
         ("mistral", {"num_local_experts": 8}, "num_local_experts is 8"),
         ("llama", {"num_attention_heads": 5}, "num_attention_heads is 5, not a multiple of num_key_value_heads, 2"),
-        ("llama", {"head_dim": 15}, "head_dim is 15; rotary embedding needs an even one"),
+        ("llama", {"head_dim": 15}, "head_dim is 15; the rotary embedding needs an even one"),
         ("llama", {"hidden_size": "60"}, "hidden_size in config.json must be an integer >= 1, got '60'"),
-        ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps in config.json must be a number above 0, got 'small'"),
-        ("llama3-hub", {"rope_theta": None}, "rope_theta in config.json must be a number above 0, got None"),
-        ("llama3-hub", {"rope_theta": float("inf")}, "rope_theta in config.json must be a number above 0, got inf"),
+        ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps in config.json must be a finite number above 0, got 'small'"),
+        ("llama3-hub", {"rope_theta": None}, "rope_theta in config.json must be a finite number above 0, got None"),
+        ("llama3-hub", {"rope_theta": float("inf")}, "rope_theta in config.json must be a finite number above 0, got inf"),
         ("llama3-hub", {"rope_scaling": "llama3"}, "must be objects, got 'llama3'"),
         ("qwen3", {"layer_types": [1] * 3}, "layer_types in config.json must be a list of 3 names, got [1, 1, 1]"),
         ("llama", {"num_hidden_layers": 0}, "num_hidden_layers in config.json must be an integer >= 1, got 0"),
@@ -380,7 +380,7 @@ def test_what_is_not_supported_is_refused_by_name(refused, copy_of, name, change
         ("qwen2", {"use_sliding_window": False, "sliding_window": 64}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 28}),
         ("qwen3", {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": True, "sliding_window": 4096}),
-        ("mistral", {"attention_bias": True}),  # a key its family does not have
+        ("mistral", {"attention_bias": True}),  # a key that its family does not have
         ("mistral", {"use_sliding_window": None, "max_window_layers": "x"}),  # likewise
         ("mistral", {"sliding_window": 16, "layer_types": ["full_attention"] * 3}),
         ("llama", {"sliding_window": 320}),
@@ -396,7 +396,7 @@ def test_what_is_inert_is_accepted(copy_of, chapter, name, changes):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_missing_key_takes_transformers_default_for_its_family(module, family):
-    """The table is held against transformers' own config classes, so that it cannot rot."""
+    """The table is compared with transformers' own config classes, so it stays up to date."""
     theirs = AutoConfig.for_model(family)
     for key, value in module("config").defaults_of(family).items():
         if key == "rope_theta":
@@ -447,7 +447,7 @@ def hugging_faces_tokens(family, config):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("changes", WINDOWS, ids=str)
 def test_a_window_is_on_where_hugging_faces_tokens_show_one(copy_of, module, family, changes):
-    """Mistral's class has no use_sliding_window: a false one used to switch its window off."""
+    """Mistral's class has no use_sliding_window; false used to switch its window off."""
     load = module("config").load_config
     path = copy_of(family, sliding_window=16, **({"layer_types": ...} | changes))
     tokens = hugging_faces_tokens(family, (path / "config.json").read_text())
@@ -484,7 +484,7 @@ def test_a_key_may_be_null_where_it_may_be_in_its_class(copy_of, module, family)
 @pytest.mark.parametrize("inside", [..., 64])
 @pytest.mark.parametrize("beside", [..., 32])
 @pytest.mark.parametrize("form", ["rope_scaling", "rope_parameters"])
-def test_the_length_that_llama3_scaling_begins_at_stands_in_several_places(copy_of, module, inside, beside, form):
+def test_the_length_at_which_llama3_scaling_begins_may_be_in_several_places(copy_of, module, inside, beside, form):
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5000.0}
     rope |= {} if inside is ... else {"original_max_position_embeddings": inside}
     path = copy_of("llama", rope_parameters=..., original_max_position_embeddings=beside)
@@ -497,7 +497,7 @@ def test_the_length_that_llama3_scaling_begins_at_stands_in_several_places(copy_
 
 def test_a_window_that_is_left_out_is_the_familys(copy_of, module):
     config = module("config").load_config(copy_of("mistral", sliding_window=..., max_position_embeddings=5000))
-    with pytest.raises(ValueError, match="sliding_window is 4096, below the 5000 tokens"):
+    with pytest.raises(ValueError, match="sliding_window is 4096, below max_model_len = 5000"):
         config.check_length(config.max_positions)
 
 
@@ -527,14 +527,14 @@ def test_end_tokens_are_generation_configs_else_configs(copy_of, module):
 def test_end_tokens_that_are_none_are_refused(refused, copy_of, end):
     path = copy_of("llama")
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
-    assert f"eos_token_id must be a token id or a list of them, below 401, got {end!r}" in refused(path)
+    assert f"eos_token_id must be a token id below 401, or a list of them, got {end!r}" in refused(path)
 
 
 @pytest.mark.parametrize("listed", [None, [], {"a": 1}, {"a": "../model.safetensors"}])
 def test_an_index_that_names_no_files(refused, copy_of, listed):
     path = copy_of("llama3-hub")
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
-    assert "must say for each tensor the name of a file beside it" in refused(path)
+    assert "must map each tensor to the name of a file beside it" in refused(path)
 
 
 def test_generation_config_does_not_choose_the_sampling(copy_of, chapter, Params):
@@ -562,15 +562,15 @@ CODE = ["code.MyTokenizer", "code.MyTokenizer"]
     ],
 )
 def test_a_checkpoints_own_code_is_never_run(refused, copy_of, module, monkeypatch, capsys, tmp_path, file, auto_map):
-    """It used to ask on stdout, wait for an answer, and run the file after a y."""
+    """transformers used to ask on stdout, wait for an answer, and run the file after a y."""
     path = copy_of("llama")
     (path / "code.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
     stored = json.loads((path / file).read_text())
     (path / file).write_text(json.dumps(stored | {"auto_map": auto_map, "tokenizer_class": "MyTokenizer"}))
     monkeypatch.setattr("builtins.input", lambda _="": "y")
-    (path / "model.safetensors").unlink()  # it is said before any weight is read
+    (path / "model.safetensors").unlink()  # reported before any weight is read
     assert refused(path).startswith(f"auto_map in {path / file} is {auto_map!r}: a checkpoint's own Python is never run")
-    # Nor by who reads the tokenizer alone.
+    # Nor by code that reads only the tokenizer.
     try:
         module("text").load_tokenizer(path)
     except ValueError:
@@ -699,7 +699,7 @@ def test_a_length_that_does_not_fit_names_both_numbers_and_the_remedy(make_engin
         engine.add_request([9] * 320, Params(max_tokens=None))
 
 
-def test_calls_that_are_no_list_of_prompts(make_engine, Params):
+def test_calls_that_are_not_a_list_of_prompts(make_engine, Params):
     engine = make_engine("llama")
     with pytest.raises(ValueError, match="prompts must be a list of prompts, got str"):
         engine.generate("hello", Params())

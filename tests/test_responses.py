@@ -27,7 +27,7 @@ def test_a_response_goes_on_from_another(client):
     chained = client.responses.create(
         model="pocket", input="What is a KV cache?", previous_response_id=first.id, temperature=0, max_output_tokens=9
     )
-    # The client may as well send the output back as it got it.
+    # The client may also send the output back as it received it.
     resent = [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}, *first.to_dict()["output"], *CHAT]
     resent[1] = {name: resent[1][name] for name in ("role", "content", "type")}
     whole = [client.responses.create(model="pocket", input=each, temperature=0, max_output_tokens=9) for each in (turns, resent)]

@@ -1,4 +1,4 @@
-"""The manners of responses: what is refused, by which name; whose they are."""
+"""The protocol of responses: what is refused and by which name, and which key may see them."""
 import importlib
 import typing
 

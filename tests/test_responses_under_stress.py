@@ -1,4 +1,4 @@
-"""Responses when things go wrong: clients that leave, faults, cancels, the drain."""
+"""Responses under stress: clients that leave, faults, cancels, the drain."""
 import asyncio
 import contextlib
 import signal
@@ -32,7 +32,7 @@ def test_a_fault_fails_a_response_with_its_own_events(chapter, tokenizer):
         assert [event.type for event in events[-2:]] == ["error", "response.failed"]
         assert "injected" in events[-1].response.error.message
         fake.fault = RuntimeError("injected")
-        with pytest.raises(openai.InternalServerError, match="injected") as caught:
+        with pytest.raises(openai.InternalServerError, match="injected"):
             client.responses.create(model="pocket", input="Hi there")
         assert client.responses.create(model="pocket", input="Hi there", max_output_tokens=2).output_text
 
@@ -54,7 +54,7 @@ def test_a_response_in_the_background_is_cancelled(chapter, tokenizer):
 def test_what_was_computed_may_be_fetched_from_a_server_that_drains(chapter, tokenizer):
     with serving(chapter, FakeEngine(chapter, tokenizer)) as server, client_of(server) as client:
         done = client.responses.create(model="pocket", input="Hi", max_output_tokens=1)
-        # What is in the background holds the server, as a request does.
+        # A background response keeps the server from exiting, as a request does.
         server.service.num_active += 1
         server.handle_exit(signal.SIGTERM, None)
         assert client.responses.retrieve(done.id).output_text == done.output_text
@@ -76,13 +76,13 @@ def test_a_server_that_drains_waits_for_what_is_in_the_background(chapter, token
         run = server.config.app.state.responses.runs[begun.id]
         wait_until(lambda: run.ended)
         time.sleep(0.5)
-        assert not server.should_exit, "nobody has seen the answer yet"
+        assert not server.should_exit, "no client has retrieved the answer yet"
         assert client.responses.retrieve(begun.id).status == "incomplete"
         wait_until(lambda: server.should_exit)
 
 
 def test_a_response_that_runs_is_not_forgotten(module):
-    """Nobody could fetch or cancel it. When it has ended, its turn comes."""
+    """No client could retrieve or cancel it otherwise. Once it has finished, it can be deleted."""
     store = module("responses_store").Store(size=2)
     runs = [SimpleNamespace(id=str(i), ended=i == 1) for i in range(5)]
     for run in runs[:4]:
@@ -102,10 +102,10 @@ def test_a_bug_in_the_server_is_a_failure_and_no_cancel(chapter, tokenizer, modu
             wait_until(lambda: server.config.app.state.responses.runs[begun.id].ended)
             with pytest.raises(openai.InternalServerError, match="the server has a bug"):
                 client.responses.create(**asked)
-        # On a connection of its own: after such a fault the server closes the other one.
+        # On another connection: after such a fault the server closes the first one.
         with client_of(server) as another:
             failed = another.responses.retrieve(begun.id)
-        assert (failed.status, failed.error.message) == ("failed", "the server has a bug; its log says more")
+        assert (failed.status, failed.error.message) == ("failed", "the server has a bug; see its log")
         wait_until(lambda: is_idle(server) and not server.service.num_active)
 
 
@@ -136,13 +136,13 @@ def test_a_response_that_runs_is_continued_later(chapter, tokenizer):
     fake.gate.clear()
     with serving(chapter, fake) as server, client_of(server) as client:
         begun = client.responses.create(model="pocket", input="Hi", background=True, max_output_tokens=1)
-        with pytest.raises(openai.BadRequestError, match="wait until it has ended"):
+        with pytest.raises(openai.BadRequestError, match="wait until it has finished"):
             client.responses.create(model="pocket", input="Hi", previous_response_id=begun.id)
         fake.gate.set()
 
 
 def test_a_response_whose_stream_never_began_is_cancelled(module):
-    """A generator that was not started runs no `finally`."""
+    """A generator that never started does not run its `finally`."""
     aborted = []
     body = module("responses_protocol").ResponseRequest(model="pocket", input="Hi")
     run = module("responses_store").Run(None, None, body, [], 1)

@@ -1,4 +1,4 @@
-"""The draw: the filters are transformers', the randomness is uniform, independent and nobody else's."""
+"""Sampling: the filters match transformers', and random numbers are uniform, independent and each request's own."""
 import itertools
 import random
 
@@ -13,7 +13,7 @@ from shared.workloads import random_ids
 pytestmark = pytest.mark.needs("sample")
 
 V = 401
-# A draw this close to the border between two tokens may fall on either side.
+# A random number this close to the border between two tokens may fall on either side.
 BOUNDARY = 1e-6
 
 
@@ -48,7 +48,7 @@ def test_filters_are_hugging_faces_to_the_bit_in_a_mixed_batch(module, Params):
 
 
 def test_equal_logits_are_kept_or_dropped_together(module, Params):
-    """Where transformers keeps some of them, as its sort happens to order them, all stay."""
+    """If transformers keeps some of them, depending on its sort, all are kept."""
     params = settings(Params)
     logits = 4 * torch.randn(len(params), V, generator=torch.Generator().manual_seed(0))
     logits[:, :40] = logits[:, 40:80]
@@ -66,7 +66,7 @@ def test_top_p_keeps_the_token_that_crosses_p(module, Params):
 
 
 def test_20000_draws_have_hugging_faces_frequencies(Params, module):
-    """Chi-square over the likeliest tokens, the rest pooled; at 12 degrees of freedom 45 is passed once in 100,000."""
+    """Chi-square over the likeliest tokens, the rest pooled; at 12 degrees of freedom it exceeds 45 once in 100,000."""
     hf = reference(checkpoint("llama"))
     prompt_ids = random_ids(11, V, random.Random(3))
     params = Params(temperature=1.3, top_k=30, top_p=0.9)
@@ -96,7 +96,7 @@ def sequence(module, prompt_ids, params, seed):
 
 
 def test_a_sampled_token_is_where_its_random_number_falls_on_hugging_faces_probabilities(engine, hf, Params, module, checkpoint_name):
-    """decode and draw at once: every token of a sampled text, from one prefill and one hash."""
+    """Decoding and sampling together: every token of a sampled text, from one prefill and one hash."""
     prompt_ids = random_ids(5, engine.config.vocab_size, random.Random(4))
     params = Params(max_tokens=40, temperature=1.2, top_k=100, top_p=0.97, seed=-77)
     [out] = engine.generate([prompt_ids], params)
@@ -108,8 +108,8 @@ def test_a_sampled_token_is_where_its_random_number_falls_on_hugging_faces_proba
         assert below - BOUNDARY <= number <= reached[token_id] + BOUNDARY, f"token {index}"
 
 
-def test_dice_are_uniform_and_neighbours_independent(module):
-    """Of (seed, index) on a grid: the mean, the spread, and the correlation with each neighbour.
+def test_random_numbers_are_uniform_and_neighbors_independent(module):
+    """For (seed, index) on a grid: the mean, the spread, and the correlation with each neighbor.
 
     For 40,000 independent numbers a correlation has a standard deviation of 0.005: 0.025 is five of them.
     """
@@ -151,7 +151,7 @@ def test_greedy_and_sampled_rows_share_a_batch(module, Params):
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
 def test_the_least_and_the_greatest_random_number_choose_a_token_that_is_left(module, Params, monkeypatch, number):
-    """At 0 the first tokens may be dropped ones; at the other end float32 probabilities may sum to less than 1."""
+    """At 0, the first tokens may have been dropped; at the other end, float32 probabilities may sum to less than 1."""
     sampling = module("sampling")
     monkeypatch.setattr(sampling, "uniform", lambda seed, index: number)
     logits = torch.randn(50, V, generator=torch.Generator().manual_seed(2))
@@ -164,7 +164,7 @@ def test_the_least_and_the_greatest_random_number_choose_a_token_that_is_left(mo
     assert (probs.gather(1, token_ids[:, None]) > 0).all()
 
 
-def test_each_row_of_a_batch_reports_as_many_logprobs_as_it_asked_for(module, Params):
+def test_each_row_of_a_batch_reports_as_many_logprobs_as_it_requests(module, Params):
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(3))
     Draw = module("batch").Draw
     draws = [Draw(sequence(module, [1], Params(logprobs=count), seed=0), 1) for count in (1, None, 4)]

@@ -9,7 +9,7 @@ from tests.support.served import PROMPT, alone, client, server  # noqa: F401
 pytestmark = pytest.mark.needs("serve")
 
 
-def test_a_completion_is_what_the_engine_says(client, alone):
+def test_a_completion_is_what_the_engine_generates(client, alone):
     [want] = alone([PROMPT], max_tokens=9)
     done = client.completions.create(model="pocket", prompt=PROMPT, max_tokens=9, temperature=0)
     [choice] = done.choices
@@ -23,7 +23,7 @@ def test_a_completion_is_what_the_engine_says(client, alone):
     assert done.object == "text_completion" and done.model == "pocket" and done.id.startswith("cmpl-")
 
 
-def test_who_names_no_max_tokens_gets_16(client):
+def test_a_completion_without_max_tokens_gets_16(client):
     assert client.completions.create(model="pocket", prompt=PROMPT, temperature=0).usage.completion_tokens == 16
 
 
@@ -49,7 +49,7 @@ def test_top_p_of_zero_is_the_likeliest_token(client, alone):
     assert done.choices[0].text == want.text
 
 
-def test_a_stream_says_what_the_whole_says(client):
+def test_a_stream_adds_up_to_the_whole_answer(client):
     asked = dict(model="pocket", prompt=PROMPT, max_tokens=11, seed=1)
     whole = client.completions.create(**asked)
     chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
@@ -61,7 +61,7 @@ def test_a_stream_says_what_the_whole_says(client):
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
 
 
-def test_a_stream_has_usage_only_for_those_who_ask_and_ends_with_DONE(server):
+def test_a_stream_has_usage_only_on_request_and_ends_with_DONE(server):
     body = {"model": "pocket", "prompt": PROMPT, "max_tokens": 3, "stream": True}
     response = post(server, "/v1/completions", body)
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -73,7 +73,7 @@ def test_a_stream_gives_characters_of_several_bytes_whole(client):
     text = "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True))
     whole = client.completions.create(**asked)
     assert text == whole.choices[0].text
-    # Those whose text had to wait for the next are counted too.
+    # Tokens whose text had to wait for the next one are counted too.
     assert whole.usage.completion_tokens == 40
 
 
@@ -82,13 +82,13 @@ def test_what_the_engine_refuses_names_the_parameter(server):
     assert_names(post(server, "/v1/completions", {"model": "pocket", "prompt": PROMPT, "temperature": 1e-35}), "temperature")
 
 
-def test_16_streams_at_once_say_what_each_says_alone(chapter, alone):
+def test_16_streams_at_once_give_what_each_gives_alone(chapter, alone):
     assert crowd(chapter, alone.engine, 16, max_tokens=12) > 100
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/pocket"])
 def test_head_is_answered_as_get_is_and_without_a_body(server, path):
-    """As uptime monitors and `wget --spider` ask."""
+    """As uptime monitors and `wget --spider` send it."""
     got, head = HTTP.get(f"{server.url}{path}"), HTTP.head(f"{server.url}{path}")
     assert (head.status_code, head.content) == (200, b"") and head.headers["content-length"] == got.headers["content-length"]
     assert HTTP.head(f"{server.url}/v1/completions").status_code == 405

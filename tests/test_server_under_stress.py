@@ -1,4 +1,4 @@
-"""The server when things go wrong: faults, clients that leave or do not read, signals."""
+"""The server under stress: faults, clients that leave or do not read, signals."""
 import importlib
 import json
 import signal
@@ -19,7 +19,7 @@ from tests.support.stressed import LONG, client_of, engine, hang_up, health, pro
 pytestmark = pytest.mark.needs("serve")
 
 
-# ---- who leaves
+# ---- clients that leave
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -32,8 +32,8 @@ def test_50_clients_that_leave_at_random_moments_leave_nothing_behind(chapter, e
     assert min(how.values()) > 0, how
 
 
-def test_a_slow_reader_slows_nobody(chapter, engine):
-    """One client asks and does not read; others are served while its stream is stuck."""
+def test_a_slow_reader_slows_no_other_client(chapter, engine):
+    """One client sends a request and does not read; others are served while its stream is stuck."""
     with serving(chapter, engine) as server, client_of(server) as client:
         with socket.socket() as stuck:
             stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -44,7 +44,7 @@ def test_a_slow_reader_slows_nobody(chapter, engine):
             wait_until(lambda: health(server)["running"])
             text = client.completions.create(model="pocket", prompt="Once", max_tokens=5, temperature=0).choices[0].text
             assert len(text) > 5
-            # Its tokens are computed and wait for it; its blocks are free for others.
+            # Its tokens are generated and wait for it; its blocks are free for other requests.
             wait_until(lambda: is_idle(server))
         wait_until(lambda: not server.service.async_engine.active_generations)
 
@@ -97,7 +97,7 @@ def test_requests_that_waited_outlive_a_fault(chapter, tokenizer):
             threads.append(threading.Thread(target=ask, args=(name,)))
             threads[-1].start()
             wait_until(lambda: len(server.service.async_engine.active_generations) == len(threads))
-        # Only a request that is in can be in the step that fails; the second one's turn comes later.
+        # Only an admitted request can be in the step that fails; the second one runs later.
         fake.fault = RuntimeError("injected")
         fake.gate.set()
         for thread in threads:
@@ -105,7 +105,7 @@ def test_requests_that_waited_outlive_a_fault(chapter, tokenizer):
         assert found == {"first": "failed", "second": "length"}
 
 
-def test_when_the_engine_has_died_everybody_hears_of_it_and_the_server_ends(chapter, tokenizer, monkeypatch):
+def test_when_the_engine_dies_every_client_gets_an_error_and_the_server_ends(chapter, tokenizer, monkeypatch):
     fake = FakeEngine(chapter, tokenizer)
     monkeypatch.setattr(fake, "fail_step", lambda: [])
     with serving(chapter, fake) as server, client_of(server) as client:
@@ -132,8 +132,8 @@ def test_a_fault_while_a_request_is_added_is_its_own(chapter, tokenizer, monkeyp
         assert client.completions.create(model="pocket", prompt="Once upon", max_tokens=1).choices[0].text
 
 
-def test_a_request_that_ended_in_the_step_that_failed_is_told_too(chapter, engine, monkeypatch):
-    """Its last token is lost with the step, so nobody would ever end it."""
+def test_a_request_that_finished_in_the_failed_step_gets_the_error_too(chapter, engine, monkeypatch):
+    """Its last token is lost with the step, so its client would wait forever."""
     with serving(chapter, engine) as server:
         accept, found = engine.accept, []
 
@@ -148,7 +148,7 @@ def test_a_request_that_ended_in_the_step_that_failed_is_told_too(chapter, engin
 
         monkeypatch.setattr(engine, "accept", fails_after_an_end)
         schedule = engine.scheduler.schedule
-        # Both are in before the first step, and the first of them ends in it.
+        # Both are admitted before the first step, and the first of them finishes in it.
         monkeypatch.setattr(engine.scheduler, "schedule", lambda: schedule() if len(engine.seqs) > 1 or engine.num_steps > steps else [])
         steps = engine.num_steps
         threads = []
@@ -164,7 +164,7 @@ def test_a_request_that_ended_in_the_step_that_failed_is_told_too(chapter, engin
 
 @pytest.mark.parametrize("what", ["encode", "step", "add_request"])
 def test_nothing_slow_runs_on_the_event_loop(chapter, tokenizer, what, monkeypatch):
-    """Each is made to wait until /health has answered, which it can only on a loop that is free."""
+    """Each waits until /health has answered, which is possible only if the event loop is free."""
     answered = threading.Event()
     fake = FakeEngine(chapter, tokenizer)
     with serving(chapter, fake) as server, client_of(server) as client:
@@ -198,7 +198,7 @@ def test_nothing_slow_runs_on_the_event_loop(chapter, tokenizer, what, monkeypat
 
 def test_a_server_that_is_started_says_how_to_ask_and_sigterm_ends_it(process):
     body = json.loads(process.curl.split("-d '")[1].rstrip().rstrip("'"))
-    # What it says is drawn, and could end early.
+    # Its text is sampled, and could end early.
     answer = HTTP.post(f"{process.url}/v1/completions", json=body | {"ignore_eos": True})
     assert answer.json()["usage"]["completion_tokens"] == 32
     process.send_signal(signal.SIGTERM)
@@ -212,40 +212,40 @@ def test_a_stream_that_a_signal_ends_says_so(process):
         assert next(lines).startswith("data: ")
         process.send_signal(signal.SIGTERM)
         said = [line for line in lines if line]
-    # A later chapter lets it end.
+    # A later chapter lets it finish.
     assert "the server was shut down before this request was done" in said[-1] or said[-1] == "data: [DONE]"
     told = process.communicate(timeout=20)[1]
     assert process.returncode == 0 and "Traceback" not in told, told
 
 
-def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(chapter, capsys):
+def test_a_port_that_is_in_use_is_reported_before_the_model_is_loaded(chapter, capsys):
     command_line = importlib.import_module(f"milestones.{chapter.name}.__main__")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
         assert command_line.main(["serve", "--port", port, "--model", "nowhere"]) == 2
-    assert f"127.0.0.1:{port} cannot be listened on: [Errno 98]" in capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}: [Errno 98]" in capsys.readouterr().err
     assert command_line.main(["serve", "--host", "a..b", "--model", "nowhere"]) == 2
-    assert "a..b:8000 cannot be listened on" in capsys.readouterr().err
+    assert "cannot listen on a..b:8000" in capsys.readouterr().err
 
 
-def test_of_two_servers_that_begin_together_one_says_why_it_cannot(chapter):
+def test_of_two_servers_started_together_one_says_why_it_cannot_listen(chapter):
     process_module = importlib.import_module(f"milestones.{chapter.name}.process")
     with process_module.bind("127.0.0.1", 0) as other:
         port = str(other.getsockname()[1])
         process = start(chapter, "--port", port)
-        # It has the port, and says so once the model is loaded; before it listens, the other does.
+        # It has bound the port, and prints so once the model is loaded; the other listens before it does.
         assert process.stderr.readline().startswith("pocket: ")
         other.listen()
         told = process.communicate(timeout=60)[1]
-    assert process.returncode == 2 and told.splitlines()[-1].startswith(f"error: 127.0.0.1:{port} cannot be listened on: "), told
+    assert process.returncode == 2 and told.splitlines()[-1].startswith(f"error: cannot listen on 127.0.0.1:{port}: "), told
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--port", "70000"], "port must be an integer from 0 to 65535, got 70000"),
-        (["--served-model-name", ""], "served_model_name must be printable, and not empty, got ''"),
-        (["--served-model-name", "p\udcff"], "served_model_name must be printable, and not empty, got 'p\\udcff'"),
+        (["--served-model-name", ""], "served_model_name must be printable and not empty, got ''"),
+        (["--served-model-name", "p\udcff"], "served_model_name must be printable and not empty, got 'p\\udcff'"),
     ],
 )
 def test_wrong_flags_are_refused_by_name(chapter, capsys, flags, message):

@@ -58,7 +58,7 @@ def test_no_order_of_calls_leaks_a_block(chapter, Params):
             assert not self.expected
             assert self.engine.pool.num_free == self.engine.pool.num_blocks
 
-    # Without shrinking: a sequence of calls that fails is short enough to be read, and found at once.
+    # Without shrinking: a failing sequence of calls is short enough to read, and found at once.
     run_state_machine_as_test(
         Calls,
         settings=settings(

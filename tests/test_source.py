@@ -1,4 +1,4 @@
-"""What stands in the source is true: shape comments and the examples in docstrings, both by running them."""
+"""Shape comments and docstring examples in the source are true; both are run."""
 import itertools
 from pathlib import Path
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.needs("generate", "sample", "logprobs")
 
 
 def exercise(chapter):
-    """Runs that between them reach every line with a shape comment: all families, all filters."""
+    """Runs that together reach every line with a shape comment: all families, all filters."""
     package = chapter.load()
     has_kernels = (chapter.path / "kernels").is_dir()
     if has_kernels and interpreter_fault():
@@ -29,7 +29,7 @@ def exercise(chapter):
 
 
 def test_every_shape_comment_is_reached_and_true(chapter):
-    # Where it was imported from: a bug may have been planted in a copy.
+    # The directory that it was imported from, which may be a copy with a planted bug.
     package_dir = Path(chapter.load().__file__).parent
     report = check_shapes(package_dir, lambda: exercise(chapter))
     assert report.ok, str(report)

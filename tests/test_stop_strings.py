@@ -1,4 +1,4 @@
-"""What an API asks of an engine: stop strings, logprobs of the prompt, several answers to one prompt."""
+"""What an API needs from an engine: stop strings, logprobs of the prompt, several answers to one prompt."""
 import pytest
 
 from shared.workloads import random_ids
@@ -15,7 +15,7 @@ def pieces_of(engine, prompt, params):
 
 
 def test_the_text_ends_before_the_first_stop_string_and_the_stream_never_shows_it(make_engine, Params):
-    """Wherever it begins and ends within tokens: every piece of the text of two to nine characters is tried."""
+    """Wherever it begins and ends within tokens: every substring of two to nine characters is tried."""
     engine = make_engine("pocket")
     prompt = "Once upon a time"
     [whole] = engine.generate([prompt], Params(max_tokens=24))
@@ -28,7 +28,7 @@ def test_the_text_ends_before_the_first_stop_string_and_the_stream_never_shows_i
             assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", stop)
             ids = [output.token_id for output in outputs]
             assert ids == whole.token_ids[: len(ids)]
-            # It ends with the token that completes the stop string, and not later.
+            # It finishes with the token that completes the stop string, not later.
             assert len(engine.tokenizer.decode(ids[:-1], skip_special_tokens=True)) < len(cut) + size
 
 
@@ -54,7 +54,7 @@ def test_what_only_began_like_a_stop_string_is_text_after_all(make_engine, Param
     [("aEEND", "aE"), ("EEEND", "EE"), ("END", ""), ("a😀EEN", "a😀EEN"), ("é😀ENéEND", "é😀ENé"), ("ENEN", "ENEN")],
 )
 def test_the_tokens_with_logprobs_are_those_that_begin_in_the_text(make_engine, Params, module, monkeypatch, said, text):
-    """A byte a token, so that characters and the stop string END are spread over as many as can be."""
+    """One byte per token, which spreads characters and the stop string END over as many tokens as possible."""
     engine = make_engine("pocket")
     names = module("text").vocabulary_bytes(engine.tokenizer)
     forced = [names.index(bytes([byte])) for byte in said.encode()]
@@ -95,7 +95,7 @@ def test_the_prompts_logprobs_are_hugging_faces(engine, hf, Params, rng, checkpo
 
 
 def test_the_head_runs_over_slices_of_at_most_256_rows(make_engine, Params, rng):
-    """Prompt and logprobs across slices: nobody notices but the memory."""
+    """Prompt and logprobs span several slices; only the memory differs."""
     engine = make_engine("pocket")
     prompt = random_ids(600, engine.config.vocab_size, rng)
     rows = []
@@ -129,11 +129,11 @@ def test_several_answers_draw_with_seeds_of_their_own_and_the_first_is_the_plain
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stop": ("",)}, "stop must be a tuple of texts, none of them empty"),
-        ({"stop": "x"}, "stop must be a tuple of texts"),
-        ({"stop": (3,)}, "stop must be a tuple of texts"),
+        ({"stop": ("",)}, "stop must be a tuple of non-empty strings"),
+        ({"stop": "x"}, "stop must be a tuple of non-empty strings"),
+        ({"stop": (3,)}, "stop must be a tuple of non-empty strings"),
         ({"prompt_logprobs": 1, "logprobs": 1}, "prompt_logprobs must be True or False, got 1"),
-        ({"prompt_logprobs": True}, "prompt_logprobs is True and logprobs None; set logprobs to 0 or more"),
+        ({"prompt_logprobs": True}, "prompt_logprobs needs logprobs, which is None; set it to 0 or more"),
     ],
 )
 def test_bad_values_are_refused_by_name(Params, options, message):
@@ -143,7 +143,7 @@ def test_bad_values_are_refused_by_name(Params, options, message):
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
 def test_a_stop_string_that_is_a_special_token_ends_the_text(make_engine, Params, monkeypatch, ignore_eos):
-    """It is in no text, so it was never found."""
+    """It is not in the text, so it used never to be found."""
     engine = make_engine("pocket")
     for name in engine.tokenizer.all_special_tokens:
         special = engine.tokenizer.convert_tokens_to_ids(name)
@@ -157,7 +157,7 @@ def test_a_stop_string_that_is_a_special_token_ends_the_text(make_engine, Params
 
 
 def test_a_stop_string_is_found_before_its_bytes_are_certain(make_engine, Params, monkeypatch):
-    """A line end is a byte token for Llama 2, and the next byte could spoil it; but there is no next one."""
+    """A newline is a byte token for Llama 2, and the next byte could make it invalid; but there is no next one."""
     engine = make_engine("mistral")
     ids = engine.tokenizer("the cat\n", add_special_tokens=False).input_ids
     assert engine.tokenizer.convert_ids_to_tokens(ids[-1]) == "<0x0A>"

@@ -53,7 +53,7 @@ def test_a_text_that_ends_inside_a_character_shows_so_at_the_end(chapter, module
 
 
 def some_ids(tokenizer, rng, length):
-    """Tokens of every kind, in runs: words, bytes and whole characters of bytes, special ones, and ids that there are not."""
+    """Tokens of every kind, in runs: words, bytes, whole characters in bytes, special tokens and unknown ids."""
     kinds = {
         "bytes": lambda: rng.choices([*byte_ids(tokenizer, bytes(range(256)))], k=rng.randrange(1, 6)),
         "characters": lambda: byte_ids(tokenizer, rng.choice(["é", "日", "🙂", "\n", " a", "\ufffd", "日本語"]).encode()),
@@ -95,7 +95,7 @@ def every_tokenizer():
 
 
 @pytest.mark.parametrize(("name", "tokenizer"), [pytest.param(*each, id=each[0]) for each in every_tokenizer()])
-def test_any_tokens_in_any_steps_behind_any_prompt_are_what_hugging_face_decodes_more(chapter, module, rng, name, tokenizer):
+def test_any_tokens_in_any_steps_after_any_prompt_add_what_hugging_face_adds(chapter, module, rng, name, tokenizer):
     has_bytes = name in ("byte_level", "metaspace")
     compared = 0
     for trial in range(150):
@@ -110,7 +110,7 @@ def test_any_tokens_in_any_steps_behind_any_prompt_are_what_hugging_face_decodes
             size = rng.choice([1, 1, 1, 2, 5])
             step, rest = rest[:size], rest[size:]
             out.append(stream.push(step, last=not rest))
-        # If the output completes a character that the prompt begins, the prompt's text is not the beginning of the whole's.
+        # If the output completes a character of the prompt, the prompt's text does not begin the whole text.
         if whole.startswith(prompt):
             compared += 1
             assert "".join(out) == stream.text == whole[len(prompt) :], (prompt_ids, token_ids)
@@ -118,14 +118,14 @@ def test_any_tokens_in_any_steps_behind_any_prompt_are_what_hugging_face_decodes
 
 
 def byte_ids(tokenizer, data):
-    """A token per byte."""
+    """One token per byte."""
     ids = tokenizer.convert_tokens_to_ids
     has_fallback = ids("<0x00>") not in (None, tokenizer.unk_token_id)
     return ids([f"<0x{byte:02X}>" if has_fallback else BYTES[byte] for byte in data])
 
 
 def decoded_lengths(monkeypatch, module):
-    """How many tokens each call of `decode` was given, from now on."""
+    """The number of tokens passed to each call of `decode` from now on."""
     lengths = []
     decode = module("text").TextStream.decode
     monkeypatch.setattr(module("text").TextStream, "decode", lambda stream, ids: lengths.append(len(ids)) or decode(stream, ids))
@@ -135,15 +135,15 @@ def decoded_lengths(monkeypatch, module):
 @pytest.mark.parametrize("head", [b"", b"a", b"\x80"])
 @pytest.mark.parametrize("lone", [b"\x80", b"\xc3", b"\xe2", b"\xe2\x82", b"\xf0\x9f", b"\xf0\x9f\x99", b"\xff", "\ufffd".encode()])
 @pytest.mark.parametrize("tail", [b"", b"z", b"\xe2", "€".encode(), "🙂".encode() * 9])
-def test_a_run_of_broken_bytes_comes_in_pieces_and_costs_the_same_per_token(
+def test_a_run_of_broken_bytes_arrives_in_pieces_and_costs_the_same_per_token(
     chapter, module, tokenizer, monkeypatch, head, lone, tail
 ):
-    """It was decoded as a whole with each token, and shown at its end."""
+    """It used to be decoded as a whole for each token, and shown only at its end."""
     lengths = decoded_lengths(monkeypatch, module)
     before, run, after = (byte_ids(tokenizer, data) for data in (head, lone * 60, tail))
     out = pieces(module, tokenizer, before + run + after)
     shown, want = "".join(out), tokenizer.decode(before + run + after, skip_special_tokens=True)
-    # A byte-fallback decoder takes back the characters of a run before a broken byte. What a long run has shown is shown.
+    # A byte-fallback decoder retracts the characters of a run before a broken byte; text that was sent stays.
     if not (lone == "\ufffd".encode() and "<0x00>" in tokenizer.get_vocab()):
         assert shown == want
     in_run = out[len(before) : len(before) + len(run)]
@@ -152,8 +152,8 @@ def test_a_run_of_broken_bytes_comes_in_pieces_and_costs_the_same_per_token(
     assert sum(lengths) <= 40 * len(out)
 
 
-def test_a_long_run_of_whole_characters_comes_in_pieces(chapter, module, tokenizer, monkeypatch):
-    """A language without tokens of its own is written in bytes."""
+def test_a_long_run_of_whole_characters_arrives_in_pieces(chapter, module, tokenizer, monkeypatch):
+    """A language without tokens in the vocabulary is written in bytes."""
     lengths = decoded_lengths(monkeypatch, module)
     token_ids = byte_ids(tokenizer, "ภาษาไทยไม่มีช่องว่าง\n🙂é".encode() * 20)
     for behind in ([], tokenizer(" the").input_ids):
@@ -163,7 +163,7 @@ def test_a_long_run_of_whole_characters_comes_in_pieces(chapter, module, tokeniz
 
 
 def test_what_looks_broken_for_a_while_may_still_become_a_character(chapter, module, tokenizer):
-    """Whichever byte of a character the run before it ends with."""
+    """Whichever byte of a character ends the run before it."""
     for bytes_before in range(4, 40):
         token_ids = byte_ids(tokenizer, b"\x80" * bytes_before + "🙂 €é".encode())
         out = pieces(module, tokenizer, token_ids)
@@ -171,8 +171,8 @@ def test_what_looks_broken_for_a_while_may_still_become_a_character(chapter, mod
         assert all(piece == "" or piece == "\ufffd" * len(piece) for piece in out[:bytes_before])
 
 
-def test_special_tokens_and_unknown_ids_are_passed_over_wherever_they_stand(chapter, module, tokenizer, rng):
-    """Behind one, the space was lost with tokenizers that drop the first."""
+def test_special_tokens_and_unknown_ids_are_skipped_wherever_they_are(chapter, module, tokenizer, rng):
+    """After one, the space used to be lost with tokenizers that drop the first."""
     words = tokenizer(" The cache, the queue; a token 🙂 was there").input_ids
     textless = [*tokenizer.all_special_ids, len(tokenizer), len(tokenizer) + 7]
     for count in (1, 2, 9):
@@ -192,7 +192,7 @@ def test_a_run_of_special_tokens_within_a_character_costs_the_same_per_token(cha
 
 @pytest.mark.parametrize("text", [*TEXTS, "The cache keeps what the engine has seen", "日 日 🙂 🙂 é é", "  a   b", "a \ufffd b"])
 def test_a_completion_continues_its_prompt(chapter, module, tokenizer, text):
-    """Wherever it begins, its text is what Hugging Face decodes more of the whole than of the prompt."""
+    """Wherever it begins, its text is what Hugging Face decodes of the whole after the text of the prompt."""
     token_ids = tokenizer(text).input_ids
     for split in range(1, len(token_ids)):
         prompt_ids, output_ids = token_ids[:split], token_ids[split:]
@@ -216,7 +216,7 @@ def test_of_a_long_prompt_only_the_end_is_decoded(chapter, module, tokenizer, mo
 
 @pytest.mark.parametrize("name", ["pocket", "mistral"])
 def test_the_engine_continues_a_prompt_and_begins_a_new_text(make_engine, name, Params, monkeypatch):
-    """Llama 2's and Mistral's completions began without their first space."""
+    """Llama 2's and Mistral's completions used to lose their first space."""
     engine = make_engine(name)
     token_ids = engine.tokenizer("The cache keeps what the engine has seen").input_ids
     decode = engine.tokenizer.decode
@@ -240,7 +240,7 @@ def one_hot(hidden, token_id, vocab_size):
 
 
 def test_the_small_tokenizer_with_spaces_in_its_words_resembles_llama_2s():
-    """With four such tokens of 391 it hid every lost space."""
+    """With only four such tokens of 391, it used to hide every lost space."""
     words = [name for name in make_tokenizer("metaspace").get_vocab() if not name.startswith("<") and len(name) > 1]
     assert len([name for name in words if name.startswith("▁")]) >= len(words) / 3
     assert make_tokenizer("metaspace").tokenize("the cache, and 2 of it")[0] == "▁the"
@@ -287,7 +287,7 @@ def test_decoding_looks_at_a_window_however_long_the_text(chapter, module):
 def test_a_template_that_raises_refuses_the_messages(module, template):
     tokenizer = make_tokenizer("byte_level")
     tokenizer.chat_template = template
-    with pytest.raises(ValueError, match="the checkpoint's chat template refuses these messages: "):
+    with pytest.raises(ValueError, match="the checkpoint's chat template rejects these messages: "):
         module("text").encode_chat(tokenizer, [{"role": "user", "content": "Hello"}])
 
 

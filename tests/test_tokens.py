@@ -52,7 +52,7 @@ def test_a_prompt_may_fill_all_positions_but_one(make_engine, Params, rng):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_request_says_the_same_whatever_its_neighbours(engine, Params, temperature, measure, checkpoint_name):
+def test_a_request_does_not_depend_on_its_neighbors(engine, Params, temperature, measure, checkpoint_name):
     sampling = {"temperature": temperature, "top_p": 0.95, "seed": 5, "logprobs": 2}
     requests = workload(engine, seed=1)
     params = [Params(max_tokens=r.max_tokens, **sampling) for r in requests]
@@ -61,7 +61,7 @@ def test_a_request_says_the_same_whatever_its_neighbours(engine, Params, tempera
         [alone] = engine.generate([request.prompt_ids], param)
         for field in ("prompt_ids", "token_ids", "text", "finish_reason", "seed"):
             assert getattr(out, field) == getattr(alone, field), field
-        # A sum over another shape is rounded elsewhere.
+        # Sums over other shapes round differently.
         for i, (got, want) in enumerate(zip(out.logprobs, alone.logprobs, strict=True)):
             assert list(got) == list(want), i
             got, want = list(got.values()), list(want.values())

@@ -1,4 +1,4 @@
-"""What stands around the chapters: the harness's own guards, the commands behind make, checkpoints by name."""
+"""The tools around the chapters: the harness's own checks, the commands behind make, checkpoints by name."""
 import importlib
 import json
 import os
@@ -87,7 +87,7 @@ def test_with_gpu_what_is_for_one_is_run_and_nothing_else(harness):
     for file, test, wanted in (
         ("tests.claims.test_v06", "test_the_kernel_gives_what_plain_torch_gives", True),
         ("tests.claims.test_v06", "test_another_attention_is_refused", False),
-        ("tests.test_on_a_gpu", "test_in_float32_it_says_what_hugging_face_says", True),
+        ("tests.test_on_a_gpu", "test_in_float32_it_generates_what_hugging_face_generates", True),
         ("tests.test_tokens", "test_greedy_tokens_are_hugging_faces", False),
     ):
         assert chosen(harness, file, test, "--gpu", chapter=last) == wanted, test
@@ -113,7 +113,7 @@ def test_the_matrix_is_what_is_run_without_an_option_and_options_ask_for_more(ha
     assert not chosen(harness, "tests.test_tools", "test_every_requirement_is_pinned", only=[last])
 
 
-def test_three_neighbours_see_all_checkpoints_and_a_claim_its_chapter_the_next_and_the_last():
+def test_three_consecutive_chapters_see_all_checkpoints_and_a_claim_its_chapter_the_next_and_the_last():
     chapters = Book.of(ROOT, [Row(f"v{n:02}_a") for n in range(1, 9)]).chapters
     for start in range(5):
         seen = {name for chapter in chapters[start : start + 3] for name in matrix.checkpoints_run(chapter, chapters[-1])}
@@ -190,16 +190,16 @@ def test_the_same_spec_gives_the_same_bytes(tmp_path):
 
 
 def test_a_name_that_stands_for_nothing_is_refused():
-    with pytest.raises(ValueError, match="there is no checkpoint 'nothing': give a directory, a hub id"):
+    with pytest.raises(ValueError, match="there is no checkpoint 'nothing'; give a directory, a hub id"):
         checkpoint("nothing")
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        ("GatedRepoError", "owner/name is gated: accept its terms on its hub page, make a read token, and set HF_TOKEN"),
+        ("GatedRepoError", "owner/name is gated; accept its terms on its hub page, create a read token, and set HF_TOKEN"),
         ("RepositoryNotFoundError", "the hub has no owner/name, or it is private"),
-        ("LocalEntryNotFoundError", "owner/name could not be fetched from the hub"),
+        ("LocalEntryNotFoundError", "owner/name could not be downloaded from the hub"),
     ],
 )
 def test_a_hub_that_does_not_give_a_model_is_explained(monkeypatch, error, message):
@@ -289,12 +289,12 @@ def test_demo_fails_when_a_chapter_differs(capsys, monkeypatch):
     monkeypatch.setattr(demo, "race", lie)
     assert demo.main() == 1
     captured = capsys.readouterr()
-    assert "v02: other tokens than Hugging Face; `make test-v02` says where" in captured.err
+    assert "v02: tokens differ from Hugging Face's; `make test-v02` shows where" in captured.err
     assert "identical" not in captured.out
 
 
 class FakeLane(demo.Lane):
-    """A lane whose steps take what they are told to."""
+    """A lane whose steps take given times."""
 
     def __init__(self, name, cost_s, num_steps):
         super().__init__(SimpleNamespace(name=name), None, None, request_ids=[0])
@@ -346,14 +346,14 @@ def test_setup_takes_cpu_wheels_only_where_no_gpu_is_seen(monkeypatch):
 
 
 def test_setup_falls_back_to_the_default_index_and_says_so(monkeypatch, capsys):
-    monkeypatch.setenv("TORCH_INDEX", "http://127.0.0.1:9/whl")  # nobody listens there
+    monkeypatch.setenv("TORCH_INDEX", "http://127.0.0.1:9/whl")  # no server listens there
     assert install.torch_index() is None
-    assert "http://127.0.0.1:9/whl is out of reach" in capsys.readouterr().out
+    assert "cannot reach http://127.0.0.1:9/whl" in capsys.readouterr().out
 
 
 def test_setup_refuses_what_it_does_not_know(capsys):
     assert install.main(["there"]) == 2
-    assert "there is none of: (nothing), book, here" in capsys.readouterr().err
+    assert "must be book, here or none, got there" in capsys.readouterr().err
 
 
 def test_setup_here_takes_what_the_engines_need_and_nothing_of_the_tests(monkeypatch):
@@ -407,7 +407,7 @@ if __name__ == "__main__":
 
 
 def test_a_changed_copy_is_what_every_process_imports_that_is_started_meanwhile(tmp_path):
-    """By a command or spawned, as an engine's process is; and afterwards the chapter is back."""
+    """By a command or by spawning, as for an engine process; afterward, the chapter is imported again."""
     script, scratch = tmp_path / "it's a script.py", tmp_path / "scratch"
     script.write_text(COPY)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -427,14 +427,14 @@ def test_words_reach_the_program_as_they_were_typed(words):
     assert f"<--ask={words}>" in make(show, "hunt", f"ASK={words}").stdout.splitlines()
 
 
-def test_a_chapter_that_is_not_there_is_told_with_those_that_are():
+def test_a_chapter_that_is_not_there_is_reported_with_those_that_are():
     for target in ("test", "run", "diff", "nbdiff", "traps", "break", "bench"):
         done = make(f"{target}-v99")
         assert done.returncode == 2 and "there is no chapter v99; the chapters are v01 v02" in done.stderr, done.stderr
 
 
 def test_a_bug_mended_in_the_first_chapter_reaches_the_last_and_leaves_the_diffs_alone(tmp_path):
-    """On the real chapters, in a repository of their own."""
+    """On the real chapters, copied into a repository of their own."""
     bug, mended = "first * cos + second * sin", "first * cos - second * sin"
     for name in ("milestones", "shared"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "models"))
@@ -470,7 +470,7 @@ def test_contestants_take_turns_after_one_unmeasured_run_each():
     assert {name: len(runs) for name, runs in timings.items()} == {"A": 3, "B": 3}
 
 
-# What is tested is the timer: with every chapter it would take longer with each.
+# This tests the timer; running it with every chapter would take longer with each new one.
 FEW = (*CHAPTERS[:3], CHAPTERS[-1])
 
 
@@ -497,7 +497,7 @@ def test_the_staircase_counts_and_times_every_chapter(small, monkeypatch, capsys
     monkeypatch.setattr(bench, "CHAPTERS", FEW)
     assert bench.main(["staircase", "--repeats", "2", "--write"]) == 0
     [results] = rows_of(elsewhere.results / "staircase.json").values()
-    # The embedded model's head is tied, so that all of its file is read in every pass.
+    # The bundled model's head is tied, so its whole file is read in every forward pass.
     stored = sum(tensor.numel() for tensor in load_file(checkpoint("pocket") / "model.safetensors").values())
     assert results["command"] == "python -m shared.bench staircase --repeats 2 --write"
     for chapter in FEW:
@@ -520,7 +520,7 @@ def test_a_staircase_whose_chapters_disagree_is_no_result(small, monkeypatch):
         return found, tokens if chapter is CHAPTERS[0] else [[1], *tokens[1:]]
 
     monkeypatch.setattr(staircase, "record", lie)
-    with pytest.raises(AssertionError, match="v02 says other tokens than v01"):
+    with pytest.raises(AssertionError, match="v02 generates other tokens than v01"):
         staircase.staircase(list(CHAPTERS[:2]), repeats=1)
 
 
@@ -532,13 +532,13 @@ def test_batch_measures_where_several_run_together(monkeypatch, capsys):
     alone, together = first_with("kv_cache").id, first_with("max_num_seqs").id
     assert "3" not in results[alone]["llama"]
     assert results[together]["llama"]["3"]["tokens_per_s"] > 0
-    # Tied, the embedding is the head and read whole; apart, only the head is.
+    # A tied embedding is the head and is read whole; otherwise only the head is.
     for name, tied in (("llama", False), ("qwen2", True)):
         parameters = AutoModelForCausalLM.from_pretrained(checkpoint(name)).num_parameters()
         embedding = checkpoints.RANDOM[name].vocab_size * checkpoints.RANDOM[name].hidden_size
         assert results[together][name]["weight_bytes"] == 4 * (parameters - (0 if tied else embedding))
     batches.print_batch(results)
-    assert "tokens/s with requests in a pass" in capsys.readouterr().out
+    assert "tokens/s by requests per forward pass" in capsys.readouterr().out
 
 
 def test_decode_measures_a_step_of_sixteen(monkeypatch, capsys):
@@ -550,7 +550,7 @@ def test_decode_measures_a_step_of_sixteen(monkeypatch, capsys):
     results = batches.decode(chapters, repeats=1)
     assert all(results[chapter.id][model]["wall_ms"] > 0 for chapter in chapters for model in ("llama", "qwen2"))
     batches.print_decode(results)
-    assert "ms a step of 16 sequences" in capsys.readouterr().out
+    assert "ms per step of 16 sequences" in capsys.readouterr().out
 
 
 def test_a_noisy_measurement_says_so(capsys, monkeypatch):
@@ -565,7 +565,7 @@ def test_a_noisy_measurement_says_so(capsys, monkeypatch):
     [("llama", ["--served-model-name", "llama"]), ("owner/name", ["--served-model-name", "owner/name"]), ("a-link", [])],
 )
 def test_serve_leaves_a_directory_its_own_name_and_the_user_the_last_word(monkeypatch, tmp_path, model, served):
-    """The name of a checkpoint by id went behind the user's own, and won."""
+    """The name of a checkpoint loaded by id used to override the user's own."""
     snapshot = checkpoint("qwen3")
     monkeypatch.setattr(checkpoints, "download", lambda hub_id: snapshot)
     monkeypatch.chdir(tmp_path)

@@ -21,7 +21,7 @@ def part(request, num_tokens, useful, got_token=True, row=0):
     return Part(request, num_tokens, useful, got_token, [row])
 
 
-# Two places: A says 3, B says 1 and rides along once, C waits for A's end.
+# Two rows: A generates 3 tokens, B generates 1 and rides along once, C waits until A finishes.
 HAND_MADE = Trace(
     chapter="v00_by_hand",
     places=2,
@@ -50,7 +50,7 @@ def test_what_is_counted_from_a_run():
     assert HAND_MADE.life(2) == [("waits", 1.0), ("waits", 0.5), ("waits", 0.25), ("useful", 0.125), ("wasted", 0.0)]
 
 
-def test_a_line_for_each_request_a_character_for_each_pass():
+def test_a_line_for_each_request_a_character_for_each_step():
     assert trace.timeline(HAND_MADE) == [
         "A     2 +   3  \u2593\u2588\u2588",
         "B     4 +   1  \u2593\u2591",
@@ -60,7 +60,7 @@ def test_a_line_for_each_request_a_character_for_each_pass():
 
 @pytest.mark.needs("generate")
 def test_a_recorded_run_is_the_run(chapter, make_engine, tokens_per_pass):
-    """Counted by another hook, and by the engine itself; and the recorder leaves nothing behind."""
+    """Counted by another hook and by the engine itself; the recorder leaves nothing behind."""
     engine = make_engine("llama")
     requests = [Request([9, 10, 11], 4), Request([12], 2, arrival_step=1), Request([13, 14], 5, arrival_step=2, abort_step=4)]
     before = engine.num_positions
@@ -84,7 +84,7 @@ def test_the_committed_timelines_are_what_a_run_gives(chapter):
 
 @pytest.mark.needs("generate")
 def test_the_committed_staircase_counts_what_a_run_does(chapter):
-    """Its times are one machine's; what was computed is the same on every one. Without a cache it is counted and not run: it takes long."""
+    """Its times are one machine's; its counts hold on every machine. Without a cache they are computed, not run."""
     from shared.workloads import staircase
 
     committed = cited(rows_of(RESULTS / "staircase.json"))[chapter.id]
@@ -107,7 +107,7 @@ def test_the_command_prints_and_writes_a_page(tmp_path, capsys):
     assert trace.main(["v02", "--html", str(page)]) == 0
     assert capsys.readouterr().out == f"wrote {page}\n"
     assert trace.main(["v02"]) == 0
-    assert "v02_kv_cache: 10 requests, 1 at once: 71 passes, 106 positions of which 100% were needed" in capsys.readouterr().out
+    assert "v02_kv_cache: 10 requests, at most 1 at once: 71 forward passes, 106 positions, 100% of them needed" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         trace.main(["v99"])
     assert "there is no chapter 'v99'" in capsys.readouterr().err
@@ -116,7 +116,7 @@ def test_the_command_prints_and_writes_a_page(tmp_path, capsys):
     assert not re.search(r"<script|<link|src=|url\(|@import", text), "the page must need nothing else"
 
 
-def test_of_a_block_the_needed_part_is_coloured():
+def test_of_a_block_the_needed_part_is_colored():
     drawn = pictures.lane([{"parts": [{"request": 0, "num_tokens": 4, "useful": 2, "rows": [3]}], "waiting": []}], 0, 0)
     heights = re.findall(r'class="(\w+)".*?height="(\d+)"', "".join(drawn))
     assert heights == [("waste", "14"), ("prompt", "7")]

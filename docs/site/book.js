@@ -1,8 +1,8 @@
-// What the book's own pages do: show what a name held, fold and unfold, replay a run. No library, no network.
+// The scripts of the site's own pages: show a name's values, fold and unfold code, replay a run. No libraries, no network.
 (() => {
   "use strict";
 
-  // ---- what a name held
+  // ---- a name's values
   const held = document.createElement("div");
   held.id = "held";
   held.hidden = true;
@@ -38,7 +38,7 @@
     const names = Object.keys(traces);
     const last = Math.max(...names.map((name) => traces[name].passes.length));
     root.innerHTML = `<div class="controls"><button type="button">play</button>
-      <input type="range" min="0" max="${last}" value="${last}" aria-label="forward passes"><span>pass <output>${last}</output> of ${last}</span></div>`;
+      <input type="range" min="0" max="${last}" value="${last}" aria-label="forward passes"><span>forward pass <output>${last}</output> of ${last}</span></div>`;
     const [button, slider, output] = ["button", "input", "output"].map((tag) => root.querySelector(tag));
     const lanes = names.map((name) => lane(root, name, traces[name], last));
     let timer = null;
@@ -68,7 +68,7 @@
     draw();
   }
 
-  // One chapter: its name, what it has done so far, and a row for each request.
+  // One chapter: its name, its figures so far, and a row for each request.
   function lane(root, name, trace, last) {
     const head = document.createElement("h3");
     head.innerHTML = `${name} <span class="told"></span>`;
@@ -85,16 +85,16 @@
       const wasted = positions - parts.reduce((sum, part) => sum + part.useful, 0);
       const done = ended.filter((end) => end <= now).length;
       head.querySelector(".told").textContent =
-        `${tokens} tokens, ${positions} positions, ${wasted} of them for nothing; ${done} of ${trace.lengths.length} requests done` +
-        (now >= trace.passes.length ? ` after ${trace.passes.length} passes` : "");
+        `${tokens} tokens, ${positions} positions, ${wasted} of them for nothing; ${done} of ${trace.lengths.length} requests finished` +
+        (now >= trace.passes.length ? ` after ${trace.passes.length} forward passes` : "");
 
       const rowHeight = 11, gap = 2, scale = window.devicePixelRatio || 1;
       const width = root.clientWidth, height = trace.lengths.length * rowHeight;
       canvas.width = width * scale;
       canvas.height = height * scale;
       canvas.style.height = `${height}px`;
-      const colour = (kind) => getComputedStyle(document.body).getPropertyValue(`--book-${kind}`).trim();
-      const colours = Object.fromEntries(["token", "prompt", "waste", "wait"].map((kind) => [kind, colour(kind)]));
+      const color = (kind) => getComputedStyle(document.body).getPropertyValue(`--book-${kind}`).trim();
+      const colors = Object.fromEntries(["token", "prompt", "waste", "wait"].map((kind) => [kind, color(kind)]));
       const pen = canvas.getContext("2d");
       pen.scale(scale, scale);
       const step = width / last;
@@ -102,15 +102,15 @@
         const x = column * step, wide = Math.max(1, step - (step > 4 ? 1 : 0));
         for (const request of each.waiting) {
           if (each.parts.some((part) => part.request === request)) continue;
-          pen.fillStyle = colours.wait;
+          pen.fillStyle = colors.wait;
           pen.fillRect(x + step / 2 - 1, request * rowHeight + rowHeight / 2 - 1, 2, 2);
         }
         for (const part of each.parts) {
           const y = part.request * rowHeight + gap / 2, high = rowHeight - gap;
-          pen.fillStyle = colours.waste;
+          pen.fillStyle = colors.waste;
           pen.fillRect(x, y, wide, high);
           const share = part.got_token ? part.useful / part.num_tokens : 0;
-          pen.fillStyle = part.num_tokens > 1 ? colours.prompt : colours.token;
+          pen.fillStyle = part.num_tokens > 1 ? colors.prompt : colors.token;
           pen.fillRect(x, y + high * (1 - share), wide, high * share);
         }
       });

@@ -1,4 +1,4 @@
-"""Attention: the one layer in which a token sees others.
+"""Attention: the only layer in which a token depends on other tokens.
 
 N tokens of this step   H query heads   KV key/value heads   G = H / KV   D head_dim   n keys
 """
@@ -13,7 +13,7 @@ from .layers import Projection, Returning, RMSNorm, products, rotate
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Mix, for each query, the values of the keys that its mask lets it see.
+    """For each query, average the values of the keys that its mask allows, weighted by the softmax of the scores.
 
     Args:
         q: [N, H, D].
@@ -49,7 +49,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of each token, queries and keys turned to its position."""
+        """Queries, keys and values of each token, with queries and keys rotated by its position."""
         num_tokens = hidden.shape[0]
         q, k, v = products(hidden, self.q_proj, self.k_proj, self.v_proj)
         q = q.view(num_tokens, -1, self.head_dim)  # [N, H, D]

@@ -1,6 +1,6 @@
-"""What one forward pass works on.
+"""The input of one forward pass.
 
-N tokens of this step   R rows whose logits are wanted   n keys
+N tokens of this step   R rows whose logits are needed   n keys
 """
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from .sequence import Sequence
 
 
 class Draw(NamedTuple):
-    """What one row of logits decides: the token of seq at position."""
+    """The token that one row of logits decides: the token of seq at position."""
 
     seq: Sequence
     position: int
@@ -24,7 +24,7 @@ class Batch:
 
     token_ids: Tensor  # [N]
     positions: Tensor  # [N]
-    logit_rows: Tensor  # [R] which of the N tokens' logits are wanted
+    logit_rows: Tensor  # [R] which of the N tokens' logits are needed
     draws: list[Draw]  # [R] what each of those rows decides
     mask: Tensor  # [N, n] which keys each token attends to
 
@@ -35,12 +35,12 @@ class Batch:
 
 
 def on_device(fields: dict, device: torch.device) -> dict:
-    """Those of the fields that are tensors, moved to device."""
+    """The tensors among the fields, moved to device; other fields are left out."""
     return {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
 
 
 def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
-    """Which keys each query attends to, [N, n] bool for queries at positions [N]: its own and those before it.
+    """The keys that each query attends to, [N, n] bool for queries at positions [N]: its own and all earlier ones.
 
     >>> causal_mask(torch.tensor([1, 2]), num_keys=3).int().tolist()
     [[1, 1, 0], [1, 1, 1]]
@@ -49,7 +49,7 @@ def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
 
 
 def build_batch(seqs: list[Sequence]) -> Batch:
-    """Feed the one sequence whole."""
+    """Build a batch that feeds all tokens of the one sequence."""
     [seq] = seqs
     end = seq.num_tokens
     positions = torch.arange(end)

@@ -1,14 +1,14 @@
-"""What an engine gives back. Nothing here needs torch."""
+"""What an engine returns. Nothing here imports torch."""
 from dataclasses import dataclass
 from typing import NamedTuple
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A finished request."""
+    """The result of a finished request."""
 
     prompt_ids: list[int]
-    token_ids: list[int]  # the token that ended it included
+    token_ids: list[int]  # including the token that ended it
     text: str  # without that token
     finish_reason: str  # stop, length, or error: the next token's logits were not finite numbers
     logprobs: list[dict[int, float]] | None  # one dict per token
@@ -16,10 +16,10 @@ class RequestOutput:
 
 
 class StepOutput(NamedTuple):
-    """One new token of one request; a step may give a request none, one or several, in order."""
+    """One new token of one request; a step may return none, one or several for a request, in order."""
 
     request_id: int
-    token_id: int  # NO_TOKEN at an error
-    text: str  # what became certain with this token: often less or more than the token alone
+    token_id: int  # NO_TOKEN on an error
+    text: str  # the text that became final with this token: often less or more than the token's own
     logprobs: dict[int, float] | None
     finish_reason: str | None  # on the last token

@@ -1,4 +1,4 @@
-"""A request under way."""
+"""The state of one request."""
 import random
 
 from .params import SamplingParams
@@ -6,7 +6,7 @@ from .text import TextStream
 
 
 class Sequence:
-    """The tokens of one request, and why it ended."""
+    """The tokens of one request, and why it finished."""
 
     def __init__(
         self,
@@ -59,5 +59,5 @@ class Sequence:
             self.finish("length")
 
     def finish(self, reason: str) -> None:
-        """Say why it ends: stop, length, abort or error."""
+        """Record why it finished: stop, length, abort or error."""
         self.finish_reason = reason

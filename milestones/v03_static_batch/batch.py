@@ -1,6 +1,6 @@
-"""What one forward pass works on.
+"""The input of one forward pass.
 
-N tokens of this step   R rows whose logits are wanted   n keys
+N tokens of this step   R rows whose logits are needed   n keys
 """
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from torch import Tensor
 from .cache import KVCache
 from .sequence import Sequence
 
-# Fills rows that are shorter than the rectangle. Any token would do: its logits are not asked for.
+# Fills rows that are shorter than the rectangle. Any token would do, because its logits are never computed.
 PAD_ID = 0
 
 
 class Draw(NamedTuple):
-    """What one row of logits decides: the token of seq at position."""
+    """The token that one row of logits decides: the token of seq at position."""
 
     seq: Sequence
     position: int
@@ -28,14 +28,14 @@ class Batch:
 
     token_ids: Tensor  # [N]
     positions: Tensor  # [N]
-    logit_rows: Tensor  # [R] which of the N tokens' logits are wanted
+    logit_rows: Tensor  # [R] which of the N tokens' logits are needed
     draws: list[Draw]  # [R] what each of those rows decides
     mask: Tensor  # [N, n] which keys each token attends to
     cache: KVCache  # read and written by attention
     context_len: int  # positions that attention reads, this step's included
-    num_seqs: int  # rows of the rectangle, equally many tokens each
-    cache_rows: Tensor  # [N] the row of the cache in which each token's key and value are kept
-    new_rows: Tensor  # rows of sequences that begin
+    num_seqs: int  # rows of the rectangle, all of the same width
+    cache_rows: Tensor  # [N] the cache row in which each token's key and value are stored
+    new_rows: Tensor  # rows of sequences that start in this step
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on device."""
@@ -44,12 +44,12 @@ class Batch:
 
 
 def on_device(fields: dict, device: torch.device) -> dict:
-    """Those of the fields that are tensors, moved to device."""
+    """The tensors among the fields, moved to device; other fields are left out."""
     return {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
 
 
 def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
-    """Which keys each query attends to, [N, n] bool for queries at positions [N]: its own and those before it.
+    """The keys that each query attends to, [N, n] bool for queries at positions [N]: its own and all earlier ones.
 
     >>> causal_mask(torch.tensor([1, 2]), num_keys=3).int().tolist()
     [[1, 1, 0], [1, 1, 1]]
@@ -58,11 +58,11 @@ def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
 
 
 def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
-    """Feed each sequence its new_ids, padded on the right to the longest."""
+    """Build a batch that feeds the new_ids of each sequence, padded on the right to the longest."""
     width = max(len(seq.new_ids) for seq in seqs if not seq.finished)
     token_ids, positions, logit_rows, draws, cache_rows = [], [], [], [], []
     for row, seq in enumerate(seqs):
-        # A sequence that has ended rides along: it is fed what there is room for, and nothing is drawn.
+        # A finished sequence stays in the rectangle: it is fed as many tokens as fit, and nothing is drawn for it.
         new_ids = seq.new_ids[:width]
         if not seq.finished:
             logit_rows.append(len(token_ids) + len(new_ids) - 1)

@@ -1,4 +1,4 @@
-"""The loop: feed, choose, append."""
+"""The engine: feed tokens, choose the next ones, append them."""
 import sys
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from .text import TextStream, encode, load_tokenizer
 
 
 def choose_length(max_model_len: int | None, max_positions: int) -> int:
-    """The length asked for; by default the model's, but no more than a laptop's memory holds without being asked."""
+    """The requested length; by default the model's, but at most 2048, so the cache fits a laptop's memory."""
     check_integer("max_model_len", max_model_len, 1, max_positions, optional=True)
     return min(max_positions, 2048) if max_model_len is None else max_model_len
 
 
 class Engine:
-    """A model and the loop that runs it. Not safe to call from two threads at once."""
+    """A model and the loop that runs it. Call it from only one thread at a time."""
 
     def __init__(
         self,
@@ -34,12 +34,12 @@ class Engine:
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
     ):
-        """Load a checkpoint directory as transformers writes it and the hub has it.
+        """Load a checkpoint directory in the format of transformers and the Hugging Face hub.
 
         Raises:
-            ValueError: if it is not complete, or asks for what this engine does not compute.
+            ValueError: if it is incomplete or needs a feature that is not supported, or if an argument is out of range.
         """
-        # what is asked for
+        # the configuration
         model_dir = Path(model_dir)
         self.name = choose_name(model_dir)
         self.config = load_config(model_dir)
@@ -75,7 +75,7 @@ class Engine:
         print(f"{self.name}: {self.describe()}", file=sys.stderr)
 
     def describe(self) -> str:
-        """What was chosen where the caller chose nothing."""
+        """The settings in use, chosen by the caller or by default, in one line."""
         chosen = [
             self.config.family,
             f"{self.dtype} on {self.device}",
@@ -90,16 +90,16 @@ class Engine:
         prompts: list[str] | list[list[int]],
         params: SamplingParams | list[SamplingParams] = SamplingParams(),
     ) -> list[RequestOutput]:
-        """Complete every prompt; results in the order of prompts.
+        """Complete every prompt and return the results in the order of the prompts.
 
         Args:
-            prompts: texts or token ids, mixed as you like.
+            prompts: texts or lists of token ids, which may be mixed.
             params: one for all, or one per prompt.
         Raises:
-            RequestError: if one of them cannot run, or the engine has unfinished requests; then none was queued.
+            RequestError: if one of them can never run, or the engine has unfinished requests; then none is queued.
         """
         if self.has_unfinished_requests():
-            raise RequestError(f"prompts cannot run while {len(self.seqs)} requests are unfinished; step until they end", "prompts")
+            raise RequestError(f"prompts cannot run while {len(self.seqs)} requests are unfinished; step until all finish", "prompts")
         if not isinstance(prompts, (list, tuple)):
             raise RequestError(f"prompts must be a list of prompts, got {type(prompts).__name__}", "prompts")
         all_params = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
@@ -118,7 +118,7 @@ class Engine:
         return [self.request_output(seq) for seq in seqs]
 
     def make_sequence(self, prompt: str | list[int], params: SamplingParams, name: str) -> Sequence:
-        """Tokenize and check a request, and give it its number; RequestError for one that can never run."""
+        """Tokenize and check a request, and assign its id; RequestError if it can never run."""
         prompt_ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
         vocab_size, limit = self.config.vocab_size, self.max_model_len
         if not isinstance(prompt_ids, list) or not prompt_ids:
@@ -148,7 +148,7 @@ class Engine:
         )
 
     def add_request(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> int:
-        """Queue a request and return its id, never used again; it takes part from the next step that has room."""
+        """Queue a request and return its id, which is never reused; it starts in the next step that has room for it."""
         seq = self.make_sequence(prompt, params, name="prompt")
         self.enqueue(seq)
         return seq.seq_id
@@ -162,9 +162,9 @@ class Engine:
         return bool(self.seqs)
 
     def abort_request(self, request_id: int) -> bool:
-        """End a request now, wherever it stands; False if it has ended already or never was.
+        """Abort a request, running or waiting; return False if it has already finished or never existed.
 
-        Nothing of it is reported any more.
+        `step` returns no more outputs for it.
         """
         if request_id not in self.seqs:
             return False
@@ -174,13 +174,13 @@ class Engine:
         return True
 
     def release(self, seq: Sequence) -> None:
-        """Forget a request that has ended, and give back what it holds: the one way out."""
+        """Remove a finished request and free what it holds; every request leaves the engine this way."""
         del self.seqs[seq.seq_id]
         self.scheduler.release(seq)
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """Advance every scheduled sequence by one forward pass, and return the tokens that it gave, which may be none."""
+        """Advance every scheduled sequence by one forward pass and return the new tokens, possibly none."""
         seqs = self.scheduler.schedule()
         if not seqs:
             return []
@@ -193,18 +193,18 @@ class Engine:
         return self.commit(batch, token_ids, top_logprobs(logits, batch.draws, token_ids))
 
     def commit(self, batch: Batch, token_ids: list[int], logprobs: list) -> list[StepOutput]:
-        """Give each draw's sequence its token, and report it."""
+        """Append each draw's token to its sequence, release finished sequences, and return the outputs."""
         outputs = []
         for draw, token_id, top in zip(batch.draws, token_ids, logprobs, strict=True):
             seq = draw.seq
-            seq.num_computed = draw.position  # all before it has been fed
+            seq.num_computed = draw.position  # every earlier position has been fed
             outputs.append(self.accept(seq, token_id, top))
             if seq.finished:
                 self.release(seq)
         return outputs
 
     def accept(self, seq: Sequence, token_id: int, top: dict[int, float] | None) -> StepOutput:
-        """Append a token to a sequence, and say what became certain with it."""
+        """Append a token to a sequence and return its output, with the text that became final."""
         if token_id == NO_TOKEN:
             seq.finish("error")
         else:
@@ -221,7 +221,7 @@ class Engine:
         )
 
     def request_output(self, seq: Sequence) -> RequestOutput:
-        """The finished sequence, as the caller sees it."""
+        """The result of a finished sequence, for the caller."""
         return RequestOutput(
             prompt_ids=seq.token_ids[: seq.num_prompt],
             token_ids=seq.output_ids,

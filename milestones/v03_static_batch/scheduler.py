@@ -1,11 +1,11 @@
-"""Who takes part in the next step."""
+"""Chooses the sequences of the next step."""
 from collections import deque
 
 from .sequence import Sequence
 
 
 class Scheduler:
-    """First come, first served."""
+    """Starts requests in order of arrival."""
 
     def __init__(
         self,
@@ -16,18 +16,18 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence behind those that wait."""
+        """Add a sequence to the end of the queue."""
         self.waiting.append(seq)
 
     def schedule(self) -> list[Sequence]:
-        """The sequences of the next step: a group, until the last of it ends."""
+        """The sequences of the next step: a group, until its last one finishes."""
         if not self.running:
             while self.waiting and len(self.running) < self.max_num_seqs:
                 self.running.append(self.waiting.popleft())
         return list(self.running)
 
     def release(self, seq: Sequence) -> None:
-        """Take out a sequence that waits; one of the group rides along until the last of it ends."""
+        """Remove a waiting sequence; one in the group stays until the whole group has finished."""
         if seq in self.running:
             if all(other.finished for other in self.running):
                 self.running.clear()

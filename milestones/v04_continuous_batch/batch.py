@@ -1,6 +1,6 @@
-"""What one forward pass works on.
+"""The input of one forward pass.
 
-N tokens of this step   R rows whose logits are wanted   S sequences   Q queries each   n keys
+N tokens of this step   R rows whose logits are needed   S sequences   Q queries each   n keys
 """
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -14,19 +14,19 @@ from .sequence import Sequence
 
 
 class Draw(NamedTuple):
-    """What one row of logits decides: the token of seq at position."""
+    """The token that one row of logits decides: the token of seq at position."""
 
     seq: Sequence
     position: int
 
 
 class Rectangle(NamedTuple):
-    """Sequences that bring equally many tokens, so that one call attends for all of them."""
+    """Sequences that feed the same number of tokens, so one call computes attention for all of them."""
 
-    tokens: Tensor  # [S * Q] where their tokens stand among the N, one sequence after the other
-    rows: Tensor  # [S] of the cache
+    tokens: Tensor  # [S * Q] indices of their tokens among the N, one sequence after another
+    rows: Tensor  # [S] their cache rows
     context_len: int  # positions that attention reads, this step's included
-    mask: Tensor  # [S * Q, n] which keys each of them attends to
+    mask: Tensor  # [S * Q, n] which keys each of these tokens attends to
 
     def to(self, device: torch.device) -> "Rectangle":
         """The same rectangle with its tensors on device."""
@@ -39,12 +39,12 @@ class Batch:
 
     token_ids: Tensor  # [N]
     positions: Tensor  # [N]
-    logit_rows: Tensor  # [R] which of the N tokens' logits are wanted
+    logit_rows: Tensor  # [R] which of the N tokens' logits are needed
     draws: list[Draw]  # [R] what each of those rows decides
     cache: KVCache  # read and written by attention
-    cache_rows: Tensor  # [N] the row of the cache in which each token's key and value are kept
-    new_rows: Tensor  # rows of sequences that begin
-    view: list[Rectangle]  # how attention sees the sequences: each is in one
+    cache_rows: Tensor  # [N] the cache row in which each token's key and value are stored
+    new_rows: Tensor  # rows of sequences that start in this step
+    view: list[Rectangle]  # the sequences as attention reads them; each is in exactly one rectangle
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on device."""
@@ -54,12 +54,12 @@ class Batch:
 
 
 def on_device(fields: dict, device: torch.device) -> dict:
-    """Those of the fields that are tensors, moved to device."""
+    """The tensors among the fields, moved to device; other fields are left out."""
     return {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
 
 
 def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
-    """Which keys each query attends to, [N, n] bool for queries at positions [N]: its own and those before it.
+    """The keys that each query attends to, [N, n] bool for queries at positions [N]: its own and all earlier ones.
 
     >>> causal_mask(torch.tensor([1, 2]), num_keys=3).int().tolist()
     [[1, 1, 0], [1, 1, 1]]
@@ -68,7 +68,7 @@ def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
 
 
 def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
-    """Feed each sequence its new_ids, one sequence after the other."""
+    """Build a batch that feeds the new_ids of each sequence, one sequence after another."""
     token_ids, positions, logit_rows, draws, cache_rows = [], [], [], [], []
     for seq in seqs:
         new_ids = seq.new_ids
@@ -92,7 +92,7 @@ def build_batch(seqs: list[Sequence], cache: KVCache) -> Batch:
 
 
 def build_rectangles(seqs: list[Sequence]) -> list[Rectangle]:
-    """The sequences in as few rectangles as there are different numbers of tokens that they bring."""
+    """Group the sequences into rectangles, one for each distinct number of new tokens."""
     equally_long = defaultdict(list)
     first = 0
     for seq in seqs:
@@ -103,7 +103,7 @@ def build_rectangles(seqs: list[Sequence]) -> list[Rectangle]:
 
 
 def build_rectangle(width: int, members: list[tuple[int, Sequence]]) -> Rectangle:
-    """Sequences that bring width tokens each; members say where their first token stands."""
+    """Build the rectangle of sequences that feed width tokens each; members are (index of first token, sequence)."""
     columns = torch.arange(width)  # [Q]
     first = torch.tensor([[first] for first, _ in members])  # [S, 1]
     start = torch.tensor([[seq.num_computed] for _, seq in members])  # [S, 1]

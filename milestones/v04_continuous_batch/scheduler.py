@@ -1,11 +1,11 @@
-"""Who takes part in the next step."""
+"""Chooses the sequences of the next step."""
 from collections import deque
 
 from .sequence import Sequence
 
 
 class Scheduler:
-    """First come, first served."""
+    """Starts requests in order of arrival."""
 
     def __init__(
         self,
@@ -16,11 +16,11 @@ class Scheduler:
         self.free_rows = deque(range(max_num_seqs))
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence behind those that wait."""
+        """Add a sequence to the end of the queue."""
         self.waiting.append(seq)
 
     def schedule(self) -> list[Sequence]:
-        """The sequences of the next step: all that run, and newcomers while there are rows for them."""
+        """The sequences of the next step: all running ones, and waiting ones while rows are free."""
         while self.waiting and self.free_rows:
             seq = self.waiting.popleft()
             seq.row = self.free_rows.popleft()
@@ -28,7 +28,7 @@ class Scheduler:
         return list(self.running)
 
     def release(self, seq: Sequence) -> None:
-        """Take a sequence out, wherever it stands, and give its row back."""
+        """Remove a sequence, running or waiting, and free its row."""
         if seq in self.running:
             self.running.remove(seq)
             self.free_rows.append(seq.row)

@@ -1,4 +1,4 @@
-"""The loop: feed, choose, append."""
+"""The engine: feed tokens, choose the next ones, append them."""
 import sys
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .text import TextStream, encode, load_tokenizer
 
 
 def choose_length(max_model_len: int | None, max_positions: int) -> int:
-    """The length asked for; by default the model's."""
+    """The requested length; by default the model's."""
     check_integer("max_model_len", max_model_len, 1, max_positions, optional=True)
     return max_positions if max_model_len is None else max_model_len
 
@@ -29,10 +29,10 @@ def choose_blocks(
     most_blocks: int,
     device: torch.device,
 ) -> int:
-    """The blocks asked for, by number or by bytes.
+    """The number of blocks, as requested by number or by bytes; ValueError if kv_bytes is less than one block.
 
-    By default 60 % of a GPU's free memory or 1 GiB of a CPU's, but no more than most_blocks, which is what
-    max_num_seqs requests of the greatest length would fill.
+    By default 60 % of a GPU's free memory or 1 GiB of a CPU's, but at most most_blocks, which is what
+    max_num_seqs requests of max_model_len tokens would fill.
     """
     if num_blocks is not None:
         return num_blocks
@@ -40,12 +40,12 @@ def choose_blocks(
         kv_bytes = int(0.6 * memory_bytes(device)) if device.type == "cuda" else 2**30
         kv_bytes = min(kv_bytes, most_blocks * block_bytes)
     if kv_bytes < block_bytes:
-        raise ValueError(f"kv_bytes is {kv_bytes}, one block takes {block_bytes}; raise kv_bytes or lower block_size")
+        raise ValueError(f"kv_bytes is {kv_bytes}, but a block takes {block_bytes}; raise kv_bytes or lower block_size")
     return kv_bytes // block_bytes
 
 
 class Engine:
-    """A model and the loop that runs it. Not safe to call from two threads at once."""
+    """A model and the loop that runs it. Call it from only one thread at a time."""
 
     def __init__(
         self,
@@ -59,12 +59,12 @@ class Engine:
         block_size: int = 16,
         kv_bytes: int | None = None,
     ):
-        """Load a checkpoint directory as transformers writes it and the hub has it.
+        """Load a checkpoint directory in the format of transformers and the Hugging Face hub.
 
         Raises:
-            ValueError: if it is not complete, or asks for what this engine does not compute.
+            ValueError: if it is incomplete or needs a feature that is not supported, or if an argument is out of range.
         """
-        # what is asked for
+        # the configuration
         model_dir = Path(model_dir)
         self.name = choose_name(model_dir)
         self.config = load_config(model_dir)
@@ -76,7 +76,7 @@ class Engine:
         check_integer("num_blocks", num_blocks, 1, optional=True)
         check_integer("kv_bytes", kv_bytes, 1, optional=True)
         if num_blocks is not None and kv_bytes is not None:
-            raise ValueError(f"num_blocks is {num_blocks} and kv_bytes {kv_bytes}; both size the cache, give one of them")
+            raise ValueError(f"num_blocks is {num_blocks} and kv_bytes {kv_bytes}; both size the cache, so give only one")
 
         # the model
         checkpoint = Checkpoint(model_dir)
@@ -112,7 +112,7 @@ class Engine:
         print(f"{self.name}: {self.describe()}", file=sys.stderr)
 
     def describe(self) -> str:
-        """What was chosen where the caller chose nothing."""
+        """The settings in use, chosen by the caller or by default, in one line."""
         chosen = [
             self.config.family,
             f"{self.dtype} on {self.device}",
@@ -128,16 +128,16 @@ class Engine:
         prompts: list[str] | list[list[int]],
         params: SamplingParams | list[SamplingParams] = SamplingParams(),
     ) -> list[RequestOutput]:
-        """Complete every prompt; results in the order of prompts.
+        """Complete every prompt and return the results in the order of the prompts.
 
         Args:
-            prompts: texts or token ids, mixed as you like.
+            prompts: texts or lists of token ids, which may be mixed.
             params: one for all, or one per prompt.
         Raises:
-            RequestError: if one of them cannot run, or the engine has unfinished requests; then none was queued.
+            RequestError: if one of them can never run, or the engine has unfinished requests; then none is queued.
         """
         if self.has_unfinished_requests():
-            raise RequestError(f"prompts cannot run while {len(self.seqs)} requests are unfinished; step until they end", "prompts")
+            raise RequestError(f"prompts cannot run while {len(self.seqs)} requests are unfinished; step until all finish", "prompts")
         if not isinstance(prompts, (list, tuple)):
             raise RequestError(f"prompts must be a list of prompts, got {type(prompts).__name__}", "prompts")
         all_params = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
@@ -156,7 +156,7 @@ class Engine:
         return [self.request_output(seq) for seq in seqs]
 
     def make_sequence(self, prompt: str | list[int], params: SamplingParams, name: str) -> Sequence:
-        """Tokenize and check a request, and give it its number; RequestError for one that can never run."""
+        """Tokenize and check a request, and assign its id; RequestError if it can never run."""
         prompt_ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
         vocab_size, limit = self.config.vocab_size, self.max_model_len
         if not isinstance(prompt_ids, list) or not prompt_ids:
@@ -175,11 +175,11 @@ class Engine:
                 param=name,
                 code="context_length_exceeded",
             )
-        # The last token is never fed.
+        # The last token is never fed, so it needs no slot.
         need = self.pool.blocks_for(num_prompt + max_tokens - 1)
         if need > self.pool.num_blocks:
             raise RequestError(
-                f"{name} and its output may take {need} blocks of {self.pool.block_size} tokens, but num_blocks is "
+                f"{name} and its output may need {need} blocks of {self.pool.block_size} tokens, but num_blocks is "
                 f"{self.pool.num_blocks}; shorten the prompt, lower max_tokens, or raise num_blocks or kv_bytes",
                 param=name,
                 code="context_length_exceeded",
@@ -195,7 +195,7 @@ class Engine:
         )
 
     def add_request(self, prompt: str | list[int], params: SamplingParams = SamplingParams()) -> int:
-        """Queue a request and return its id, never used again; it takes part from the next step that has room."""
+        """Queue a request and return its id, which is never reused; it starts in the next step that has room for it."""
         seq = self.make_sequence(prompt, params, name="prompt")
         self.enqueue(seq)
         return seq.seq_id
@@ -209,9 +209,9 @@ class Engine:
         return bool(self.seqs)
 
     def abort_request(self, request_id: int) -> bool:
-        """End a request now, wherever it stands; False if it has ended already or never was.
+        """Abort a request, running or waiting; return False if it has already finished or never existed.
 
-        Nothing of it is reported any more.
+        `step` returns no more outputs for it.
         """
         if request_id not in self.seqs:
             return False
@@ -221,13 +221,13 @@ class Engine:
         return True
 
     def release(self, seq: Sequence) -> None:
-        """Forget a request that has ended, and give back what it holds: the one way out."""
+        """Remove a finished request and free what it holds; every request leaves the engine this way."""
         del self.seqs[seq.seq_id]
         self.scheduler.release(seq)
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """Advance every scheduled sequence by one forward pass, and return the tokens that it gave, which may be none."""
+        """Advance every scheduled sequence by one forward pass and return the new tokens, possibly none."""
         seqs = self.scheduler.schedule()
         if not seqs:
             return []
@@ -240,18 +240,18 @@ class Engine:
         return self.commit(batch, token_ids, top_logprobs(logits, batch.draws, token_ids))
 
     def commit(self, batch: Batch, token_ids: list[int], logprobs: list) -> list[StepOutput]:
-        """Give each draw's sequence its token, and report it."""
+        """Append each draw's token to its sequence, release finished sequences, and return the outputs."""
         outputs = []
         for draw, token_id, top in zip(batch.draws, token_ids, logprobs, strict=True):
             seq = draw.seq
-            seq.num_computed = draw.position  # all before it has been fed
+            seq.num_computed = draw.position  # every earlier position has been fed
             outputs.append(self.accept(seq, token_id, top))
             if seq.finished:
                 self.release(seq)
         return outputs
 
     def accept(self, seq: Sequence, token_id: int, top: dict[int, float] | None) -> StepOutput:
-        """Append a token to a sequence, and say what became certain with it."""
+        """Append a token to a sequence and return its output, with the text that became final."""
         if token_id == NO_TOKEN:
             seq.finish("error")
         else:
@@ -268,7 +268,7 @@ class Engine:
         )
 
     def request_output(self, seq: Sequence) -> RequestOutput:
-        """The finished sequence, as the caller sees it."""
+        """The result of a finished sequence, for the caller."""
         return RequestOutput(
             prompt_ids=seq.token_ids[: seq.num_prompt],
             token_ids=seq.output_ids,

@@ -1,14 +1,14 @@
-"""What a request asks for. Nothing here needs torch, so a process without a model can import it."""
+"""A request's parameters. Nothing here imports torch, so a process without a model can import this module."""
 import math
 from dataclasses import dataclass
 
 
 class RequestError(ValueError):
-    """An argument that cannot be what it is.
+    """An invalid argument of a request.
 
     Attributes:
-        param: which argument, by its name: `temperature`, or `prompts[3]`.
-        code: what is wrong with it, for a program: `invalid_value`, or `context_length_exceeded`.
+        param: the name of the argument, such as `temperature` or `prompts[3]`.
+        code: the kind of error, for programs: `invalid_value` or `context_length_exceeded`.
     """
 
     def __init__(self, message: str, param: str, code: str = "invalid_value"):
@@ -28,15 +28,15 @@ class SamplingParams:
     temperature must be a number from 0 (greedy) up, got -1
     """
 
-    max_tokens: int | None = 16  # new tokens at most; None: as many as there is room for
-    temperature: float = 0.0  # 0: the likeliest token, always
-    top_k: int = 0  # only the k likeliest; 0: all
-    top_p: float = 1.0  # only the likeliest that together reach this probability
-    seed: int | None = None  # None: fresh for each request
-    stop_token_ids: tuple[int, ...] = ()  # end the text, besides the checkpoint's own
-    ignore_eos: bool = False  # go on after the checkpoint's own
-    new_text: bool = False  # the output is a text of its own, as an answer in a chat is; otherwise it continues the prompt
-    logprobs: int | None = None  # how many of the likeliest tokens to report; None: off
+    max_tokens: int | None = 16  # the most tokens to generate; None: as many as fit into max_model_len
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_k: int = 0  # sample from the k likeliest tokens; 0: from all
+    top_p: float = 1.0  # sample from the likeliest tokens that together reach this probability
+    seed: int | None = None  # None: a fresh one for each request
+    stop_token_ids: tuple[int, ...] = ()  # tokens that end the text, besides the checkpoint's own
+    ignore_eos: bool = False  # continue past the checkpoint's own end tokens
+    new_text: bool = False  # the output is a text of its own, such as a chat answer; otherwise it continues the prompt
+    logprobs: int | None = None  # the number of likeliest tokens to report; None: off
 
     def __post_init__(self):
         check_integer("max_tokens", self.max_tokens, 1, optional=True)
@@ -75,7 +75,7 @@ def check_integer(
 ) -> None:
     """Raise RequestError unless value is an integer from low to high, or None if it is optional.
 
-    name is what the message calls it; param is the argument's name, by default the same.
+    name is what the message calls the value; param is the argument's name, by default the same.
     """
     if value is None and optional:
         return
@@ -87,7 +87,7 @@ def check_integer(
 
 
 def check_ids(name: str, token_ids: list[int], vocab_size: int, param: str | None = None) -> None:
-    """Raise RequestError unless all are token ids; a prompt has thousands, so they are looked at one by one only to say which."""
+    """Raise RequestError unless all are token ids. A prompt can be long, so only a bad one is checked id by id."""
     if set(map(type, token_ids)) - {int} or min(token_ids, default=0) < 0 or max(token_ids, default=0) >= vocab_size:
         for token_id in token_ids:
             check_integer(name, token_id, 0, vocab_size - 1, param=param)

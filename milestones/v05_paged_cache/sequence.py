@@ -1,4 +1,4 @@
-"""A request under way."""
+"""The state of one request."""
 import random
 from array import array
 
@@ -7,7 +7,7 @@ from .text import TextStream
 
 
 class Sequence:
-    """The tokens of one request, and why it ended."""
+    """The tokens of one request, and why it finished."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Sequence:
 
     @property
     def max_len(self) -> int:
-        """Positions that it may come to hold in the cache: all of its tokens but the last, which is never fed."""
+        """The most positions that it may hold in the cache: all its tokens except the last, which is never fed."""
         return self.num_prompt + self.max_tokens - 1
 
     @property
@@ -66,5 +66,5 @@ class Sequence:
             self.finish("length")
 
     def finish(self, reason: str) -> None:
-        """Say why it ends: stop, length, abort or error."""
+        """Record why it finished: stop, length, abort or error."""
         self.finish_reason = reason

@@ -1,4 +1,4 @@
-"""Text to tokens, and tokens to text a whole character at a time."""
+"""Text to tokens, and tokens to text in whole characters."""
 import codecs
 import re
 import sys
@@ -9,33 +9,33 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .params import RequestError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-LOOK_BACK = 64  # tokens of a prompt that its completion is decoded behind; the last of them may be special
-WINDOW = 8  # tokens that a text goes on behind
-LONGEST_RUN = 32  # byte tokens whose characters wait for the end of their run
+LOOK_BACK = 64  # a prompt's last tokens to decode before its completion; special ones among them are skipped
+WINDOW = 8  # the last tokens of the text so far to decode before the next ones
+LONGEST_RUN = 32  # byte tokens after which a run is cut where a character ends
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer."""
+    """The checkpoint's own tokenizer; ValueError if it is missing or cannot be read."""
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{model_dir} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there")
+        raise ValueError(f"{model_dir} has no tokenizer: it has none of {', '.join(TOKENIZER_FILES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     # The tokenizers library raises plain Exception for a file that it cannot parse.
     except Exception as error:
         raise ValueError(f"the tokenizer of {model_dir} cannot be read: {' '.join(str(error).split())}") from error
-    # It only serves to warn of what the engine refuses.
+    # transformers uses it only to warn about long prompts, which the engine itself rejects.
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text as it is, with the BOS that the tokenizer adds."""
+    """The token ids of a text as is, with the BOS that the tokenizer adds."""
     check_unicode(text)
     return tokenizer(text).input_ids
 
 
 def check_unicode(text: str) -> None:
-    """RequestError for half a surrogate pair, which no tokenizer takes."""
+    """Raise RequestError for half a surrogate pair, which no tokenizer accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -43,55 +43,55 @@ def check_unicode(text: str) -> None:
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    """The checkpoint's template around messages (role, content), up to where the assistant speaks.
+    """Messages (role, content) in the checkpoint's template, up to where the assistant's answer begins.
 
-    Encode it with `add_special_tokens=False`: the template brings its own BOS.
+    Encode it with `add_special_tokens=False`, because the template contains its own BOS.
     """
     if not tokenizer.chat_template:
         raise RequestError("this checkpoint has no chat template; send the prompt as plain text", "messages")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    # A template is a program, its author's; many of them refuse an order of roles that they do not know.
+    # A template is a program that may raise anything; many reject an order of roles that they do not know.
     except Exception as error:
-        raise RequestError(f"the checkpoint's chat template refuses these messages: {error}", "messages") from error
+        raise RequestError(f"the checkpoint's chat template rejects these messages: {error}", "messages") from error
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """The tokens of a conversation, with the BOS that the template has."""
+    """The token ids of a conversation, with the template's BOS."""
     text = chat_text(tokenizer, messages)
     check_unicode(text)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that are no text, whether or not they have a role, such as to end one."""
+    """The ids of all special tokens, which are not text, including those without a role such as BOS or EOS."""
     return {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def byte_of(token: str) -> bytes:
-    """The byte of a token that stands for one, <0x0A>, as vocabularies with byte fallback have them; of others nothing."""
-    found = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
-    return bytes.fromhex(found[1]) if found else b""
+    """The byte of a byte token, such as <0x0A> in a vocabulary with byte fallback; b"" for any other token."""
+    match = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
+    return bytes.fromhex(match[1]) if match else b""
 
 
 class TextStream:
-    """The text of a growing list of tokens, in pieces that never hold a part of a character."""
+    """The text of a growing list of tokens, in pieces that never contain part of a character."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int] | None = None):
         self.tokenizer = tokenizer
         self.special_ids = special_ids(tokenizer)
         self.has_byte_tokens = "ByteFallback" in str(tokenizer.backend_tokenizer.decoder)
         self.text = ""
-        # Some tokenizers drop the space before the first token that they decode. So each new token is decoded behind
-        # others whose text is out already, of this text or of the prompt that it continues.
+        # Some tokenizers drop the space before the first token that they decode. So each new token is decoded after
+        # others whose text is already returned, of this text or of the prompt that it continues.
         self.window: list[int] = []
-        self.run: list[int] = []  # tokens of one byte each, behind the window
+        self.run: list[int] = []  # tokens of one byte each, after the window
         self.run_bytes = b""
         self.extend(self.last_of(prompt_ids or [], LOOK_BACK))
-        self.num_out = len(self.decode(self.window + self.run))  # of their characters, those that are out
+        self.num_out = len(self.decode(self.window + self.run))  # how many of their characters are final
 
     def push(self, token_ids: list[int], last: bool) -> str:
-        """Add tokens; return the text that became certain: after the last of them, all of it."""
+        """Add tokens and return the text that became final; with last, all that remains."""
         self.extend(token_ids)
         text, num_open = self.decode_end(last)
         end = max(len(text) - num_open, self.num_out)
@@ -102,13 +102,13 @@ class TextStream:
         return piece
 
     def extend(self, token_ids: list[int]) -> None:
-        """Append the tokens that are decoded: no special ones, and none that the tokenizer lacks."""
+        """Append the tokens to decode: all except special ones and ids that the tokenizer lacks."""
         for token_id in token_ids:
             token = self.tokenizer.convert_ids_to_tokens(token_id)
             if token is None or token_id in self.special_ids:
                 continue
             byte = byte_of(token) if self.has_byte_tokens else b""
-            # Only where a character ends: what follows is decoded behind it.
+            # Cut a long run only where a character ends: the window holds whole characters only.
             is_long = len(self.run) >= LONGEST_RUN and self.run_bytes.decode(errors="ignore").encode() == self.run_bytes
             if not byte or is_long:
                 self.window += self.run
@@ -117,29 +117,29 @@ class TextStream:
             self.run_bytes += byte
 
     def decode_end(self, last: bool) -> tuple[str, int]:
-        """The text of window and run, and how many characters at its end the next token may change."""
+        """The text of window and run, and the number of characters at its end that the next token may change."""
         if last or not self.run:
             text = self.decode(self.window + self.run)
-            # A character whose bytes are spread over tokens decodes to U+FFFD until its last byte is there.
+            # A character whose bytes are spread over tokens decodes to U+FFFD until its last byte arrives.
             return text, int(text.endswith("\ufffd") and not last)
-        # A run is decoded as a whole: to characters or, if any byte is bad, to one U+FFFD for every byte.
+        # A run is decoded as a whole: to characters or, if any byte is invalid, to one U+FFFD per byte.
         before = self.decode(self.window)
         try:
-            _, num_whole = codecs.utf_8_decode(self.run_bytes)
+            _, size = codecs.utf_8_decode(self.run_bytes)
         except UnicodeDecodeError:
             return before + "\ufffd" * len(self.run), 0
-        text = self.decode(self.window + self.run[:num_whole])
+        text = self.decode(self.window + self.run[:size])
         return text, len(text) - len(before)
 
     def shorten_window(self) -> None:
-        """Forget tokens that the next one's text does not depend on."""
+        """Drop tokens on which the text of the next one does not depend."""
         if len(self.window) > 2 * WINDOW:
             kept = self.last_of(self.window, WINDOW)
             self.num_out += len(self.decode(kept)) - len(self.decode(self.window))
             self.window = kept
 
     def last_of(self, token_ids: list[int], size: int) -> list[int]:
-        """The last tokens, of bytes only whole characters."""
+        """At most size of the last tokens, beginning where a character begins."""
         for start in range(max(len(token_ids) - size, 0), len(token_ids)):
             token = self.tokenizer.convert_ids_to_tokens(token_ids[start]) or ""
             if start == 0 or not b"\x80" <= byte_of(token) < b"\xc0":

@@ -1,4 +1,4 @@
-"""The other endpoints: health, and the models that are served."""
+"""The endpoints that generate nothing: health, and the served models."""
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse
 
@@ -10,7 +10,7 @@ router = APIRouter()
 
 @router.get("/health")
 async def health(request: Request) -> JSONResponse:
-    """How busy the engine is; 503 if it takes nothing new."""
+    """Return the server's status and the engine's stats; the response is a 503 if no new requests are accepted."""
     service = request.app.state.service
     async_engine = service.async_engine
     status = "ok" if async_engine.fatal_error is None else "dead" if async_engine.died else "stopping"

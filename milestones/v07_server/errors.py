@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them: an HTTP status, and {"error": {"message", "type", "param", "code"}}."""
+"""Errors in OpenAI's format: an HTTP status, and the body {"error": {"message", "type", "param", "code"}}."""
 import json
 
 from fastapi import Request
@@ -21,11 +21,11 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-ERRORS = {status: {"model": ErrorBody, "description": "An error, in OpenAI's form"} for status in ("4XX", "5XX")}
+ERRORS = {status: {"model": ErrorBody, "description": "An error in OpenAI's format"} for status in ("4XX", "5XX")}
 
 
 class ApiError(Exception):
-    """An answer other than 200."""
+    """An error response: its HTTP status, and OpenAI's message, param and code."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class ApiError(Exception):
 
 
 def error_response(error: ApiError) -> Response:
-    # ASCII only: the message may quote half a surrogate pair, which no encoding has.
+    # json.dumps escapes to ASCII: the message may quote half a surrogate pair, which UTF-8 cannot encode.
     return Response(json.dumps(error.body), error.status, media_type="application/json")
 
 
@@ -63,14 +63,14 @@ async def on_generation_failed(_request: Request, error: GenerationFailed) -> Re
 
 
 def failure(error: GenerationFailed) -> ApiError:
-    """503 if another server may still do it, else 500."""
+    """Return a 503 if the engine accepts no more calls, so that clients try another server; otherwise a 500."""
     if isinstance(error, EngineStopped):
         return ApiError(503, str(error), code="engine_stopped")
     return ApiError(500, str(error), code="generation_failed")
 
 
 async def on_invalid_body(_request: Request, error: RequestValidationError) -> Response:
-    """Name the first parameter that is wrong."""
+    """Return a 400 that names the first invalid parameter."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return error_response(ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json"))
@@ -79,7 +79,7 @@ async def on_invalid_body(_request: Request, error: RequestValidationError) -> R
 
 
 async def on_fault(_request: Request, _error: Exception) -> Response:
-    return error_response(ApiError(500, "the server has a bug; its log says more"))
+    return error_response(ApiError(500, "the server has a bug; see its log"))
 
 
 HANDLERS = {

@@ -1,4 +1,4 @@
-"""What the endpoints share."""
+"""The engine, settings and checks that the endpoints share."""
 from .async_engine import AsyncEngine
 from .engine_thread import EngineThread
 from .errors import ApiError
@@ -6,7 +6,7 @@ from .protocol import now
 
 
 class Service:
-    """An engine, and how it is offered to clients. Belongs to the event loop."""
+    """An engine, and what its server offers. Call it from the event loop's thread, unless a method says otherwise."""
 
     def __init__(
         self,
@@ -20,4 +20,4 @@ class Service:
     def check_model(self, name: str) -> None:
         if name not in self.models:
             served = ", ".join(map(repr, self.models))
-            raise ApiError(404, f"the model {name[:200]!r} is not served here; {served} is", "model", "model_not_found")
+            raise ApiError(404, f"the model {name[:200]!r} is not served here; try {served}", "model", "model_not_found")

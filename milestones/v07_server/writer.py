@@ -1,4 +1,4 @@
-"""From tokens to the body of an answer."""
+"""Builds the body of an answer from its tokens."""
 import json
 from collections.abc import AsyncIterator
 
@@ -7,7 +7,7 @@ from .protocol import CompletionRequest, new_id, now
 
 
 class Writer:
-    """Turns the outputs of one call into its answer: one body, or the events of a stream."""
+    """Turns one call's outputs into its response: one body, or the events of a stream."""
 
     def __init__(
         self,
@@ -29,10 +29,10 @@ class Writer:
         }
 
     async def pieces(self) -> AsyncIterator[dict]:
-        """The text, as it becomes certain; the last piece has the finish reason."""
+        """Yield the text as it becomes final; the last piece has the finish reason."""
         async for index, output in self.generation:
             self.num_tokens += 1
-            # Part of a character is held back until the rest of it is there.
+            # Part of a character is held back until the rest of it arrives.
             if output.text or output.finish_reason:
                 yield {"index": index, "text": output.text, "finish_reason": output.finish_reason}
 
@@ -46,7 +46,7 @@ class Writer:
         return self.head | {"choices": [choice], "usage": self.usage()}
 
     async def stream(self) -> AsyncIterator[str]:
-        """The data of each event."""
+        """Yield the data of each event."""
         async for piece in self.pieces():
             yield self.chunk([piece])
         if self.body.include_usage:
@@ -59,5 +59,5 @@ class Writer:
 
 
 def event(data: dict) -> str:
-    """JSON in ASCII: some clients take U+2028 for the end of a line."""
+    """Return data as ASCII JSON: some clients take a raw U+2028 for the end of a line."""
     return json.dumps(data)

@@ -1,6 +1,6 @@
-"""The event loop's side: coroutines ask for generations and read them, and never wait for a step.
+"""The event loop's side of the engine: coroutines start generations and read them, and never block on a step.
 
-Everything here belongs to the event loop's thread.
+Call everything here from the event loop's thread.
 """
 import asyncio
 import time
@@ -12,52 +12,52 @@ from .engine_thread import EngineThread
 from .outputs import Stats, StepOutput
 from .params import RequestError, SamplingParams
 
-# How long the event loop may be busy with one answer before it looks after the others.
+# How long one answer may occupy the event loop before other tasks get a turn.
 LONGEST_TURN_S = 0.001
 
 
 class QueueFull(Exception):
-    """The queue has no room for a call."""
+    """Too many requests are waiting already to accept this call."""
 
 
 class GenerationFailed(Exception):
-    """The engine gave up on a call: its step raised, or it could not be added."""
+    """The engine failed a call: its step raised, its logits were not finite, or it could not be added."""
 
 
 class EngineStopped(GenerationFailed):
-    """The engine takes no calls any more, and has given up on those that it had."""
+    """The engine accepts no more calls, and has failed the unfinished ones."""
 
 
 class Generation:
-    """The outputs of one call, as they arrive."""
+    """One call's outputs, as they arrive."""
 
     def __init__(self, async_engine: "AsyncEngine", call_id: int, num_requests: int):
         self.async_engine = async_engine
         self.call_id = call_id
         self.num_unfinished = num_requests
-        self.added = asyncio.get_running_loop().create_future()  # done when the engine has taken or refused the call
-        # An exception, or None at the end, is the last item.
+        self.added = asyncio.get_running_loop().create_future()  # done once the engine has accepted or refused the call
+        # The last item is None, or an exception if the call failed.
         self.outputs: asyncio.Queue[tuple[int, StepOutput] | Exception | None] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, StepOutput]]:
-        """Each new token, with the index of its request in the call. Raises GenerationFailed."""
+        """Yield each new token, with the index of its request in the call. Raises GenerationFailed."""
         begun = time.monotonic()
         while (item := await self.outputs.get()) is not None:
             if isinstance(item, Exception):
                 raise item
             yield item
-            # What waits in the queue is got without a pause.
+            # While the queue has items, get() does not let other tasks run.
             if time.monotonic() - begun > LONGEST_TURN_S:
                 await asyncio.sleep(0)
                 begun = time.monotonic()
 
     def abort(self) -> None:
-        """End the call, whose outputs nobody reads any more. If it has ended, this does nothing."""
+        """Abort the call's unfinished requests. Does nothing if the call has finished."""
         self.async_engine.abort(self.call_id)
 
 
 async def paced(items: Iterable) -> AsyncIterator:
-    """The same items, with a pause now and then in which the event loop does other things."""
+    """Yield the items, and let other tasks run whenever LONGEST_TURN_S has passed."""
     begun = time.monotonic()
     for item in items:
         yield item
@@ -67,7 +67,7 @@ async def paced(items: Iterable) -> AsyncIterator:
 
 
 class AsyncEngine:
-    """An engine that many coroutines use at once."""
+    """An engine that many coroutines can use at once."""
 
     def __init__(
         self,
@@ -79,36 +79,36 @@ class AsyncEngine:
         self.runner = runner
         self.stats = runner.stats  # as of the last message
         self.num_calls = 0
-        self.unanswered: dict[int, int] = {}  # the number of requests of each call that the engine has not answered
-        self.active_generations: dict[int, Generation] = {}  # by call
-        self.fatal_error: str | None = None  # why no requests are taken any more
-        self.died = False  # whether that is the engine's own fault
-        self.stopped_at: float | None = None  # since when, by time.monotonic
+        self.unanswered: dict[int, int] = {}  # by call id: requests that the engine has not acknowledged
+        self.active_generations: dict[int, Generation] = {}  # by call id
+        self.fatal_error: str | None = None  # why no more calls are accepted
+        self.died = False  # whether the engine died, rather than being shut down
+        self.stopped_at: float | None = None  # the time.monotonic() of fatal_error
         self.tokenizer = runner.tokenizer
         self.tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
-        self.encoding: set[asyncio.Future] = set()  # what callers of `tokenize` wait for
+        self.encoding: set[asyncio.Future] = set()  # the results that callers of `tokenize` wait for
 
     async def start(self) -> None:
-        """Begin to step, for the event loop that is running."""
+        """Start the engine. Its messages are delivered to the running event loop."""
         self.loop = asyncio.get_running_loop()
         await self.runner.start(self.receive)
 
     async def stop(self) -> None:
-        """Fail what runs, and stop the engine, unless its step takes longer than half a second."""
+        """Fail all unfinished calls and stop the engine; wait at most half a second for its current step."""
         self.fail_all(EngineStopped("the server was shut down before this request was done"))
         self.tokenizing.shutdown(wait=False, cancel_futures=True)
         await self.runner.stop(timeout_s=0.5)
 
     async def tokenize(self, function: Callable, *args):
-        """The result of function(tokenizer, *args), computed away from the event loop. Raises QueueFull, EngineStopped."""
+        """Return function(tokenizer, *args), computed in the tokenizer's thread. Raises EngineStopped, QueueFull."""
         if len(self.encoding) >= self.max_waiting:
-            raise QueueFull(f"{len(self.encoding)} requests wait for the tokenizer, at most {self.max_waiting} may (--max-waiting); try again later")
+            raise QueueFull(f"{len(self.encoding)} requests are waiting for the tokenizer; at most {self.max_waiting} may wait (--max-waiting); try again later")
         result = self.loop.run_in_executor(self.tokenizing, function, self.tokenizer, *args)
         self.encoding.add(result)
         try:
             return await result
         except asyncio.CancelledError:
-            # When the server ends, those who are still waiting are cancelled.
+            # A server that stops cancels what is still waiting for the tokenizer.
             if self.fatal_error is None:
                 raise
             raise EngineStopped(self.fatal_error) from None
@@ -117,22 +117,22 @@ class AsyncEngine:
 
     @property
     def num_waiting(self) -> int:
-        """Requests in the queue, and those on their way to it."""
+        """The number of requests in the engine's queue or on their way to it."""
         return self.stats.waiting + sum(self.unanswered.values())
 
     def check_length(self, num_tokens: int) -> None:
-        """RequestError for a prompt that cannot fit. The engine would say so too, but after a look at each token of it."""
+        """Raise RequestError for a prompt that cannot fit. The engine would too, but only after reading every token."""
         if num_tokens > self.max_model_len:
             message = f"prompt has {num_tokens} tokens, more than max_model_len = {self.max_model_len}; shorten it"
             raise RequestError(message, "prompt", "context_length_exceeded")
 
     async def generate(self, requests: list[tuple[list[int], SamplingParams]]) -> Generation:
-        """Queue a call's requests, all or none: prompt ids and parameters of each.
+        """Queue a call's requests, all or none. Each is a pair: prompt ids and parameters.
 
         Raises:
             RequestError: if the engine refuses one of them.
-            QueueFull: if not all of them have a place in the queue.
-            EngineStopped: if the engine takes no requests any more.
+            QueueFull: if the queue has no room for all of them.
+            GenerationFailed: if the engine cannot add them; EngineStopped if it accepts no more calls.
         """
         if self.fatal_error is not None:
             raise EngineStopped(self.fatal_error)
@@ -147,7 +147,7 @@ class AsyncEngine:
         self.runner.send(Add(generation.call_id, requests))
         try:
             await generation.added
-        # A caller that is cancelled here may have its requests in the engine already.
+        # If the caller is cancelled here, the engine may already have its requests.
         except BaseException:
             generation.abort()
             raise
@@ -163,7 +163,7 @@ class AsyncEngine:
             case Added(call_id):
                 del self.unanswered[call_id]
                 generation = self.active_generations.get(call_id)
-                # It is done already if the caller was cancelled in this very moment.
+                # The future is already done if the caller has just been cancelled.
                 if generation and not generation.added.done():
                     generation.added.set_result(None)
             case Refused(call_id, text, param, code):
@@ -184,7 +184,7 @@ class AsyncEngine:
                 self.fail_all(GenerationFailed(reason))
 
     def deliver(self, call_id: int, index: int, output: StepOutput) -> None:
-        """Put a token into its generation's queue, unless the call was aborted after the step began."""
+        """Put a token into its generation's queue, unless the call has been aborted since the step began."""
         generation = self.active_generations.get(call_id)
         if generation is None:
             return
@@ -195,7 +195,7 @@ class AsyncEngine:
                 self.end(call_id)
 
     def end(self, call_id: int, error: Exception | None = None) -> None:
-        """Close a generation's queue; its reader, or the caller of `generate`, gets the error."""
+        """Close a generation's queue. An error is raised in its reader, or in `generate` if that is still waiting."""
         generation = self.active_generations.pop(call_id, None)
         if generation is None:
             return
@@ -204,7 +204,7 @@ class AsyncEngine:
             generation.added.set_exception(error)
 
     def fail_all(self, error: GenerationFailed) -> None:
-        """End every call with this error, and take no more."""
+        """Fail every unfinished call with this error, and accept no more."""
         self.fatal_error = str(error)
         self.stopped_at = time.monotonic()
         for result in self.encoding:

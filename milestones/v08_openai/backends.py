@@ -1,4 +1,4 @@
-"""Which way attention is computed."""
+"""The implementations of attention, and the choice between them."""
 import importlib.util
 import os
 import sys
@@ -12,18 +12,18 @@ TORCH = Backend(name="torch", build_view=build_rectangles, attend=attend_cached,
 
 
 def choose_backend(attention: str, device: torch.device) -> Backend:
-    """The backend asked for: torch, triton, or auto, which is triton on a GPU and torch on a CPU.
+    """The requested backend: torch, triton, or auto, which is triton on a GPU and torch on a CPU.
 
-    On a CPU Triton's kernels run through its interpreter: to be tested and stepped through, not to be fast.
+    On a CPU, Triton's kernels run in its interpreter, which is meant for tests and debugging and is slow.
     """
     if attention not in ("auto", "torch", "triton"):
         raise ValueError(f"attention must be auto, torch or triton, got {attention!r}")
     if attention == "torch" or (attention == "auto" and device.type == "cpu"):
         return TORCH
     if importlib.util.find_spec("triton") is None:
-        raise ValueError(f"attention is {attention!r} on {device}, but Triton is not installed; use torch")
+        raise ValueError(f"attention is {attention!r} on {device}, but Triton is missing; install it or use torch")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton reads it when it is imported.
+        # Triton reads the variable only when it is imported.
         if "triton" in sys.modules:
             raise ValueError("attention is 'triton' on cpu; set TRITON_INTERPRET=1 in the environment before Python starts")
         os.environ["TRITON_INTERPRET"] = "1"

@@ -1,4 +1,4 @@
-"""The other endpoints: health, and the models that are served."""
+"""The endpoints that generate nothing: health, and the served models."""
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse
 
@@ -12,13 +12,13 @@ router = APIRouter()
 
 @router.get("/health")
 async def health(request: Request) -> JSONResponse:
-    """How busy the engine is; 503 if it takes nothing new."""
+    """Return the server's status and the engine's stats; the response is a 503 if no new requests are accepted."""
     service = request.app.state.service
     async_engine = service.async_engine
     status = "ok" if async_engine.fatal_error is None else "dead" if async_engine.died else "stopping"
     if service.draining and status == "ok":
         status = "draining"
-    # Requests on their way to the engine wait too.
+    # Requests that the engine has not acknowledged yet are waiting too.
     stats = async_engine.stats._replace(waiting=async_engine.num_waiting)
     return JSONResponse({"status": status} | stats._asdict(), 200 if status == "ok" else 503)
 

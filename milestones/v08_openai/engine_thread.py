@@ -1,4 +1,4 @@
-"""A thread for the engine's loop."""
+"""The engine loop in a thread of its own."""
 import asyncio
 import copy
 import logging
@@ -13,11 +13,11 @@ logger = logging.getLogger(__name__)
 
 
 class EngineThread:
-    """Runs an engine's loop in a thread of its own. Belongs to the event loop, but for `receive_soon`."""
+    """Runs the engine loop in a thread. Call all but `receive_soon` from the event loop's thread."""
 
     def __init__(self, engine: EngineLike):
         self.name = engine.name
-        # A tokenizer must not be used by two threads. The engine's decodes on its thread; this copy is for others.
+        # Two threads must not use one tokenizer. The engine decodes with its own; this copy is for the other threads.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         self.max_model_len = engine.max_model_len
         self.stats = engine.stats()
@@ -26,22 +26,22 @@ class EngineThread:
         self.thread = threading.Thread(target=self.engine_loop.run, name="engine", daemon=True)
 
     async def start(self, receive: Callable[[tuple, Stats], None]) -> None:
-        """Begin to step. The event loop that is running calls receive with each message and the engine's stats."""
+        """Start the thread. The running event loop calls receive with each message and the engine's stats."""
         self.loop = asyncio.get_running_loop()
         self.receive = receive
         self.thread.start()
 
     def send(self, message: Add | Abort) -> None:
-        """Leave a message, to be read before the next step."""
+        """Queue a message, which the engine loop reads before its next step."""
         self.inbox.put(message)
 
     async def stop(self, timeout_s: float) -> None:
-        """End the thread after the step under way, but wait no longer than this."""
+        """End the thread after its current step; wait for that at most timeout_s."""
         self.inbox.put(Stop())
         await asyncio.to_thread(self.thread.join, timeout_s)
 
     def receive_soon(self, message: tuple, stats: Stats) -> None:
-        """Called by the engine's thread: have the event loop call `receive`."""
+        """Have the event loop call `receive`. Called from the engine thread."""
         try:
             self.loop.call_soon_threadsafe(self.receive, message, stats)
         except RuntimeError:

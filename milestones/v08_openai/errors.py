@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them: an HTTP status, and {"error": {"message", "type", "param", "code"}}."""
+"""Errors in OpenAI's format: an HTTP status, and the body {"error": {"message", "type", "param", "code"}}."""
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +24,11 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-ERRORS = {status: {"model": ErrorBody, "description": "An error, in OpenAI's form"} for status in ("4XX", "5XX")}
+ERRORS = {status: {"model": ErrorBody, "description": "An error in OpenAI's format"} for status in ("4XX", "5XX")}
 
 
 class ApiError(Exception):
-    """An answer other than 200."""
+    """An error response: its HTTP status, and OpenAI's message, param and code."""
 
     def __init__(
         self,
@@ -52,13 +52,13 @@ class ApiError(Exception):
 
 
 def error_response(error: ApiError) -> Response:
-    # ASCII only: the message may quote half a surrogate pair, which no encoding has.
+    # json.dumps escapes to ASCII: the message may quote half a surrogate pair, which UTF-8 cannot encode.
     return Response(json.dumps(error.body), error.status, error.headers, "application/json")
 
 
 @contextmanager
 def refusals(prompt_param: str) -> Iterator[None]:
-    """Let the engine's refusals of a prompt name the parameter that the prompt came from."""
+    """Make a RequestError about the prompt name prompt_param, the parameter that the prompt came from."""
     try:
         yield
     except RequestError as error:
@@ -83,14 +83,14 @@ async def on_generation_failed(_request: Request, error: GenerationFailed) -> Re
 
 
 def failure(error: GenerationFailed) -> ApiError:
-    """503 if another server may still do it, else 500."""
+    """Return a 503 if the engine accepts no more calls, so that clients try another server; otherwise a 500."""
     if isinstance(error, EngineStopped):
         return ApiError(503, str(error), code="engine_stopped")
     return ApiError(500, str(error), code="generation_failed")
 
 
 async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
-    """Name the first parameter that is wrong."""
+    """Return a 400 that names the first invalid parameter."""
     errors = error.errors()
     first = errors[0]
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -99,49 +99,49 @@ async def on_invalid_body(request: Request, error: RequestValidationError) -> Re
         return error_response(ApiError(400, "the body is not JSON; send Content-Type: application/json", code="invalid_json"))
     if first["type"] == "json_invalid":
         return error_response(ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json"))
-    # A value that may have several forms has a complaint for each. The form that fits furthest is meant, if there is one.
-    alike = [each for each in errors if each["loc"][:2] == first["loc"][:2]]
-    furthest = [each for each in alike if len(each["loc"]) == max(len(each["loc"]) for each in alike)]
-    place = first["loc"][:2]
-    while len({each["loc"][: len(place) + 1] for each in furthest}) == 1 and len(place) < len(furthest[0]["loc"]):
-        place = furthest[0]["loc"][: len(place) + 1]
-        alike = furthest
+    # Pydantic has a complaint for each form that a value may take. Report the form that matched furthest, if one did.
+    complaints = [complaint for complaint in errors if complaint["loc"][:2] == first["loc"][:2]]
+    depth = max(len(complaint["loc"]) for complaint in complaints)
+    deepest = [complaint for complaint in complaints if len(complaint["loc"]) == depth]
+    path = first["loc"][:2]
+    while len({complaint["loc"][: len(path) + 1] for complaint in deepest}) == 1 and len(path) < depth:
+        path, complaints = deepest[0]["loc"][: len(path) + 1], deepest
     param = ""
-    for part in place[1:]:
-        # This says which form of a value was tried.
+    for part in path[1:]:
+        # Pydantic's name for the form that it tried, not the name of a parameter.
         if isinstance(part, str) and (not part.isidentifier() or part in ("str", "int")):
             continue
         param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
-    if furthest[0]["type"] == "refused":
-        name = furthest[0]["ctx"]["name"]
+    if deepest[0]["type"] == "refused":
+        name = deepest[0]["ctx"]["name"]
         param = f"{param}.{name}" if param else name
-        return error_response(ApiError(400, f"{param} {furthest[0]['msg']}", param))
-    complaints = dict.fromkeys(each["msg"] for each in alike)
-    return error_response(ApiError(400, f"{param or 'the body'}: {', or '.join(complaints)}", param or None, "invalid_value"))
+        return error_response(ApiError(400, f"{param} {deepest[0]['msg']}", param))
+    messages = dict.fromkeys(complaint["msg"] for complaint in complaints)
+    return error_response(ApiError(400, f"{param or 'the body'}: {', or '.join(messages)}", param or None, "invalid_value"))
 
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:
-    """What FastAPI and starlette refuse by themselves, in OpenAI's form."""
+    """Return the errors that FastAPI and Starlette raise themselves in OpenAI's format."""
     if isinstance(error.__cause__, ApiError):
         return error_response(error.__cause__)
     if isinstance(error.__cause__, RecursionError):
         return await on_deep_body(request, error.__cause__)
-    cause = str(error.__cause__ or error.detail).partition(";")[0]  # after it Python says what to change in this program
+    cause = str(error.__cause__ or error.detail).partition(";")[0]  # the rest is Python's advice to programmers
     messages = {
         400: f"the body cannot be read: {cause}",
-        404: f"there is no {request.url.path} here",
-        405: f"{request.url.path} does not take {request.method}",
+        404: f"this server has no endpoint {request.url.path}; /docs lists its endpoints",
+        405: f"{request.url.path} does not accept {request.method}; see the Allow header",
     }
     message = messages.get(error.status_code, str(error.detail))
     return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
 
 async def on_deep_body(_request: Request, _error: RecursionError) -> Response:
-    return error_response(ApiError(400, "the body is nested too deeply", code="invalid_json"))
+    return error_response(ApiError(400, "the body is nested too deeply; send fewer levels", code="invalid_json"))
 
 
 async def on_fault(_request: Request, _error: Exception) -> Response:
-    return error_response(ApiError(500, "the server has a bug; its log says more"))
+    return error_response(ApiError(500, "the server has a bug; see its log"))
 
 
 HANDLERS = {

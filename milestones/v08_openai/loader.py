@@ -1,4 +1,4 @@
-"""safetensors to parameters: every tensor used once, every parameter filled."""
+"""Loads safetensors files into parameters: every tensor is used once, every parameter is filled."""
 import os
 from pathlib import Path
 
@@ -18,13 +18,13 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def choose_name(model_dir: Path) -> str:
-    """What clients call a checkpoint: its directory's name, or the link's; for a hub snapshot, its repository's.
+    """The name of a checkpoint: that of its directory or of the link to it; for a hub snapshot, that of its repository.
 
     >>> choose_name(Path("models--Qwen--Qwen3-0.6B/snapshots/c1899de289a04d12100db370d81485cdf75e47ca"))
     'Qwen/Qwen3-0.6B'
     """
     path = Path(os.path.abspath(model_dir))
-    # A link was named by the user, who knows it by that name.
+    # A link has a name that the user chose.
     path = path if path.is_symlink() else path.resolve()
     repo = path.parent.parent.name
     if path.parent.name == "snapshots" and repo.startswith("models--"):
@@ -33,7 +33,7 @@ def choose_name(model_dir: Path) -> str:
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; by default CUDA if there is one, else the CPU."""
+    """The requested device; by default CUDA if available, else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -48,12 +48,12 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 class Checkpoint:
-    """The tensors of a directory's safetensors files, by name; nothing is read before it is asked for."""
+    """The tensors of a directory's safetensors files, by name; a tensor is read only when it is requested."""
 
     def __init__(self, model_dir: Path):
         self.files = {}
         single, index = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
-        # The order is transformers': an index beside the single file is not read.
+        # As in transformers, an index beside the single file is ignored.
         if single.is_file():
             self.open(single)
             return
@@ -65,39 +65,39 @@ class Checkpoint:
         listed = read_json(index).get("weight_map")
         names = listed.values() if isinstance(listed, dict) else [None]
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ValueError(f"weight_map in {index} must say for each tensor the name of a file beside it")
+            raise ValueError(f"weight_map in {index} must map each tensor to the name of a file beside it")
         for file_name in sorted(set(listed.values())):
             self.open(model_dir / file_name)
-        refuse_difference("the index against its shards", set(listed), set(self.files))
+        refuse_difference("the index and its shards", set(listed), set(self.files))
 
     def open(self, path: Path) -> None:
-        """Learn a file's tensor names."""
+        """Open a file and register its tensors by name."""
         if not path.is_file():
             raise ValueError(f"{path.parent} is not a complete checkpoint: it has no {path.name}")
         try:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
+            raise ValueError(f"{path} is damaged or not a safetensors file ({error}); download it again") from error
         for name in file.keys():
             if name in self.files:
-                raise ValueError(f"tensor {name} is in two files, {path.name} being the second; keep one")
+                raise ValueError(f"tensor {name} is in two files, the second of which is {path.name}; keep only one")
             self.files[name] = file
 
     def read(self, name: str, shape: torch.Size | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, as it is stored; ValueError if it is not of this shape (None: any), or not finite.
+        """One tensor, as it is stored; ValueError if it has another shape (None: any is allowed) or is not finite.
 
-        dtype: what the caller converts it to; a value that only overflows there is refused too.
+        dtype: what the caller converts it to; ValueError too if a value would overflow there.
         """
         tensor = self.files[name].get_tensor(name)
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"tensor {name} is stored as {tensor.dtype}; supported are {', '.join(DTYPES)}")
         if shape is not None and tensor.shape != shape:
             raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-        # If one value is NaN, so are the smallest and the largest.
+        # If any value is NaN, so are the minimum and the maximum.
         bounds = torch.aminmax(tensor) if tensor.numel() else ()
         if not all(bound.isfinite() for bound in bounds):
-            raise ValueError(f"tensor {name} has values that are not finite numbers; fetch or convert it again")
-        # Rounding keeps the order: if the smallest and the largest stay finite in dtype, so does all between them.
+            raise ValueError(f"tensor {name} has values that are not finite numbers; download or convert it again")
+        # Rounding preserves order: if the minimum and the maximum stay finite in dtype, so do all values in between.
         if not all(bound.to(dtype).isfinite() for bound in bounds):
             low, high = (bound.item() for bound in bounds)
             values = f"values from {low:g} to {high:g}"
@@ -106,14 +106,14 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the embedding, which stands for the checkpoint's."""
+        """The checkpoint's dtype, taken from its embedding."""
         if EMBEDDING not in self.files:
             raise ValueError(f"the checkpoint has no tensor {EMBEDDING}")
         return self.files[EMBEDDING].get_tensor(EMBEDDING).dtype
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype asked for; by default the checkpoint's own on a GPU, float32 on a CPU."""
+    """The requested dtype; by default the checkpoint's own on a GPU, float32 on a CPU."""
     if dtype is None:
         return checkpoint.dtype if device.type == "cuda" else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
@@ -126,7 +126,7 @@ def refuse_difference(what: str, wanted: set[str], stored: set[str]) -> None:
     """Raise ValueError naming what is missing and what is left over."""
     if wanted == stored:
         return
-    parts = [f"{what} does not match"]
+    parts = [f"{what} do not match"]
     for word, names in (("missing", sorted(wanted - stored)), ("left over", sorted(stored - wanted))):
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
@@ -140,15 +140,15 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
 ) -> CausalLM:
-    """Build the decoder and give each parameter its tensor.
+    """Build the decoder and load each parameter from the checkpoint.
 
     Raises:
-        ValueError: for a tensor that is missing, left over, not finite, or of another shape than config.json says.
+        ValueError: if a tensor is missing, left over, not finite, or not of the shape that config.json implies.
     """
-    # Each layer has tensors of its own: a number beyond theirs would only be built for minutes, then refused.
+    # Each layer has tensors of its own. Reject too many layers here, because building them first could take minutes.
     if config.num_layers > len(checkpoint.files):
         raise ValueError(f"num_hidden_layers is {config.num_layers}; the checkpoint has {len(checkpoint.files)} tensors")
-    # A parameter on the meta device has a shape and no memory: each weight is allocated once.
+    # A parameter on the meta device has a shape but no memory, so each weight is allocated only once.
     with torch.device("meta"):
         model = CausalLM(config)
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -157,7 +157,7 @@ def load_model(
         del wanted[HEAD]
         if {HEAD, EMBEDDING} <= stored and torch.equal(checkpoint.read(HEAD), checkpoint.read(EMBEDDING)):
             stored.remove(HEAD)
-    refuse_difference("the checkpoint against config.json", set(wanted), stored)
+    refuse_difference("the checkpoint and config.json", set(wanted), stored)
     weights = {name: checkpoint.read(name, shape, dtype).to(device, dtype) for name, shape in wanted.items()}
     if config.tied_head:
         weights[HEAD] = weights[EMBEDDING]

@@ -1,4 +1,4 @@
-"""The server's process: its application, its socket, its beginning and its end."""
+"""The server process: its application, its socket, its startup and its shutdown."""
 import gc
 import json
 import os
@@ -25,14 +25,14 @@ ROUTERS = (
     chat.router,
     tokenizing.router,
 )
-FAIL_S = 4.0  # how long before the end of a drain what still runs is failed: clients and process need time to end
-LAST_WORDS_S = 1.0  # how long a server that takes no requests any more says so
-GARBAGE_OBJECTS = 50_000  # objects that are allocated before the collector runs; one large body has more
-GOODBYE_S = 1.0  # how long connections may then take to close
+FAIL_S = 4.0  # how long before a drain's end unfinished requests fail: clients and the process need time to finish
+LAST_WORDS_S = 1.0  # how long the server still answers requests, with an error, after its engine has stopped
+GARBAGE_OBJECTS = 50_000  # allocations between runs of the garbage collector; one large body makes more than this
+GOODBYE_S = 1.0  # how long connections may take to close when the server exits
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application; the engine steps while it runs."""
+    """Return the application, which starts the engine on startup and stops it on shutdown."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI):
@@ -54,7 +54,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 class HeadAsGet:
-    """What GET answers, HEAD does; uvicorn leaves out the body. A target may be a whole URL."""
+    """Answers HEAD like GET (uvicorn leaves out the body), and accepts a request target that is a whole URL."""
 
     def __init__(self, app):
         self.app = app
@@ -68,7 +68,7 @@ class HeadAsGet:
 
 
 class Server(uvicorn.Server):
-    """Prints a command that works, and ends by a signal or when the engine has died."""
+    """Prints an example request when it is ready, and shuts down on a signal or when the engine has died."""
 
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
@@ -82,14 +82,14 @@ class Server(uvicorn.Server):
             print(invitation(url, self.service), file=sys.stderr, flush=True)
 
     def handle_exit(self, sig, frame) -> None:
-        """On the first signal begin to drain: what runs may end, new requests get 503. On the second one, end at once."""
+        """On the first signal, drain: active requests may finish, and new ones get 503. On the second, exit at once."""
         if self.service.draining:
             os._exit(1)
         self.service.draining = True
         self.fail_at = time.monotonic() + self.service.drain_seconds - FAIL_S
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second; True ends the server."""
+        """Return whether to end the server. uvicorn calls this ten times per second."""
         async_engine = self.service.async_engine
         if self.service.draining and async_engine.fatal_error is None and time.monotonic() > self.fail_at:
             async_engine.fail_all(EngineStopped("the server was shut down before this request was done"))
@@ -101,14 +101,14 @@ class Server(uvicorn.Server):
 
 
 def invitation(url: str, service: Service) -> str:
-    """A command line to copy; the key is left to those who know it, since logs are read by others."""
+    """Return an example command to copy, without the API key, since others may read the log."""
     key = ' -H "Authorization: Bearer $API_KEY"' if service.api_keys else ""
     body = shlex.quote(json.dumps({"model": service.models[0], "prompt": "Once upon a time", "max_tokens": 32}))
     return f"serving {service.models[0]}; try:\n  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {body}"
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket with this address, on which nobody can connect before the server listens; ValueError if it is taken."""
+    """Return a socket that is bound to this address but not listening; ValueError if the address is unavailable."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind, protocol)
@@ -120,24 +120,24 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def unavailable(host: str, port: int, error: Exception) -> ValueError:
-    return ValueError(f"{host}:{port} cannot be listened on: {error}; give another host or port (0: a free one)")
+    return ValueError(f"cannot listen on {host}:{port}: {error}; choose another host or port (0 picks a free port)")
 
 
 def serve(service: Service, bound: socket.socket, keep_alive_s: int) -> NoReturn:
-    """Run until a signal ends the server or its engine has died, and end the process: 0, or 1 if it died."""
+    """Serve until a signal or the engine's death, then end the process: exit code 1 if the engine died, otherwise 0."""
     app = create_app(service)
-    app.openapi()  # it is made when it is first asked for, and kept
+    app.openapi()  # build the schema now rather than on the first request for it; it is cached
     times = dict(timeout_keep_alive=keep_alive_s, timeout_graceful_shutdown=GOODBYE_S)
     config = uvicorn.Config(app, log_level="warning", ws="none", **times)
-    # A search for garbage would look at all that was loaded, for a tenth of a second or more. None of it ever is garbage.
+    # A collection would scan everything loaded so far, which takes 0.1 s or more. None of it ever becomes garbage.
     gc.collect()
     gc.freeze()
     gc.set_threshold(GARBAGE_OBJECTS)
     try:
         Server(config, service).run([bound])
-    # Of two servers that began together with one port, one listened first.
+    # If two servers start on one port at the same time, the second one to listen fails here.
     except OSError as error:
         raise unavailable(*bound.getsockname()[:2], error) from None
-    # A thread may be inside a step or a long text. Python's own exit would wait for it, or crash on it.
+    # A thread may be in the middle of a step or a long text. Python's own exit would wait for it, or crash.
     sys.stderr.flush()
     os._exit(1 if service.async_engine.died else 0)

@@ -1,7 +1,7 @@
-"""What clients send and get: OpenAI's completions and chat completions, as far as this server knows them.
+"""The bodies of requests and responses: OpenAI's completions and chat completions, as far as this server supports them.
 
-A parameter that OpenAI documents either works or is refused by name. Fields that nobody documents are let
-through, because real clients send them; so is an explicit null, which means the default.
+A parameter that OpenAI documents either works or is refused by name. Undocumented fields are accepted,
+because real clients send them. So is an explicit null, which means the default.
 """
 import json
 import time
@@ -14,11 +14,11 @@ from pydantic_core import PydanticCustomError
 from .errors import ApiError
 from .params import SamplingParams
 
-# The messages of a conversation and their parts, or the prompts of a call: more are refused before they are validated.
+# The most messages plus parts, or prompts, that a body may have. A body with more is refused before validation.
 MAX_ITEMS = 4096
-# What each refused parameter may be, because it then asks for nothing.
+# Parameters that are not implemented here, each with the values that are accepted because they change nothing.
 PENALTIES = {"frequency_penalty": [0, 0.0], "presence_penalty": [0, 0.0], "logit_bias": [{}]}
-# Documented by vLLM, and not computed here: a client that asks for it should not have to guess why nothing happens.
+# vLLM's parameters that are not implemented here: refused, so that no client has to guess why one has no effect.
 EXTENSIONS = {
     "allowed_token_ids": [[]],
     "bad_words": [[]],
@@ -60,30 +60,30 @@ EXTENSIONS = {
 }
 Text = Annotated[str, Field(min_length=1)]
 Note = Annotated[str, Field(max_length=512)]
-# fail_fast: a million wrong items are one complaint.
+# fail_fast: validation stops at the first invalid item, so that a million of them give one error.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 
 
 def is_inert(value: Any, inert: list) -> bool:
-    """Whether a refused parameter has one of the values with which it asks for nothing."""
-    # No such value is long, and a long one takes long to compare.
+    """Return whether value is one of those with which a refused parameter changes nothing."""
+    # All of those are short, and a long value takes long to compare.
     if isinstance(value, (dict, list, str)) and len(value) > 20:
         return False
     return canonical(value) in map(canonical, inert)
 
 
 def canonical(value: Any) -> str:
-    """A value as JSON, without the nulls in it: by this true is not 1, and an explicit null is nothing."""
+    """Return value as JSON without null members: then true differs from 1, and an explicit null counts as absent."""
     if isinstance(value, dict):
-        value = {name: each for name, each in value.items() if each is not None}
+        value = {name: member for name, member in value.items() if member is not None}
     if isinstance(value, float):
         value += 0.0  # -0.0 is 0.0
     return json.dumps(value, sort_keys=True)
 
 
 def count_items(items: list) -> int:
-    """Messages and their parts, or prompts. A long list of token ids counts as none: it is validated fast, to its first wrong item."""
+    """Return the number of messages plus parts, or of prompts; 0 for a long list of token ids, which validates fast."""
     if len(items) > MAX_ITEMS:
         return 0 if isinstance(items[0], int) else len(items)
     parts = (item["content"] for item in items if isinstance(item, dict) and isinstance(item.get("content"), list))
@@ -91,17 +91,17 @@ def count_items(items: list) -> int:
 
 
 class Strict(BaseModel):
-    """A part of a body from outside: no text where a number belongs, and no NaN."""
+    """Part of a request body. Rejects strings where numbers belong, infinity and NaN."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
 
-    # Documented by OpenAI or vLLM, not computed here: the values with which each is let through all the same.
+    # Parameters of OpenAI or vLLM that are not implemented here, each with the values that are accepted all the same.
     refused: ClassVar[dict[str, list]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def refuse(cls, data: Any) -> Any:
-        """Name the first parameter that asks for what this server does not do; drop nulls."""
+        """Drop nulls; raise an error that names the first parameter that is not supported."""
         if not isinstance(data, dict):
             return data
         for name, inert in cls.refused.items():
@@ -113,14 +113,14 @@ class Strict(BaseModel):
 
 
 class Body(Strict):
-    """A whole body, checked as such before its parts are validated one by one."""
+    """A whole request body. Its number of items and its encoding are checked before its parts are validated."""
 
-    counted: ClassVar[str]  # the parameter whose items are limited in number
+    counted: ClassVar[str]  # the parameter that may have at most MAX_ITEMS items
 
     @model_validator(mode="before")
     @classmethod
     def check_whole(cls, data: Any) -> Any:
-        """Refuse too many items, and texts that are not Unicode."""
+        """Raise ApiError for too many items, or for strings that are not valid Unicode."""
         if not isinstance(data, dict):
             return data
         items = data.get(cls.counted)
@@ -128,25 +128,25 @@ class Body(Strict):
         if num_items > MAX_ITEMS:
             raise ApiError(400, f"{cls.counted} has {num_items} items, but a body has at most {MAX_ITEMS}; send fewer", cls.counted)
         for name in cls.model_fields.keys() & data.keys():
-            # What is no text and holds none is validated faster than searched.
+            # Lists of token ids hold no strings, and validating them is faster than searching them.
             if isinstance(data[name], list) and data[name] and isinstance(data[name][0], (int, list)):
                 continue
             try:
                 json.dumps(data[name], ensure_ascii=False).encode()
             except UnicodeEncodeError:
-                raise ApiError(400, f"{name} holds half a surrogate pair, which is not a character", name) from None
+                raise ApiError(400, f"{name} holds half a surrogate pair, not a character; remove it", name) from None
         return data
 
 
 def few(value: Any) -> Any:
-    """ValueError for more entries than metadata may have, before each is validated."""
+    """Return value; ValueError if it has more than 16 entries, before any of them is validated."""
     if isinstance(value, dict) and len(value) > 16:
-        raise ValueError(f"has {len(value)} entries, but at most 16 are allowed")
+        raise ValueError(f"has {len(value)} entries, but at most 16 are allowed; send fewer")
     return value
 
 
 class Labels(Body):
-    """What asks nothing of an answer: it is accepted, changes nothing, and is given back where OpenAI's API gives it back."""
+    """Parameters that do not affect the answer. They are accepted, and returned where OpenAI's API returns them."""
 
     metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Note], BeforeValidator(few)] = {}
     prompt_cache_key: Note | None = None
@@ -164,27 +164,27 @@ class StreamOptions(Strict):
 
 
 class GenerationRequest(Labels):
-    """What is asked of the model, whatever the prompt."""
+    """The parameters of a generation, except its prompt and its length."""
 
     model: str
-    n: int = Field(1, ge=1, le=128, description="answers to each prompt")
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="the same seed draws the same text")
-    stop: Text | Annotated[list[Text], Field(max_length=4)] = Field([], description="texts that end the answer before them")
+    n: int = Field(1, ge=1, le=128, description="answers per prompt")
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="the same seed generates the same text")
+    stop: Text | Annotated[list[Text], Field(max_length=4)] = Field([], description="stop strings, left out of the answer")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token")
-    top_p: float = Field(1.0, ge=0, le=1, description="draw from the likeliest tokens that reach this probability")
-    # Beyond OpenAI's.
-    top_k: int = Field(0, ge=-1, description="not OpenAI's: draw from the k likeliest; 0 or -1: all")
+    temperature: float = Field(1.0, ge=0, le=2, description="0 always takes the likeliest token")
+    top_p: float = Field(1.0, ge=0, le=1, description="sample from the likeliest tokens that reach this probability")
+    # Not in OpenAI's API.
+    top_k: int = Field(0, ge=-1, description="not OpenAI's: sample from the k likeliest tokens; 0 or -1: from all")
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024, fail_fast=True)] = Field(
-        [], description="not OpenAI's: tokens that end the answer, and are not part of it"
+        [], description="not OpenAI's: stop tokens, left out of the answer"
     )
-    ignore_eos: bool = Field(False, description="not OpenAI's: go on after the model's end token")
+    ignore_eos: bool = Field(False, description="not OpenAI's: continue past the model's end token")
 
     @model_validator(mode="after")
     def check_stream_options(self):
         if self.stream_options is not None and not self.stream:
-            raise ApiError(400, "stream_options is for streams; set stream to true or leave it out", "stream_options")
+            raise ApiError(400, "stream_options needs stream to be true; set it or leave this out", "stream_options")
         return self
 
     @property
@@ -194,7 +194,7 @@ class GenerationRequest(Labels):
     def sampling_params(self, max_tokens: int | None, **others) -> SamplingParams:
         return SamplingParams(
             max_tokens=max_tokens,
-            # The likeliest token is always kept; with a p of 0 it is the only one.
+            # top_p always keeps the likeliest token; a top_p of 0 keeps only that one.
             temperature=0 if self.top_p == 0 else self.temperature,
             top_k=max(self.top_k, 0),
             top_p=self.top_p or 1.0,
@@ -213,17 +213,17 @@ class CompletionRequest(GenerationRequest):
     counted = "prompt"
 
     prompt: Text | TokenIds | Texts | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)] = Field(
-        description="a text, its tokens, or a list of either"
+        description="text, token ids, or a list of either"
     )
-    best_of: int | None = Field(None, ge=1, description="accepted if it equals n")
-    echo: bool = Field(False, description="begin with the prompt")
-    logprobs: int | None = Field(None, ge=0, le=5, description="report this many of the likeliest tokens")
+    best_of: int | None = Field(None, ge=1, description="must equal n")
+    echo: bool = Field(False, description="begin the answer with the prompt")
+    logprobs: int | None = Field(None, ge=0, le=5, description="report this many of the likeliest tokens per position")
     max_tokens: int | None = Field(None, ge=0, description="default: 16")
 
     @model_validator(mode="after")
     def check_best_of(self):
         if self.best_of not in (None, self.n):
-            raise ApiError(400, f"best_of is {self.best_of} and n {self.n}: only equal ones are supported", "best_of")
+            raise ApiError(400, f"best_of is {self.best_of} but n is {self.n}; leave best_of out", "best_of")
         return self
 
     @property
@@ -238,13 +238,13 @@ class TextPart(Strict):
 
 
 def plain_turn(role: str, content: str | list) -> dict[str, str]:
-    """A developer's words are the system's, and parts are one text."""
+    """Return a turn as chat templates expect it: the developer role becomes system, and parts are joined."""
     text = content if isinstance(content, str) else "".join(part.text for part in content)
     return {"role": "system" if role == "developer" else role, "content": text}
 
 
 class Message(Strict):
-    """A turn of a conversation; what else it holds, a name say, is the template's business."""
+    """A turn of a conversation. Other fields, such as a name, are passed to the chat template."""
 
     model_config = ConfigDict(extra="allow")
     refused = {"audio": [], "function_call": [], "refusal": [""], "tool_call_id": [], "tool_calls": [[]]}
@@ -253,7 +253,7 @@ class Message(Strict):
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def plain(self) -> dict[str, Any]:
-        """As templates know it, which have no developer and no parts."""
+        """Return the turn as chat templates expect it, with its other fields."""
         return self.model_extra | plain_turn(self.role, self.content)
 
 
@@ -286,22 +286,22 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="needs logprobs")
-    max_completion_tokens: int | None = Field(None, ge=1, description="default: what the context has room for")
-    max_tokens: int | None = Field(None, ge=1, description="the older name of max_completion_tokens")
-    store: bool = Field(False, description="accepted; no chat is stored")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="needs logprobs to be true")
+    max_completion_tokens: int | None = Field(None, ge=1, description="default: the rest of the context")
+    max_tokens: int | None = Field(None, ge=1, description="older name of max_completion_tokens")
+    store: bool = Field(False, description="accepted, but no chat is stored")
 
     @model_validator(mode="after")
     def check_pairs(self):
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
+            raise ApiError(400, "max_tokens and max_completion_tokens differ; send only one of them", "max_tokens")
         return self
 
 
 class TokenizeRequest(Body):
-    """POST /tokenize, as vLLM has it: of a prompt, or of a conversation."""
+    """POST /tokenize, as in vLLM: a prompt or a conversation."""
 
     refused = {
         "add_generation_prompt": [True],
@@ -317,15 +317,15 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
-    add_special_tokens: bool = Field(True, description="of a prompt; a conversation has those of its template")
+    add_special_tokens: bool = Field(True, description="for a prompt; a conversation has those of its template")
     return_token_strs: bool = False
 
     @model_validator(mode="after")
     def check_pairs(self):
         if (self.prompt is None) == (self.messages is None):
-            raise ApiError(400, "prompt and messages: give one of them", "prompt")
+            raise ApiError(400, "send either prompt or messages, not both", "prompt")
         if self.messages and "add_special_tokens" in self.model_fields_set and self.add_special_tokens:
-            raise ApiError(400, "add_special_tokens is not supported for messages, which have those of their template; leave it out", "add_special_tokens")
+            raise ApiError(400, "add_special_tokens is not supported for messages, whose template adds its own; leave it out", "add_special_tokens")
         return self
 
 
@@ -337,7 +337,7 @@ class Tokenized(BaseModel):
 
 
 class DetokenizeRequest(Body):
-    """POST /detokenize, as vLLM has it."""
+    """POST /detokenize, as in vLLM."""
 
     counted = "tokens"
 
@@ -349,7 +349,7 @@ class Detokenized(BaseModel):
     prompt: str
 
 
-# ---- what the documentation says of answers, which are written as dicts
+# ---- schemas of responses, for the API's documentation only: responses are built as dicts
 
 
 class Usage(BaseModel):
@@ -423,5 +423,5 @@ def new_id(prefix: str) -> str:
 
 
 def now() -> int:
-    """Seconds since 1970, as `created` has them."""
+    """Return the Unix time in whole seconds, as in `created`."""
     return int(time.time())

@@ -1,4 +1,4 @@
-"""From tokens to the body of an answer."""
+"""Builds the body of an answer from its tokens."""
 import json
 from collections.abc import AsyncIterator
 
@@ -12,7 +12,7 @@ from .service import Service
 
 
 class Writer:
-    """Turns the outputs of one call into its answer: one body, or the events of a stream."""
+    """Turns one call's outputs into its response: one body, or the events of a stream."""
 
     id_prefix: str
     kind: str
@@ -45,10 +45,10 @@ class Writer:
         }
 
     async def whole(self) -> Response:
-        """The answer as one body. Logprobs can make it megabytes: most of them are written as they come, not at its end."""
+        """Return the response as one body. Logprobs may take megabytes; most are serialized as they arrive."""
         async for index, output in self.generation:
             await self.add(self.answers[index], output)
-        # The head without its closing brace. All of it is ASCII, so a character is a byte.
+        # The head without its closing brace. All parts are ASCII, so each character is one byte.
         parts = [to_json(self.head)[:-1], ', "choices": [']
         async for answer in paced(self.answers):
             parts += [", "] * (answer.index > 0) + [to_json(self.choice(answer))]
@@ -57,15 +57,15 @@ class Writer:
         return StreamingResponse(paced(parts), headers=headers, media_type="application/json")
 
     async def add(self, answer: Answer, output: StepOutput) -> None:
-        """Take a token of an answer that is sent whole."""
+        """Add one output to an answer that is sent as one body."""
         raise NotImplementedError
 
     def choice(self, answer: Answer) -> dict:
-        """A whole answer."""
+        """Return a finished answer as an item of `choices`."""
         raise NotImplementedError
 
     async def stream(self) -> AsyncIterator[str]:
-        """The data of each event."""
+        """Yield the data of each event."""
         async for piece in self.pieces():
             yield self.chunk([piece])
         if self.body.include_usage:
@@ -78,20 +78,20 @@ class Writer:
 
 
 class Written(str):
-    """A part of an answer that is JSON already."""
+    """Part of a response, already serialized as JSON."""
 
 
 def to_json(value) -> str:
-    """JSON of a value, in dicts and lists of which there may be parts that are written."""
+    """Return value as JSON. Its dicts and lists may hold Written parts, which are inserted as they are."""
     if isinstance(value, Written):
         return value
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{json.dumps(name)}: {to_json(each)}' for name, each in value.items())}}}"
+        return f"{{{', '.join(f'{json.dumps(name)}: {to_json(member)}' for name, member in value.items())}}}"
     if isinstance(value, list):
         return f"[{', '.join(map(to_json, value))}]"
     return json.dumps(value)
 
 
 def event(data: dict) -> str:
-    """JSON in ASCII: some clients take U+2028 for the end of a line."""
+    """Return data as ASCII JSON: some clients take a raw U+2028 for the end of a line."""
     return to_json(data)

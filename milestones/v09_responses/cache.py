@@ -14,39 +14,39 @@ from .config import ModelConfig
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes that one token's keys and values take, over all layers."""
+    """The size of one token's keys and values in all layers, in bytes."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Bytes that a cache could take at the most: what is free of a GPU's memory, all there is of the machine's."""
+    """The most bytes that a cache could take: a GPU's free memory or, on a CPU, all of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_memory(kv_bytes: int, device: torch.device, remedy: str) -> None:
-    """Raise ValueError if device cannot hold a cache of so many bytes."""
+    """Raise ValueError if device cannot hold a cache of kv_bytes; remedy ends the message."""
     available = memory_bytes(device)
     if kv_bytes > available:
         needed, there = f"{kv_bytes / 2**30:.1f} GiB", f"{available / 2**30:.1f} GiB"
-        raise ValueError(f"the cache would take {needed} of memory, {device} has {there}; {remedy}")
+        raise ValueError(f"the cache needs {needed} of memory, but {device} has {there}; {remedy}")
 
 
 class BlockPool:
-    """Which blocks are free. A block belongs to whoever holds its id."""
+    """The free blocks. A block that is not free belongs to the sequence whose table holds its id."""
 
     def __init__(self, num_blocks: int, block_size: int):
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.free_ids = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken comes first
+        self.free_ids = OrderedDict.fromkeys(range(num_blocks))  # the next to be allocated is first
 
     @property
     def num_free(self) -> int:
         return len(self.free_ids)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks hold so many tokens.
+        """The number of blocks that num_tokens tokens need.
 
         >>> [BlockPool(num_blocks=9, block_size=4).blocks_for(n) for n in (0, 1, 4, 5)]
         [0, 1, 1, 2]
@@ -56,8 +56,8 @@ class BlockPool:
     def allocate(self, num_blocks: int) -> list[int] | None:
         """Take blocks out of the pool; the caller owns them until `free`.
 
-        Returns block ids in the order tokens will fill them, none for a number of 0 or less; or None if the pool
-        is short, in which case nothing was taken.
+        Returns block ids in the order in which tokens fill them, an empty list if num_blocks is 0 or less; or None,
+        with nothing taken, if too few blocks are free.
 
         >>> BlockPool(num_blocks=5, block_size=4).allocate(3)
         [0, 1, 2]
@@ -68,18 +68,18 @@ class BlockPool:
         return block_ids
 
     def free(self, block_ids: list[int] | array) -> None:
-        """Give a table's blocks back; they wait behind those freed before, the table's last block first."""
+        """Add a table's blocks to the end of the free list, the table's last block first."""
         for block_id in reversed(block_ids):
             assert block_id not in self.free_ids, f"block {block_id} is free already"
             self.free_ids[block_id] = None
 
 
 class KVCache:
-    """Keys and values in blocks of block_size positions, owned by whoever holds their ids.
+    """Keys and values in blocks of block_size positions; a block belongs to the sequence whose table holds its id.
 
-    The next owner writes over the last one's. A token attends only to the positions of its own table: to each
-    after it was written, in the same pass or an earlier one. All are read, though, and a weight of 0 cancels
-    finite numbers only: 0 * NaN is NaN. So a block is cleared when its first position is written.
+    The next owner overwrites what the last one left. A token attends only to positions that its own sequence has
+    written, in the same step or an earlier one. Masked positions are read too, and a weight of 0 cancels only finite
+    numbers: 0 * NaN is NaN. So a block is cleared when its first position is written.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class KVCache:
     ):
         self.block_size = block_size
         self.kv_bytes = num_blocks * block_size * kv_bytes_per_token(config, dtype)
-        check_memory(self.kv_bytes, device, "lower kv_bytes, or num_blocks or block_size")
+        check_memory(self.kv_bytes, device, "lower kv_bytes, num_blocks or block_size")
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # [L, P, BS, KV, D]
         self.v = torch.zeros(shape, device=device, dtype=dtype)  # [L, P, BS, KV, D]
@@ -105,7 +105,7 @@ class KVCache:
         self.v[layer_id].flatten(0, 1).index_copy_(0, batch.slot_mapping, v)
 
     def read(self, layer_id: int, rectangle) -> tuple[Tensor, Tensor]:
-        """Keys and values of all positions so far, [S, n, KV, D]: copies, since the blocks lie anywhere."""
+        """Keys and values of all positions so far, [S, n, KV, D]: copies, because the blocks need not be adjacent."""
         tables, n = rectangle.block_tables, rectangle.context_len
         k = self.k[layer_id].index_select(0, tables.flatten())  # [S * M, BS, KV, D]
         v = self.v[layer_id].index_select(0, tables.flatten())  # [S * M, BS, KV, D]

@@ -23,12 +23,12 @@ router = APIRouter(route_class=BodyRoute)
 
 class Prompt(NamedTuple):
     token_ids: list[int]
-    text: str  # empty if nobody wants it
-    offsets: list[int]  # at which character of it each token begins; empty if nobody wants it
+    text: str  # empty for token ids that are not echoed
+    offsets: list[int]  # the character of text at which each token begins; empty unless echoed with logprobs
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, body: CompletionRequest, service: Service) -> list[Prompt]:
-    """Tokens of texts; texts of tokens only if they are echoed, and offsets if they have logprobs. RequestError if one cannot fit."""
+    """Tokenize the prompts, with what echo needs of their texts and offsets. RequestError if one cannot fit."""
     wants_offsets = body.echo and body.logprobs is not None
     encoded = []
     for prompt in body.prompts:
@@ -45,7 +45,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, body: CompletionRequest, 
 
 
 class CompletionLogprobs:
-    """Logprobs as completions have them, in four lists."""
+    """Logprobs in completions' format: four lists with an entry per token."""
 
     def __init__(self):
         self.tokens: list[str] = []
@@ -54,7 +54,7 @@ class CompletionLogprobs:
         self.text_offset: list[int] = []
 
     async def add(self, names: TokenNames, tokens: Iterable) -> None:
-        """Of each token its offset in the text, its id, and logprobs or None."""
+        """Append tokens, each given by its offset in the text, its id, and its logprobs or None."""
         async for offset, token_id, logprobs in paced(tokens):
             self.tokens.append(names.text_of(token_id))
             self.token_logprobs.append(None if logprobs is None else finite(logprobs[token_id]))
@@ -75,14 +75,14 @@ class CompletionWriter(Writer):
     id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
     def __init__(self, *args, prompts: list[Prompt]):
-        """prompts: the one of each answer."""
+        """prompts: the prompt of each answer."""
         super().__init__(*args)
         self.prompts = prompts
-        self.begun: set[int] = set()  # answers of which a piece was written
+        self.begun: set[int] = set()  # indices of the answers that have had their first piece
         self.written = [CompletionLogprobs() for _ in self.answers]
 
     async def next_piece(self, answer: Answer, output: StepOutput, logprobs: CompletionLogprobs) -> str:
-        """The text that a token adds to an answer, with its logprobs; the first one begins with the prompt if that is wanted."""
+        """Return the text that an output adds to an answer, and add its logprobs; with echo, the prompt comes first."""
         text, tokens = answer.push(output)
         names, prompt = self.service.names, self.prompts[answer.index]
         if self.body.echo:
@@ -121,7 +121,7 @@ async def create_completion(request: Request, body: CompletionRequest):
     service.check_model(body.model)
     service.check_count(len(body.prompts), body.n)
     prompts = await service.async_engine.tokenize(encode_prompts, body, service)
-    # The engine gives every request a token; a request that wants none has it thrown away.
+    # The engine generates at least one token per request; for max_tokens=0, Answer discards it.
     max_tokens = 1 if body.max_tokens == 0 else body.max_tokens
     requests = []
     for prompt in prompts:

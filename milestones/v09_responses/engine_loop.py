@@ -1,7 +1,7 @@
-"""The engine's side of the server: a loop that steps, and the messages that cross to it and back.
+"""The engine's side of the server: the engine loop, and the messages between it and the event loop's side.
 
-The engine belongs to the thread that runs this loop. Messages are named tuples of plain data: neither side ever holds an
-object that the other one changes.
+Only the thread that runs the engine loop may use the engine. Messages are named tuples of plain data, so neither side
+holds an object that the other one changes.
 """
 import logging
 import queue
@@ -17,7 +17,7 @@ NOT_FINITE = "the model's logits for this request were not finite numbers; its w
 
 
 class EngineLike(Protocol):
-    """What the server needs from an engine. Only the loop's thread calls the methods."""
+    """What the server needs from an engine. Once the engine loop runs, only its thread calls the methods."""
 
     name: str
     tokenizer: object
@@ -36,20 +36,20 @@ class EngineLike(Protocol):
 
 
 class Add(NamedTuple):
-    """Queue all requests of a call, or none. The answer is Added, Refused or Failed."""
+    """Queue all requests of a call, or none. The reply is Added, Refused or Failed."""
 
     call_id: int
     requests: list[tuple[list[int], SamplingParams]]
 
 
 class Abort(NamedTuple):
-    """End the requests of a call that are unfinished. The answer is Aborted."""
+    """Abort a call's unfinished requests. The reply is Aborted."""
 
     call_id: int
 
 
 class Stop(NamedTuple):
-    """End the loop. There is no answer."""
+    """End the engine loop. There is no reply."""
 
 
 # ---- from the engine's side
@@ -62,7 +62,7 @@ class Added(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """None of a call's requests is queued, because of a RequestError with these arguments."""
+    """None of a call's requests is queued, because adding one raised RequestError with these arguments."""
 
     call_id: int
     message: str
@@ -71,32 +71,32 @@ class Refused(NamedTuple):
 
 
 class Aborted(NamedTuple):
-    """No request of this call is left."""
+    """The engine has no request of this call left."""
 
     call_id: int
 
 
 class Stepped(NamedTuple):
-    """The tokens of one step, each with its call and its request's index in that call."""
+    """Tokens of one step, each with its call id and its request's index in that call."""
 
     outputs: list[tuple[int, int, StepOutput]]
 
 
 class Failed(NamedTuple):
-    """These calls ended abnormally."""
+    """These calls have failed, and none of their requests is left."""
 
     call_ids: list[int]
     reason: str
 
 
 class Died(NamedTuple):
-    """The loop has ended by an exception. No message follows."""
+    """The engine loop has died. No message follows."""
 
     reason: str
 
 
 class EngineLoop:
-    """Steps an engine, and acts on messages between two steps. Everything here belongs to the thread that calls `run`."""
+    """Steps an engine and handles messages between steps. Once `run` is called, only its thread may use this object."""
 
     def __init__(
         self,
@@ -104,11 +104,11 @@ class EngineLoop:
         inbox: queue.SimpleQueue,
         send: Callable[[tuple, Stats], None],
     ):
-        """Take messages from inbox, and call send with each message for the other side and the engine's stats."""
+        """Messages are read from inbox; send gets each message to the event loop's side, with the engine's stats."""
         self.engine = engine
         self.inbox = inbox
         self.send = send
-        # The call of each unfinished request, and the request's index in it.
+        # For each unfinished request, by id: the id of its call, and its index in that call.
         self.owners: dict[int, tuple[int, int]] = {}
 
     def run(self) -> None:
@@ -123,7 +123,7 @@ class EngineLoop:
             self.engine.close()
 
     def read_messages(self) -> bool:
-        """Act on every message that is there; wait for one if there is nothing to compute. False after Stop."""
+        """Handle all queued messages; wait for one first if no request is unfinished. Return False after Stop."""
         wait = not self.engine.has_unfinished_requests()
         while True:
             try:
@@ -156,20 +156,20 @@ class EngineLoop:
             self.post(Added(call_id))
 
     def remove(self, call_id: int) -> None:
-        """Abort what is left of a call's requests."""
+        """Abort a call's unfinished requests."""
         for request_id, (owner, _) in list(self.owners.items()):
             if owner == call_id:
                 del self.owners[request_id]
                 self.engine.abort_request(request_id)
 
     def step(self) -> None:
-        """Take one step, and post its tokens. If it raises, the calls that took part fail and the others go on."""
+        """Take one step and post its tokens. If it raises, the calls that took part fail and the others continue."""
         try:
             outputs = self.engine.step()
         except Exception as error:
             logger.exception("a step failed")
             request_ids = self.engine.fail_step()
-            # If no request took part, the next step would raise too.
+            # If no request took part, none can be failed, and the next step would raise too.
             if not request_ids:
                 raise
             call_ids = {self.owners[request_id][0] for request_id in request_ids}
@@ -177,16 +177,17 @@ class EngineLoop:
         else:
             self.fail_calls({self.owners[output.request_id][0] for output in outputs if output.finish_reason == "error"}, NOT_FINITE)
             outputs = [output for output in outputs if output.request_id in self.owners]
-            # Logprobs of a prompt are many, and the other side takes in a message at once.
-            large = [output for output in outputs if output.prompt_logprobs is not None]
-            for group in [[output for output in outputs if output.prompt_logprobs is None], *([output] for output in large)]:
+            # Receiving a message blocks the event loop, and a prompt has many logprobs, so outputs with them go alone.
+            together = [output for output in outputs if output.prompt_logprobs is None]
+            alone = [[output] for output in outputs if output.prompt_logprobs is not None]
+            for group in [together, *alone]:
                 self.post(Stepped([(*self.owners[output.request_id], output) for output in group]))
             for output in outputs:
                 if output.finish_reason is not None:
                     del self.owners[output.request_id]
 
     def fail_calls(self, call_ids: set[int], reason: str) -> None:
-        """Abort what is left of these calls, and say why."""
+        """Abort the unfinished requests of these calls, and post that the calls have failed."""
         for call_id in call_ids:
             self.remove(call_id)
         if call_ids:

@@ -1,16 +1,16 @@
-"""What every request passes before its body is read."""
+"""The checks that every HTTP request passes before its endpoint runs."""
 import hmac
 
 from .errors import ApiError, error_response
 from .service import Service
 
 MAX_BODY_BYTES = 4 * 2**20
-# What anybody may ask, at any time.
+# Paths that need no key, and that a draining server still answers.
 OPEN = ("/health", "/version", "/docs", "/openapi.json")
 
 
 class Gate:
-    """503 for new work while the server drains, 401 without a key, 413 for a body that is too large."""
+    """Returns 503 for new work while the server drains, 401 without a valid key, 413 for a body that is too large."""
 
     def __init__(self, app, service: Service):
         self.app = app
@@ -26,7 +26,7 @@ class Gate:
         num_bytes, complete = 0, False
 
         async def receive_counted():
-            """As receive. A draining server does not wait for a request whose body has not arrived."""
+            """Call receive and count the body's bytes. A drain waits for the request only once its body is complete."""
             nonlocal num_bytes, complete
             message = await receive()
             num_bytes += len(message.get("body", b""))
@@ -54,14 +54,14 @@ class Gate:
         return None
 
     def key_of(self, headers: dict[bytes, bytes]) -> str | None:
-        """The API key that a request was sent with, if it is one of ours."""
+        """Return the API key that the request was sent with, or None if it is missing or unknown."""
         scheme, _, sent = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer":
             return None
-        # Every key is compared, each in constant time: the time it takes must tell nothing about a key.
+        # Compare every key in constant time, so that the response time reveals nothing about a key.
         matches = [key for key in self.service.api_keys if hmac.compare_digest(sent.strip(), key.encode())]
         return matches[0] if matches else None
 
 
 def too_large() -> ApiError:
-    return ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send less", code="body_too_large", headers={"Connection": "close"})
+    return ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send a smaller one", code="body_too_large", headers={"Connection": "close"})

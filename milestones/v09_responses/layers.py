@@ -1,4 +1,4 @@
-"""Token-wise layers: each row of [N, E] is one token, and no row knows of another.
+"""Token-wise layers: each row of [N, E] is one token, computed independently of the others.
 
 N tokens of this step   E hidden_size   I intermediate_size   D head_dim, elements
 """
@@ -16,25 +16,25 @@ class Linear(nn.Linear):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weight and bias, which every product reads once."""
+        """The size of weight and bias in bytes; each product reads them once."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
 
 class Projection(Linear):
-    """A product inside a layer: seven in each, by the names the checkpoint gives them."""
+    """One of the seven linear layers in each decoder layer, named as in the checkpoint."""
 
 
 class Returning(Projection):
-    """A projection whose result is added to the stream: `o_proj` and `down_proj`."""
+    """A projection whose result is added to the residual stream: `o_proj` and `down_proj`."""
 
 
 def products(x: Tensor, *linears: Linear) -> list[Tensor]:
-    """The product of x [N, in] with each of several layers: a list of [N, out]."""
+    """The product of x [N, in] with each of the layers, as a list of [N, out]."""
     return [linear(x) for linear in linears]
 
 
 class RMSNorm(nn.Module):
-    """Scale each vector to unit root mean square, then by a learned weight.
+    """Scale each vector to unit root mean square, then multiply it by a learned weight.
 
     Source: https://arxiv.org/abs/1910.07467.
     """
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        # Squares of 16-bit values lose too much: the mean is taken in float32, the weight applied in the model's dtype.
+        # Squaring in 16 bits loses too much precision: take the mean in float32, apply the weight in the model's dtype.
         wide = hidden.float()
         scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * scaled.to(hidden.dtype)
@@ -54,8 +54,8 @@ class RMSNorm(nn.Module):
 def rope_frequencies(config: ModelConfig) -> Tensor:
     """Radians per position of each pair of elements, [D / 2] float32, on the CPU.
 
-    Pairs that turn slowly never completed a turn in training. `llama3` scaling slows them down by
-    `factor`, leaves the fast ones alone, and blends in between.
+    Pairs that rotate slowly never completed a turn in training. `llama3` scaling slows them down by
+    `factor`, leaves the fast ones unchanged, and interpolates in between.
 
     Source: https://arxiv.org/abs/2104.09864; llama3 scaling as in transformers' modeling_rope_utils.
     """
@@ -75,19 +75,19 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        # Not persistent: no checkpoint has to bring it.
+        # Not persistent, because checkpoints do not contain it.
         self.register_buffer("freqs", rope_frequencies(config), persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables [N, 1, D / 2] for positions [N]; angles in float32, the tables in dtype."""
+        """Cosines and sines [N, 1, D / 2] for positions [N], computed in float32 and returned in dtype."""
         angles = positions[:, None, None].float() * self.freqs  # [N, 1, D / 2]
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each head of x [N, heads, D] to its position.
+    """Rotate each head of x [N, heads, D] by the angles of its position.
 
-    Element i pairs with element i + D / 2, as in transformers' checkpoints, not with its neighbour.
+    Element i pairs with element i + D / 2, as in transformers' checkpoints, not with its neighbor.
 
     >>> quarter_turn = torch.tensor([0.0]), torch.tensor([1.0])
     >>> rotate(torch.tensor([[[3.0, 4.0]]]), *quarter_turn).tolist()

@@ -1,4 +1,4 @@
-"""What clients send to /v1/responses."""
+"""The bodies of requests to /v1/responses."""
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -10,7 +10,7 @@ PLAIN, MEDIUM = {"format": {"type": "text"}}, {"verbosity": "medium"}
 
 
 LOGPROBS = "message.output_text.logprobs"
-# What else OpenAI's clients ask to be told of what tools and reasoning leave. There is nothing of it in an answer.
+# OpenAI's other values concern tools, images and reasoning. They are accepted, and add nothing to an answer.
 Includable = Literal[
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
@@ -24,11 +24,11 @@ Includable = Literal[
 
 
 class Reasoning(Strict):
-    """How a model that thinks first should think. A summary of nothing is nothing."""
+    """Options for reasoning, which is not implemented. A summary may be requested, but is never produced."""
 
     effort: Literal["none"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
-    generate_summary: Literal["auto", "concise", "detailed"] | None = Field(None, description="the older name of summary")
+    generate_summary: Literal["auto", "concise", "detailed"] | None = Field(None, description="older name of summary")
 
 
 class ContentPart(Strict):
@@ -44,7 +44,7 @@ class InputMessage(Strict):
     type: Literal["message"] = "message"
 
     def plain(self) -> dict[str, str]:
-        """As templates know it."""
+        """Return the turn as chat templates expect it."""
         return plain_turn(self.role, self.content)
 
 
@@ -81,12 +81,12 @@ class ResponseRequest(Labels):
 
     model: str
     input: Text | Annotated[list[InputMessage], Field(min_length=1, fail_fast=True)]
-    instructions: str | None = Field(None, description="a system message before the conversation; not remembered")
-    previous_response_id: str | None = Field(None, description="go on from this response")
-    store: bool = Field(True, description="remember the response, for GET and previous_response_id")
-    background: bool = Field(False, description="answer at once; ask for the result with GET. Needs store, and no stream")
+    instructions: str | None = Field(None, description="a system message before the conversation, for this response only")
+    previous_response_id: str | None = Field(None, description="continue the conversation after this response")
+    store: bool = Field(True, description="store the response for GET and previous_response_id")
+    background: bool = Field(False, description="return at once; poll the result with GET. Needs store, and no stream")
     stream: bool = False
-    max_output_tokens: int | None = Field(None, ge=1, description="default: what the context has room for")
+    max_output_tokens: int | None = Field(None, ge=1, description="default: the rest of the context")
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     include: Annotated[list[Includable], Field(fail_fast=True)] = []

@@ -1,4 +1,4 @@
-"""A request under way."""
+"""The state of one request."""
 import random
 from array import array
 
@@ -7,7 +7,7 @@ from .text import TextStream
 
 
 class Sequence:
-    """The tokens of one request, and why it ended."""
+    """The tokens of one request, and why it finished."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Sequence:
 
     @property
     def max_len(self) -> int:
-        """Positions that it may come to hold in the cache: all of its tokens but the last, which is never fed."""
+        """The most positions that it may hold in the cache: all its tokens except the last, which is never fed."""
         return self.num_prompt + self.max_tokens - 1
 
     @property
@@ -54,11 +54,11 @@ class Sequence:
 
     @property
     def first_draw(self) -> int:
-        """The first position that the next pass decides: the next token's, or the prompt's next if its logprobs are wanted."""
+        """The first position that the next step decides: the new token's or, for prompt_logprobs, a prompt token's."""
         return self.num_computed + 1 if self.params.prompt_logprobs and self.num_output == 0 else self.num_tokens
 
     def knows(self, position: int) -> bool:
-        """Whether the token at this position is known already: one of the prompt, or one that was generated."""
+        """Whether the token at this position is already known: it is in the prompt, or was generated."""
         return position < self.num_tokens
 
     @property
@@ -78,6 +78,6 @@ class Sequence:
             self.finish("length")
 
     def finish(self, reason: str, by: int | str | None = None) -> None:
-        """Say why it ends: stop, length, abort or error."""
+        """Record why it finished: stop, length, abort or error."""
         self.finish_reason = reason
         self.stop_reason = by

@@ -17,7 +17,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """Import the engine, and PyTorch with it, for those who ask for it: the server's process never does."""
+    """Import the engine, and with it PyTorch, only on access to `Engine`: the server process can run without them."""
     if name == "Engine":
         from .engine import Engine
 

@@ -17,39 +17,39 @@ if TYPE_CHECKING:
 
 POCKET = Path(__file__).resolve().parents[2] / "shared" / "models" / "pocket"
 
-# Every keyword of Engine is a flag of every command.
+# Every keyword argument of Engine is a flag of every command.
 ENGINE_FLAGS = {
-    "device": dict(help="cpu, cuda or cuda:N (default: cuda if there is one)"),
+    "device": dict(help="cpu, cuda or cuda:N (default: cuda if available)"),
     "dtype": dict(choices=("float32", "bfloat16", "float16"), help="(default: the checkpoint's on a GPU, float32 on a CPU)"),
-    "max_model_len": dict(type=int, metavar="N", help="prompt and output together (default: the model's)"),
-    "max_num_seqs": dict(type=int, default=64, metavar="N", help="requests in one batch (default: 64)"),
-    "num_blocks": dict(type=int, metavar="N", help="blocks of the cache (default: as many as kv_bytes holds)"),
-    "block_size": dict(type=int, default=16, metavar="N", help="tokens in a block (default: 16)"),
-    "kv_bytes": dict(type=int, metavar="N", help="size of the cache (default: at most 1 GiB; on a GPU 60 %% of what is free)"),
+    "max_model_len": dict(type=int, metavar="N", help="most tokens of prompt plus output (default: the model's limit)"),
+    "max_num_seqs": dict(type=int, default=64, metavar="N", help="most requests in one batch (default: 64)"),
+    "num_blocks": dict(type=int, metavar="N", help="number of cache blocks (default: as many as fit into kv_bytes)"),
+    "block_size": dict(type=int, default=16, metavar="N", help="tokens per block (default: 16)"),
+    "kv_bytes": dict(type=int, metavar="N", help="cache size (default: at most 1 GiB; on a GPU, 60 %% of free memory)"),
     "attention": dict(choices=("auto", "torch", "triton"), default="auto", help="(default: triton on a GPU, torch on a CPU)"),
 }
 SERVER_FLAGS = {
     "engine": dict(choices=("process", "thread"), default="process", help="where the engine runs (default: in a process of its own)"),
-    "host": dict(default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"),
-    "port": dict(type=int, default=8000, help="0 takes a free one (default: 8000)"),
-    "api_key": dict(metavar="KEY", action="append", help="ask every client for it; repeat it to have several (default: none)"),
-    "keep_alive": dict(type=int, default=120, metavar="S", help="seconds until an idle connection is closed (default: 120; proxies keep theirs for 60 to 90)"),
-    "served_model_name": dict(metavar="NAME", help="what clients call the model (default: its directory's name, or its repository's on the hub)"),
-    "max_waiting": dict(type=int, default=256, metavar="N", help="more waiting requests get 429 (default: 256)"),
-    "default_max_tokens": dict(type=int, metavar="N", help="cap for requests that name none: they get 16, in chat what there is room for"),
-    "drain_seconds": dict(type=float, default=30.0, metavar="S", help="seconds in which to end after SIGTERM; at least 5 (default: 30)"),
+    "host": dict(default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"),
+    "port": dict(type=int, default=8000, help="port to listen on; 0 picks a free one (default: 8000)"),
+    "api_key": dict(metavar="KEY", action="append", help="key that clients must send; repeatable (default: none)"),
+    "keep_alive": dict(type=int, default=120, metavar="S", help="seconds until an idle connection is closed (default: 120; proxies use 60 to 90)"),
+    "served_model_name": dict(metavar="NAME", help="name for clients (default: its directory's or hub repository's)"),
+    "max_waiting": dict(type=int, default=256, metavar="N", help="most waiting requests; more get 429 (default: 256)"),
+    "default_max_tokens": dict(type=int, metavar="N", help="cap for requests without max_tokens, which get 16, or in chat all that fits"),
+    "drain_seconds": dict(type=float, default=30.0, metavar="S", help="seconds from SIGTERM to exit, at least 5 (default: 30)"),
 }
 SAMPLING_FLAGS = {
-    "max_tokens": dict(type=int, default=128, metavar="N", help="new tokens at most (default: 128)"),
-    "temperature": dict(type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"),
-    "top_k": dict(type=int, default=0, metavar="K", help="draw from the K likeliest (default: 0, all)"),
-    "top_p": dict(type=float, default=1.0, metavar="P", help="draw from the likeliest that reach P (default: 1)"),
-    "seed": dict(type=int, metavar="S", help="the same seed draws the same text (default: fresh)"),
+    "max_tokens": dict(type=int, default=128, metavar="N", help="most tokens to generate per prompt (default: 128)"),
+    "temperature": dict(type=float, default=0.0, metavar="T", help="0 always takes the likeliest token (default: 0)"),
+    "top_k": dict(type=int, default=0, metavar="K", help="sample from the K likeliest (default: 0, all)"),
+    "top_p": dict(type=float, default=1.0, metavar="P", help="sample from the likeliest that add up to P (default: 1)"),
+    "seed": dict(type=int, metavar="S", help="the same seed gives the same text (default: a fresh one)"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0, 1 or 130 if it was cut short, or 2 after a sentence on stderr that says what was wrong."""
+    """Run one command; return 0, 1 if output was cut off, 130 after Ctrl-C, or 2 after an error message on stderr."""
     args = build_parser().parse_args(argv)
     try:
         status = args.command(args)
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever reads the texts has seen enough. What is still in the buffer goes nowhere.
+        # The reader has closed the pipe: discard what is still in the buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
@@ -72,12 +72,12 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="complete prompts")
     generate.set_defaults(command=run_generate)
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
-    generate.add_argument("--chat", action="store_true", help="each prompt is a user's turn in the model's template")
-    generate.add_argument("--stream", action="store_true", help="print text as it comes, prompts in order")
-    generate.add_argument("--stats", action="store_true", help="say on stderr what the run cost")
+    generate.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
+    generate.add_argument("--stream", action="store_true", help="print text as it is generated, prompts in order")
+    generate.add_argument("--stats", action="store_true", help="print tokens, time and forward passes to stderr")
     add_flags(generate, SAMPLING_FLAGS)
     add_engine_flags(generate)
-    serve = commands.add_parser("serve", help="answer OpenAI's clients over HTTP")
+    serve = commands.add_parser("serve", help="serve OpenAI clients over HTTP")
     serve.set_defaults(command=run_serve)
     add_flags(serve, SERVER_FLAGS)
     add_engine_flags(serve)
@@ -85,8 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """The model, and how to run it."""
-    parser.add_argument("--model", metavar="DIR", help="checkpoint (default: $STEPSERVE_MODEL, else the embedded one)")
+    """Add the flags that choose the model and configure the engine."""
+    parser.add_argument("--model", metavar="DIR", help="checkpoint (default: $STEPSERVE_MODEL, else the bundled model)")
     add_flags(parser, ENGINE_FLAGS)
 
 
@@ -96,12 +96,12 @@ def add_flags(parser: argparse.ArgumentParser, flags: dict[str, dict]) -> None:
 
 
 def chosen(args: argparse.Namespace, flags: dict[str, dict]) -> dict:
-    """The keyword arguments that a table's flags stand for."""
+    """The values of a table's flags, as keyword arguments."""
     return {name: getattr(args, name) for name in flags}
 
 
 def choose_model(args: argparse.Namespace) -> str | Path:
-    """The checkpoint that the flags name; ValueError if there is none."""
+    """The checkpoint directory from --model, STEPSERVE_MODEL or the bundled model; ValueError if there is none."""
     model_dir = args.model or os.environ.get("STEPSERVE_MODEL") or (POCKET if POCKET.is_dir() else None)
     if model_dir is None:
         raise ValueError("no model: give --model DIR, or set STEPSERVE_MODEL to a checkpoint directory")
@@ -116,7 +116,7 @@ def make_engine(args: argparse.Namespace) -> Engine:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """Complete the prompts and print their texts, one after the other."""
+    """Complete the prompts and print their texts, one after another; return 1 if any was cut off, else 0."""
     from .text import encode_chat
 
     params = SamplingParams(**chosen(args, SAMPLING_FLAGS), new_text=args.chat)
@@ -141,7 +141,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def run_serve(args: argparse.Namespace) -> NoReturn:
-    """Serve the model until a signal says otherwise."""
+    """Serve the model until a signal stops the process."""
     from .engine_process import EngineProcess, load_engine
     from .engine_thread import EngineThread
 
@@ -152,10 +152,10 @@ def run_serve(args: argparse.Namespace) -> NoReturn:
     if not args.drain_seconds >= 5:
         raise ValueError(f"drain_seconds must be at least 5, got {args.drain_seconds}")
     if not all(re.fullmatch("[!-~]+", key) for key in args.api_key or ()):
-        raise ValueError("api_key must be ASCII without spaces, and not empty")
+        raise ValueError("api_key must be non-empty ASCII without spaces")
     if args.served_model_name is not None and not (args.served_model_name and args.served_model_name.isprintable()):
-        raise ValueError(f"served_model_name must be printable, and not empty, got {args.served_model_name!r}")
-    # It loads the model while this process imports the server.
+        raise ValueError(f"served_model_name must be printable and not empty, got {args.served_model_name!r}")
+    # The engine process loads the model while this process imports the server.
     started = EngineProcess(partial(load_engine, choose_model(args), **chosen(args, ENGINE_FLAGS))) if args.engine == "process" else None
     from .process import bind, serve
     from .service import Service
@@ -179,7 +179,7 @@ def run_serve(args: argparse.Namespace) -> NoReturn:
 
 
 def stream_texts(engine: Engine, prompts: list, params: SamplingParams) -> tuple[int, int]:
-    """Print each text as it comes, later ones held back until their turn; return how many tokens came and texts failed."""
+    """Print each text as it is generated, in the order of prompts; return the numbers of tokens and failed texts."""
     request_ids = [engine.add_request(prompt, params) for prompt in prompts]
     pieces = {request_id: [] for request_id in request_ids}
     ended = set()
@@ -199,7 +199,7 @@ def stream_texts(engine: Engine, prompts: list, params: SamplingParams) -> tuple
 
 
 def describe_run(engine: Engine, num_tokens: int, seconds: float) -> str:
-    """What a run cost, in one line."""
+    """The tokens, time and forward passes of a run, in one line."""
     return (
         f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:.1f} tokens/s; "
         f"{engine.num_steps} forward passes over {engine.num_positions} positions"

@@ -1,6 +1,6 @@
-"""What one forward pass works on.
+"""The input of one forward pass.
 
-N tokens of this step   R rows whose logits are wanted   S sequences   Q queries each   n keys
+N tokens of this step   R rows whose logits are needed   S sequences   Q queries each   n keys
 M blocks of the longest sequence   BS block_size
 """
 from array import array
@@ -19,19 +19,19 @@ from .sequence import Sequence
 
 
 class Draw(NamedTuple):
-    """What one row of logits decides: the token of seq at position."""
+    """The token that one row of logits decides: the token of seq at position."""
 
     seq: Sequence
     position: int
 
 
 class Rectangle(NamedTuple):
-    """Sequences that bring equally many tokens, so that one call attends for all of them."""
+    """Sequences that feed the same number of tokens, so one call computes attention for all of them."""
 
-    tokens: Tensor  # [S * Q] where their tokens stand among the N, one sequence after the other
+    tokens: Tensor  # [S * Q] indices of their tokens among the N, one sequence after another
     block_tables: Tensor  # [S, M] int32, the blocks of each, in order; a shorter table is padded with its own first block
     context_len: int  # positions that attention reads, this step's included
-    mask: Tensor  # [S * Q, n] which keys each of them attends to
+    mask: Tensor  # [S * Q, n] which keys each of these tokens attends to
 
     def to(self, device: torch.device) -> "Rectangle":
         """The same rectangle with its tensors on device."""
@@ -39,12 +39,12 @@ class Rectangle(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """All sequences, each as a range of the N tokens: for kernels, which find a sequence's queries and keys themselves."""
+    """All sequences, each as a range of the N tokens, for kernels that locate the queries and keys themselves."""
 
     block_tables: Tensor  # [S, M] int32
-    query_starts: Tensor  # [S + 1] int32; sequence s brings tokens query_starts[s] to query_starts[s + 1] of the N
+    query_starts: Tensor  # [S + 1] int32; sequence s feeds tokens query_starts[s] to query_starts[s + 1] - 1
     context_lens: Tensor  # [S] int32, positions of each sequence, this step's included
-    max_query_len: int  # the most tokens that a sequence brings
+    max_query_len: int  # the most tokens that any sequence feeds
     max_context_len: int
 
     def to(self, device: torch.device) -> "Ranges":
@@ -53,12 +53,12 @@ class Ranges(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A way to attend. An engine has one, and every batch carries it to the layers."""
+    """An implementation of attention. An engine has one, and every batch carries it to the layers."""
 
     name: str
-    build_view: Callable  # (seqs): once a step, what attend reads of the sequences, a list of parts that have `to`
-    attend: Callable  # (q, k, v, layer_id, batch): in each layer, stores keys and values, and gives the result, [N, H, D]
-    warm_up: Callable  # (cache, num_heads, max_model_len): before the first step, compiles what steps may need
+    build_view: Callable  # (seqs), once per step: what attend reads of the sequences, a list of parts with `to`
+    attend: Callable  # (q, k, v, layer_id, batch), in each layer: stores keys and values, returns [N, H, D]
+    warm_up: Callable  # (cache, num_heads, max_model_len), before the first step: compiles what steps may launch
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class Batch:
 
     token_ids: Tensor  # [N]
     positions: Tensor  # [N]
-    logit_rows: Tensor  # [R] which of the N tokens' logits are wanted
+    logit_rows: Tensor  # [R] which of the N tokens' logits are needed
     draws: list[Draw]  # [R] what each of those rows decides
     cache: KVCache  # read and written by attention
-    slot_mapping: Tensor  # [N] the slot of the cache in which each token's key and value are kept: block * BS + offset
+    slot_mapping: Tensor  # [N] the cache slot in which each token's key and value are stored: block * BS + offset
     new_blocks: Tensor  # blocks whose first position is written in this step
-    backend: Backend  # attends
-    view: list[Rectangle] | list[Ranges]  # how the backend sees the sequences: each is in one
+    backend: Backend  # computes attention
+    view: list[Rectangle] | list[Ranges]  # what the backend reads of the sequences; each is in one part
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on device."""
@@ -83,12 +83,12 @@ class Batch:
 
 
 def on_device(fields: dict, device: torch.device) -> dict:
-    """Those of the fields that are tensors, moved to device."""
+    """The tensors among the fields, moved to device; other fields are left out."""
     return {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
 
 
 def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
-    """Which keys each query attends to, [N, n] bool for queries at positions [N]: its own and those before it.
+    """The keys that each query attends to, [N, n] bool for queries at positions [N]: its own and all earlier ones.
 
     >>> causal_mask(torch.tensor([1, 2]), num_keys=3).int().tolist()
     [[1, 1, 0], [1, 1, 1]]
@@ -97,7 +97,7 @@ def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
 
 
 def build_batch(seqs: list[Sequence], cache: KVCache, backend: Backend) -> Batch:
-    """Feed each sequence its new_ids, one sequence after the other."""
+    """Build a batch that feeds the new_ids of each sequence, one sequence after another."""
     token_ids, positions, logit_rows, draws, query_lens = [], [], [], [], []
     for seq in seqs:
         new_ids = seq.new_ids
@@ -125,7 +125,7 @@ def build_batch(seqs: list[Sequence], cache: KVCache, backend: Backend) -> Batch
 
 
 def build_rectangles(seqs: list[Sequence]) -> list[Rectangle]:
-    """The sequences in as few rectangles as there are different numbers of tokens that they bring."""
+    """Group the sequences into rectangles, one for each distinct number of new tokens."""
     equally_long = defaultdict(list)
     first = 0
     for seq in seqs:
@@ -136,7 +136,7 @@ def build_rectangles(seqs: list[Sequence]) -> list[Rectangle]:
 
 
 def build_rectangle(width: int, members: list[tuple[int, Sequence]]) -> Rectangle:
-    """Sequences that bring width tokens each; members say where their first token stands."""
+    """Build the rectangle of sequences that feed width tokens each; members are (index of first token, sequence)."""
     columns = torch.arange(width)  # [Q]
     first = torch.tensor([[first] for first, _ in members])  # [S, 1]
     start = torch.tensor([[seq.num_computed] for _, seq in members])  # [S, 1]
@@ -150,7 +150,7 @@ def build_rectangle(width: int, members: list[tuple[int, Sequence]]) -> Rectangl
 
 
 def build_ranges(seqs: list[Sequence]) -> list[Ranges]:
-    """One part, which has them all."""
+    """A list of one part, which holds all sequences."""
     query_lens = [len(seq.new_ids) for seq in seqs]
     context_lens = [seq.num_computed + query_len for seq, query_len in zip(seqs, query_lens, strict=True)]
     ranges = Ranges(
@@ -164,9 +164,9 @@ def build_ranges(seqs: list[Sequence]) -> list[Ranges]:
 
 
 def pad_tables(tables: list[array]) -> Tensor:
-    """Tables of unequal length as one tensor, [S, M] int32.
+    """Tables of unequal length as one tensor, [S, M] int32, each padded with its own first block.
 
-    The padding is read too, so it must be a block of the same sequence: another's may hold NaN.
+    The padding is read too, and a block of another sequence may hold NaN.
 
     >>> pad_tables([array("i", [5]), array("i", [7, 2])]).tolist()
     [[5, 5], [7, 2]]
@@ -179,7 +179,7 @@ def pad_tables(tables: list[array]) -> Tensor:
 
 
 def find_slots(tables: Tensor, query_lens: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """The slot of each token, [N] int64: of sequence s the next query_lens[s] of positions [N], by row s of tables [S, M].
+    """The slot of each token, [N] int64; sequence s has the next query_lens[s] of positions and row s of tables [S, M].
 
     >>> find_slots(torch.tensor([[5, 5], [7, 2]]), torch.tensor([1, 2]), torch.tensor([3, 4, 5]), block_size=4).tolist()
     [23, 8, 9]

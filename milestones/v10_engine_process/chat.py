@@ -20,7 +20,7 @@ router = APIRouter(route_class=BodyRoute)
 
 
 async def tokenize_chat(service: Service, messages: list[dict]) -> list[int]:
-    """The tokens of a conversation; RequestError if the checkpoint's template refuses it, or it cannot fit."""
+    """Return a conversation's token ids; RequestError if the checkpoint's template refuses it, or it cannot fit."""
     return await service.async_engine.tokenize(encode_chat, messages, service.check_text)
 
 
@@ -29,10 +29,10 @@ class ChatWriter(Writer):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.written = [[] for _ in self.answers]  # of each answer, the logprobs of each token
+        self.written = [[] for _ in self.answers]  # per answer, the logprobs of its tokens
 
     async def spell(self, tokens: list) -> list[Written]:
-        """The logprobs of tokens, if they are wanted. Many may come at once: those of a text that was held back."""
+        """Return the tokens' logprobs if the request set logprobs. Text that was held back brings many at once."""
         if not self.body.logprobs:
             return []
         names, count = self.service.names, self.body.top_logprobs or 0

@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json decides, under this book's names."""
+"""The model's configuration: what a checkpoint's config.json decides, under this book's names."""
 import json
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
-# What transformers assumes for a key that config.json leaves out: in every family, and in each.
+# transformers' defaults for keys that config.json leaves out: first those of all families, then those of each.
 # None: derived from other keys.
 COMMON_DEFAULTS = {
     "hidden_size": 4096,
@@ -57,17 +57,17 @@ DEFAULTS = {
     },
 }
 
-# The keys above that may be null, and in which families: the same types as in transformers' classes.
+# The keys above that may be null, each with the families that allow it, as typed in transformers' config classes.
 NULLABLE = {
     "head_dim": ("llama", "mistral"),
     "num_key_value_heads": ("llama", "qwen2", "qwen3"),
-    "rope_theta": FAMILIES,  # where rope_parameters has its own
+    "rope_theta": FAMILIES,  # if rope_parameters contains it
     "sliding_window": FAMILIES,
     "eos_token_id": FAMILIES,
 }
 
-# Features that would change the arithmetic, or the files that are read: the families in which the key counts, and the
-# values that leave it off.
+# Features that would change the arithmetic or the files to read: for each key, the families in which it counts and the
+# values that leave the feature off.
 UNSUPPORTED = {
     "hidden_act": (FAMILIES, ("silu", "swish")),
     "attention_bias": (("llama", "qwen3"), (False,)),
@@ -102,7 +102,7 @@ class ModelConfig:
     norm_eps: float
     tied_head: bool
     max_positions: int
-    sliding_window: int | None  # tokens a query may look back on; None: all
+    sliding_window: int | None  # tokens that a query may attend to; None: all
     rope_theta: float
     rope_scaling: dict[str, float]  # the four llama3 factors, or empty
     end_ids: tuple[int, ...]
@@ -119,13 +119,13 @@ class ModelConfig:
         """Raise ValueError if a request of max_model_len tokens would outgrow the sliding window."""
         if self.sliding_window is not None and self.sliding_window < max_model_len:
             raise ValueError(
-                f"sliding_window is {self.sliding_window}, below the {max_model_len} tokens that a request may have, "
-                "and sliding-window attention is not supported; lower max_model_len, or take a checkpoint without it"
+                f"sliding_window is {self.sliding_window}, below max_model_len = {max_model_len}, and sliding-window "
+                f"attention is not supported; lower max_model_len to {self.sliding_window}, or use another checkpoint"
             )
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; ValueError if there is none."""
+    """The object in a JSON file; ValueError if the file is missing or does not contain one."""
     if not path.is_file():
         raise ValueError(f"{path.parent} is not a checkpoint: it has no {path.name}")
     try:
@@ -140,10 +140,10 @@ def read_json(path: Path) -> dict:
 def load_config(model_dir: Path) -> ModelConfig:
     """Read config.json, and generation_config.json for the end tokens.
 
-    Keys that nothing here reads are ignored: every release of transformers adds some.
+    Keys that are not read here are ignored, because every release of transformers adds some.
 
     Raises:
-        ValueError: for a family or a feature that this engine does not compute, naming it.
+        ValueError: if a value is invalid, or names a family or feature that this engine does not support.
     """
     stored = read_json(model_dir / "config.json")
     family = stored.get("model_type")
@@ -166,7 +166,7 @@ def load_config(model_dir: Path) -> ModelConfig:
         raise ValueError(f"hidden_size is {hidden_size}, not a multiple of num_attention_heads, {num_heads}")
     head_dim = hidden_size // num_heads if raw["head_dim"] is None else positive(raw, "head_dim")
     if head_dim % 2 or head_dim > 2**16:
-        raise ValueError(f"head_dim is {head_dim}; rotary embedding needs an even one, and nobody has more than {2**16}")
+        raise ValueError(f"head_dim is {head_dim}; the rotary embedding needs an even one of at most {2**16}")
     rope_theta, rope_scaling = load_rope(raw)
     return ModelConfig(
         family=family,
@@ -188,23 +188,23 @@ def load_config(model_dir: Path) -> ModelConfig:
 
 
 def defaults_of(family: str) -> dict:
-    """The keys that a config.json of this family may leave out, with transformers' values."""
+    """transformers' defaults for the keys that a config.json of this family may leave out."""
     return COMMON_DEFAULTS | DEFAULTS[family]
 
 
 def refuse_code(model_dir: Path) -> None:
-    """Raise ValueError if a checkpoint names Python files of its own to be run in place of transformers' classes."""
+    """Raise ValueError if a checkpoint names its own Python code to run in place of transformers' classes."""
     for path in (model_dir / "config.json", model_dir / "tokenizer_config.json"):
         code = read_json(path).get("auto_map") if path.exists() else None
         if code:
             raise ValueError(
                 f"auto_map in {path} is {code!r}: a checkpoint's own Python is never run; if transformers' classes for "
-                "this model_type give the same tokens, remove auto_map"
+                "this model_type generate the same tokens, remove auto_map"
             )
 
 
 def positive(raw: dict, key: str, least: int = 1) -> int:
-    """A size of the model; ValueError unless it is an integer >= least."""
+    """raw[key], a size of the model; ValueError unless it is an integer >= least."""
     value = raw[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{key} in config.json must be an integer >= {least}, got {value!r}")
@@ -212,7 +212,7 @@ def positive(raw: dict, key: str, least: int = 1) -> int:
 
 
 def flag(raw: dict, key: str) -> bool:
-    """A feature that is on or off; ValueError unless it is true or false."""
+    """raw[key], a feature that is on or off; ValueError unless it is true or false."""
     value = raw[key]
     if not isinstance(value, bool):
         raise ValueError(f"{key} in config.json must be true or false, got {value!r}")
@@ -220,15 +220,15 @@ def flag(raw: dict, key: str) -> bool:
 
 
 def number(raw: dict, key: str) -> float:
-    """A constant of the model; ValueError unless it is a finite number above 0."""
+    """raw[key], a constant of the model; ValueError unless it is a finite number above 0."""
     value = raw[key]
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"{key} in config.json must be a number above 0, got {value!r}")
+        raise ValueError(f"{key} in config.json must be a finite number above 0, got {value!r}")
     return value
 
 
 def load_rope(raw: dict) -> tuple[float, dict[str, float]]:
-    """Base and scaling of the rotary embedding, from either form of the config.
+    """The base and the scaling factors of the rotary embedding, from either form of the config.
 
     transformers 5 writes rope_parameters; most files on the hub have rope_theta and rope_scaling.
     """
@@ -244,7 +244,7 @@ def load_rope(raw: dict) -> tuple[float, dict[str, float]]:
     theta = number(raw | rope, "rope_theta")
     if rope_type == "default":
         return theta, {}
-    # In transformers this one is read beside the object before it is read in it, and has a default.
+    # transformers looks for this key at the top level before it looks in the object, and has a default for it.
     key = "original_max_position_embeddings"
     rope = rope | {key: raw.get(key, rope.get(key, raw["max_position_embeddings"]))}
     missing = [key for key in LLAMA3_KEYS if key not in rope]
@@ -253,18 +253,18 @@ def load_rope(raw: dict) -> tuple[float, dict[str, float]]:
     scaling = {key: number(rope, key) for key in LLAMA3_KEYS}
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     if low > high:
-        raise ValueError(f"low_freq_factor is {low} in config.json, above high_freq_factor = {high}; exchange them")
+        raise ValueError(f"low_freq_factor is {low} in config.json, above high_freq_factor = {high}; swap them")
     return theta, scaling
 
 
 def load_sliding_window(raw: dict) -> int | None:
-    """Tokens that a query may look back on in some layer, or None if every layer looks back on all.
+    """The sliding window of the layers that have one, in tokens; None if every layer attends to all tokens.
 
-    Llama's class has no window, but transformers' cache obeys one that config.json names, so it counts here too.
+    Llama's class has no window, but transformers' cache applies one that config.json names, so it counts here too.
     """
     num_layers = positive(raw, "num_hidden_layers")
     window, first_layer = raw["sliding_window"], 0
-    # Only Qwen's classes have these two keys: elsewhere they mean nothing, whatever config.json holds.
+    # Only Qwen's classes have these two keys; in other families they have no effect.
     if raw["model_type"].startswith("qwen"):
         first_layer = positive(raw, "max_window_layers", least=0)
         window = window if flag(raw, "use_sliding_window") else None
@@ -284,14 +284,14 @@ def load_sliding_window(raw: dict) -> int | None:
 
 
 def load_end_ids(model_dir: Path, raw: dict) -> tuple[int, ...]:
-    """The tokens that end a text: generation_config.json's if it names any, else config.json's."""
+    """The ids of the tokens that end a text, from generation_config.json if it names any, else from config.json."""
     generation = {}
     if (model_dir / "generation_config.json").exists():
         generation = read_json(model_dir / "generation_config.json")
     end = generation.get("eos_token_id")
     end = raw["eos_token_id"] if end is None else end
     end_ids = end if isinstance(end, list) else [] if end is None else [end]
-    # A bool is an int too.
+    # isinstance would accept a bool, which is an int too.
     if not all(type(end_id) is int and 0 <= end_id < raw["vocab_size"] for end_id in end_ids):
-        raise ValueError(f"eos_token_id must be a token id or a list of them, below {raw['vocab_size']}, got {end!r}")
+        raise ValueError(f"eos_token_id must be a token id below {raw['vocab_size']}, or a list of them, got {end!r}")
     return tuple(end_ids)

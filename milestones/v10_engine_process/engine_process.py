@@ -1,7 +1,7 @@
-"""A process for the engine's loop.
+"""The engine loop in a process of its own.
 
-A socket pair connects it to the server's process. The messages of `engine_loop` cross as pickled named tuples, each after its
-length. The server's process imports no torch, the engine's process no HTTP.
+A socket pair connects it to the server process. The messages of `engine_loop` are sent as pickled named tuples, each
+after its length. The server process imports no torch; the engine process imports nothing for HTTP.
 """
 import asyncio
 import atexit
@@ -25,17 +25,17 @@ from .outputs import Stats
 
 logger = logging.getLogger(__name__)
 
-LENGTH = struct.Struct("!I")  # bytes of the message that follows: four bytes, the largest first
-ALIVE_S = 1.0  # how often the engine's process says that it is alive
-SILENCE_S = 10.0  # an engine that has said nothing for so long is hung
-END_S = 1.0  # how long a process may take to end once its end of the socket is closed
+LENGTH = struct.Struct("!I")  # the length in bytes of the message that follows, big-endian
+ALIVE_S = 1.0  # the interval at which the engine process sends Alive
+SILENCE_S = 10.0  # an engine process that sends nothing for this long is hung
+END_S = 1.0  # how long the engine process may take to end once its end of the socket is closed
 
 
-# ---- from the engine's process, beside the messages of its loop
+# ---- from the engine process, in addition to the engine loop's messages
 
 
 class Ready(NamedTuple):
-    """The engine is made. The first message."""
+    """The engine has been created. The first message."""
 
     name: str
     tokenizer: object
@@ -43,49 +43,49 @@ class Ready(NamedTuple):
 
 
 class NoEngine(NamedTuple):
-    """The engine cannot be made, because of a ValueError with this text. The only message."""
+    """Creating the engine raised ValueError with this text. The only message."""
 
     reason: str
 
 
 class Alive(NamedTuple):
-    """The process can still run Python, whatever its loop is doing."""
+    """The process can still run Python, whatever the engine loop is doing."""
 
 
-# ---- in the server's process
+# ---- in the server process
 
 
 class EngineProcess:
-    """Runs an engine's loop in a process of its own, which ends when this process does. Belongs to the event loop."""
+    """Runs the engine loop in a child process, which ends when this one does. Call it from the event loop's thread."""
 
     def __init__(self, make_engine: Callable[[], EngineLike]):
-        """Start a process that calls make_engine, which is pickled. Call `wait_until_ready` before anything else."""
+        """Start a process that calls make_engine, which must be picklable. Call `wait_until_ready` next."""
         self.socket, engine_end = socket.socketpair()
         self.process = self.start_process(engine_end, make_engine)
-        # Only the engine may hold its end: then its death closes it, and is seen here.
+        # Only the engine process may hold its end, so that its death closes the connection and is noticed here.
         engine_end.close()
         self.silent_s = 0.0
         self.stopping = False
 
     def start_process(self, engine_end: socket.socket, make_engine: Callable[[], EngineLike]) -> multiprocessing.Process:
-        """Start the engine's process, which neither Ctrl-C nor SIGTERM ends."""
-        # A fork would have copies of this process's locks, without the threads that hold them, and cannot use CUDA.
+        """Start and return the engine process, which neither Ctrl-C nor SIGTERM ends."""
+        # A fork cannot use CUDA, and would copy this process's locks without the threads that hold them.
         spawn = multiprocessing.get_context("spawn")
         process = spawn.Process(target=run_engine, args=(engine_end, make_engine), name="engine", daemon=True)
-        # A process inherits which signals are blocked. What arrives here meanwhile is delivered afterwards. multiprocessing's
-        # own helper must be running by then, since its start would unblock them.
+        # A child inherits the set of blocked signals. A signal that arrives here meanwhile is delivered afterward.
+        # multiprocessing's resource tracker must already be running, because starting it would unblock them.
         resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             process.start()
-            # At Python's exit multiprocessing would send SIGTERM, and wait.
+            # At exit, multiprocessing would send SIGTERM, which is blocked, and wait.
             atexit.register(process.kill)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return process
 
     def wait_until_ready(self) -> "EngineProcess":
-        """This, once the engine is made; ValueError if it cannot be."""
+        """Block until the engine has been created, and return self; ValueError if it cannot be."""
         message, self.stats = receive_message(self.socket) or (None, None)
         if not isinstance(message, Ready):
             self.process.join()
@@ -95,18 +95,18 @@ class EngineProcess:
         return self
 
     async def start(self, receive: Callable[[tuple, Stats], None]) -> None:
-        """Begin to read. The event loop that is running calls receive with each message and the engine's stats."""
+        """Start reading. The running event loop calls receive with each message and the engine's stats."""
         self.reader, self.writer = await asyncio.open_connection(sock=self.socket)
         self.reading = asyncio.create_task(self.read(receive))
         self.watching = asyncio.create_task(self.watch())
 
     def send(self, message: Add | Abort | Stop) -> None:
-        """Leave a message, to be read before the next step. Never waits for the engine."""
+        """Send a message, which the engine loop reads before its next step. Never waits for the engine."""
         if not self.writer.is_closing():
             self.writer.write(packed(message))
 
     async def stop(self, timeout_s: float) -> None:
-        """End the process after the step under way, but wait no longer than this."""
+        """End the process after its current step, or kill it after timeout_s."""
         self.stopping = True
         self.send(Stop())
         await asyncio.wait([self.reading], timeout=timeout_s)
@@ -115,7 +115,7 @@ class EngineProcess:
         await self.reading
 
     async def read(self, receive: Callable[[tuple, Stats], None]) -> None:
-        """Have each message received, until the engine's end is closed; then say how the process has ended."""
+        """Deliver messages until the engine's end closes. Then kill the process; report an unexpected exit as Died."""
         has_died, loop = False, asyncio.get_running_loop()
         try:
             while True:
@@ -125,14 +125,14 @@ class EngineProcess:
                 has_died |= isinstance(message, Died)
                 if not isinstance(message, Alive):
                     loop.call_soon(receive, message, stats)
-                # What has arrived is read without a pause.
+                # While data is buffered, readexactly does not let other tasks run.
                 await asyncio.sleep(0)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         except Exception:
             logger.exception("a message from the engine cannot be read")
         self.writer.close()
-        # If it has ended already, this does nothing.
+        # Does nothing if the process has already ended.
         self.process.kill()
         await asyncio.to_thread(self.process.join, END_S)
         atexit.unregister(self.process.kill)
@@ -143,7 +143,7 @@ class EngineProcess:
             receive(Died(reason), Stats(running=0, waiting=0, free_blocks=0, total_blocks=0))
 
     async def watch(self) -> None:
-        """Kill a process that has been silent for too long; `read` then says so. Time in which this process stood still does not count."""
+        """Kill the process after SILENCE_S without a message, not counting time in which this process was suspended."""
         while self.silent_s < SILENCE_S:
             await asyncio.sleep(ALIVE_S)
             self.silent_s += ALIVE_S
@@ -151,20 +151,20 @@ class EngineProcess:
 
 
 def how_it_ended(exit_code: int | None) -> str:
-    """exit_code: minus a signal's number; None if nobody knows.
+    """Describe an exit code, which is minus a signal's number if a signal ended the process, and None if unknown.
 
     >>> how_it_ended(-9)
     "the engine's process has ended (SIGKILL)"
     """
-    names = {-each.value: each.name for each in signal.Signals}
+    names = {-number.value: number.name for number in signal.Signals}
     return f"the engine's process has ended ({names.get(exit_code, f'exit code {exit_code}')})"
 
 
-# ---- in the engine's process
+# ---- in the engine process
 
 
 def load_engine(model_dir: str | Path, **options) -> EngineLike:
-    """Engine(model_dir, **options), warm. Unless the user has set the number of threads, it leaves a core to the server."""
+    """Return Engine(model_dir, **options), warmed up. Leaves one core to the server, unless OMP_NUM_THREADS is set."""
     import torch
 
     from .engine import Engine
@@ -177,7 +177,7 @@ def load_engine(model_dir: str | Path, **options) -> EngineLike:
 
 
 def run_engine(end: socket.socket, make_engine: Callable[[], EngineLike]) -> None:
-    """The process from its beginning to its end. The main thread steps."""
+    """Run the engine process, with the engine loop in its main thread. Does not return."""
     channel, inbox = Channel(end), queue.SimpleQueue()
     threading.Thread(target=read_until_gone, args=(end, inbox), name="reader", daemon=True).start()
     try:
@@ -186,7 +186,7 @@ def run_engine(end: socket.socket, make_engine: Callable[[], EngineLike]) -> Non
         channel.send(NoEngine(str(error)), None)
         leave(2)
     except Exception:
-        logger.exception("the engine cannot be made")
+        logger.exception("the engine cannot be created")
         leave(1)
     channel.send(Ready(engine.name, engine.tokenizer, engine.max_model_len), engine.stats())
     threading.Thread(target=say_alive, args=(channel,), name="alive", daemon=True).start()
@@ -195,14 +195,14 @@ def run_engine(end: socket.socket, make_engine: Callable[[], EngineLike]) -> Non
 
 
 class Channel:
-    """The engine's end of the socket. Any thread of its process may send."""
+    """The engine's end of the socket. Any thread of the engine process may send."""
 
     def __init__(self, end: socket.socket):
         self.end = end
         self.sending = threading.Lock()
 
     def send(self, message: tuple, stats: Stats | None) -> None:
-        """Send a message whole; wait while the server reads nothing, so that nothing piles up here."""
+        """Send one whole message. Blocks while the server does not read, so that messages do not pile up here."""
         try:
             with self.sending:
                 self.end.sendall(packed((message, stats)))
@@ -211,7 +211,7 @@ class Channel:
 
 
 def read_until_gone(end: socket.socket, inbox: queue.SimpleQueue) -> None:
-    """Put what the server sends into the inbox. When the server is gone, the process ends, whatever its step is doing."""
+    """Put the server's messages into the inbox. Ends the process when the server is gone, even during a step."""
     try:
         while (message := receive_message(end)) is not None:
             inbox.put(message)
@@ -221,35 +221,35 @@ def read_until_gone(end: socket.socket, inbox: queue.SimpleQueue) -> None:
 
 
 def say_alive(channel: Channel) -> None:
-    """Send Alive every second, also during a long step."""
+    """Send Alive every ALIVE_S, even during a long step."""
     while True:
         time.sleep(ALIVE_S)
         channel.send(Alive(), None)
 
 
 def leave(exit_code: int) -> None:
-    """End this process from any of its threads, at once."""
+    """End this process at once. Any of its threads may call this."""
     os._exit(exit_code)
 
 
-# ---- in both
+# ---- in both processes
 
 
 def packed(message: tuple) -> bytes:
-    """A message as it crosses: its length, and its pickle. Nobody else can write to this socket: a pickle runs code."""
+    """Return a message's length and pickle. Unpickling can run code, but nothing else can write to the socket."""
     data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
     return LENGTH.pack(len(data)) + data
 
 
 def receive_message(end: socket.socket) -> tuple | None:
-    """The next message; None when the other side has closed its end. Waits."""
+    """Block until the next message and return it; None if the other side has closed its end."""
     header = receive_bytes(end, LENGTH.size)
     data = header and receive_bytes(end, *LENGTH.unpack(header))
     return data and pickle.loads(data)
 
 
 def receive_bytes(end: socket.socket, num_bytes: int) -> bytes | None:
-    """Exactly as many bytes; None if the other side closes its end first. One `recv` gives any piece of what was sent."""
+    """Return exactly num_bytes; None if the other side closes its end first. One `recv` may return any part of them."""
     data = bytearray()
     try:
         while len(data) < num_bytes:
@@ -257,7 +257,7 @@ def receive_bytes(end: socket.socket, num_bytes: int) -> bytes | None:
             if not piece:
                 return None
             data += piece
-    # So the system says it if the other side had not read all that was sent to it.
+    # The system reports a close this way if the other side had not read all that was sent to it.
     except ConnectionError:
         return None
     return bytes(data)

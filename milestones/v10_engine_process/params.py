@@ -1,15 +1,15 @@
-"""What a request asks for. Nothing here needs torch, so a process without a model can import it."""
+"""A request's parameters. Nothing here imports torch, so a process without a model can import this module."""
 import hashlib
 import math
 from dataclasses import dataclass, replace
 
 
 class RequestError(ValueError):
-    """An argument that cannot be what it is.
+    """An invalid argument of a request.
 
     Attributes:
-        param: which argument, by its name: `temperature`, or `prompts[3]`.
-        code: what is wrong with it, for a program: `invalid_value`, or `context_length_exceeded`.
+        param: the name of the argument, such as `temperature` or `prompts[3]`.
+        code: the kind of error, for programs: `invalid_value` or `context_length_exceeded`.
     """
 
     def __init__(self, message: str, param: str, code: str = "invalid_value"):
@@ -29,16 +29,16 @@ class SamplingParams:
     temperature must be a number from 0 (greedy) up, got -1
     """
 
-    max_tokens: int | None = 16  # new tokens at most; None: as many as there is room for
-    temperature: float = 0.0  # 0: the likeliest token, always
-    top_k: int = 0  # only the k likeliest; 0: all
-    top_p: float = 1.0  # only the likeliest that together reach this probability
-    seed: int | None = None  # None: fresh for each request
-    stop_token_ids: tuple[int, ...] = ()  # end the text, besides the checkpoint's own
-    ignore_eos: bool = False  # go on after the checkpoint's own
-    new_text: bool = False  # the output is a text of its own, as an answer in a chat is; otherwise it continues the prompt
-    logprobs: int | None = None  # how many of the likeliest tokens to report; None: off
-    stop: tuple[str, ...] = ()  # end the text before the first of these in it
+    max_tokens: int | None = 16  # the most tokens to generate; None: as many as fit into max_model_len
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_k: int = 0  # sample from the k likeliest tokens; 0: from all
+    top_p: float = 1.0  # sample from the likeliest tokens that together reach this probability
+    seed: int | None = None  # None: a fresh one for each request
+    stop_token_ids: tuple[int, ...] = ()  # tokens that end the text, besides the checkpoint's own
+    ignore_eos: bool = False  # continue past the checkpoint's own end tokens
+    new_text: bool = False  # the output is a text of its own, such as a chat answer; otherwise it continues the prompt
+    logprobs: int | None = None  # the number of likeliest tokens to report; None: off
+    stop: tuple[str, ...] = ()  # strings; the text ends before the first of them that occurs in it
     prompt_logprobs: bool = False  # report logprobs of the prompt's tokens too
 
     def __post_init__(self):
@@ -50,12 +50,12 @@ class SamplingParams:
             raise RequestError(f"stop_token_ids must be a tuple of token ids, got {self.stop_token_ids!r}", "stop_token_ids")
         for token_id in self.stop_token_ids:
             check_integer("each of stop_token_ids", token_id, 0, param="stop_token_ids")
-        if not isinstance(self.stop, (tuple, list)) or not all(isinstance(each, str) and each for each in self.stop):
-            raise RequestError(f"stop must be a tuple of texts, none of them empty, got {self.stop!r}", "stop")
+        if not isinstance(self.stop, (tuple, list)) or not all(isinstance(text, str) and text for text in self.stop):
+            raise RequestError(f"stop must be a tuple of non-empty strings, got {self.stop!r}", "stop")
         if not isinstance(self.prompt_logprobs, bool):
             raise RequestError(f"prompt_logprobs must be True or False, got {self.prompt_logprobs!r}", "prompt_logprobs")
         if self.prompt_logprobs and self.logprobs is None:
-            raise RequestError("prompt_logprobs is True and logprobs None; set logprobs to 0 or more", "prompt_logprobs")
+            raise RequestError("prompt_logprobs needs logprobs, which is None; set it to 0 or more", "prompt_logprobs")
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos must be True or False, got {self.ignore_eos!r}", "ignore_eos")
         if not isinstance(self.new_text, bool):
@@ -70,7 +70,7 @@ class SamplingParams:
 
 
 def choices(params: SamplingParams, num_choices: int) -> list[SamplingParams]:
-    """The requests behind one that wants several answers: the first as it is, each with a seed of its own.
+    """The parameters of each of num_choices answers: the first unchanged, each of the others with its own seed.
 
     >>> [choice.seed == 7 for choice in choices(SamplingParams(seed=7), 3)]
     [True, False, False]
@@ -80,7 +80,7 @@ def choices(params: SamplingParams, num_choices: int) -> list[SamplingParams]:
 
 
 def choice_seed(seed: int | None, index: int) -> int | None:
-    """A hash of its arguments; None, which is fresh for each request, stays None."""
+    """A hash of the arguments; a seed of None, which means a fresh one for each request, stays None."""
     if seed is None:
         return None
     key = seed.to_bytes(8, "little", signed=True) + index.to_bytes(8, "little")
@@ -102,7 +102,7 @@ def check_integer(
 ) -> None:
     """Raise RequestError unless value is an integer from low to high, or None if it is optional.
 
-    name is what the message calls it; param is the argument's name, by default the same.
+    name is what the message calls the value; param is the argument's name, by default the same.
     """
     if value is None and optional:
         return
@@ -114,7 +114,7 @@ def check_integer(
 
 
 def check_ids(name: str, token_ids: list[int], vocab_size: int, param: str | None = None) -> None:
-    """Raise RequestError unless all are token ids; a prompt has thousands, so they are looked at one by one only to say which."""
+    """Raise RequestError unless all are token ids. A prompt can be long, so only a bad one is checked id by id."""
     if set(map(type, token_ids)) - {int} or min(token_ids, default=0) < 0 or max(token_ids, default=0) >= vocab_size:
         for token_id in token_ids:
             check_integer(name, token_id, 0, vocab_size - 1, param=param)

@@ -1,4 +1,4 @@
-"""OpenAI's responses: one more face of the same service, which remembers what it said."""
+"""OpenAI's Responses API, which can store its answers: create, continue, retrieve and cancel a response."""
 import asyncio
 
 from fastapi import APIRouter, Request
@@ -12,7 +12,7 @@ from .responses_protocol import InputMessage, ResponseRequest
 from .responses_store import Run, Store
 from .streaming import ANSWERS, Events, unless_gone
 
-# Documented by OpenAI for a response that is fetched, not done here.
+# OpenAI's parameters for retrieving a response that are not implemented here.
 NOT_RETRIEVED = ("include", "include[]", "include_obfuscation", "starting_after")
 
 router = APIRouter(route_class=BodyRoute)
@@ -41,7 +41,7 @@ async def create_response(request: Request, body: ResponseRequest):
     if body.store:
         store.add(run)
     if body.background:
-        # Counted from here on like a request that is being answered, for the drain.
+        # Counted like a request being answered, so that a drain waits for it.
         service.num_active += 1
         run.task = asyncio.create_task(run.in_background())
         return run.answer_now()
@@ -51,12 +51,12 @@ async def create_response(request: Request, body: ResponseRequest):
 
 
 def earlier_turns(store: Store, api_key: str | None, response_id: str | None) -> list[dict]:
-    """The conversation that a response belongs to, its own words included."""
+    """Return the conversation up to and including a response, [] for none; ApiError if it cannot be continued."""
     if response_id is None:
         return []
     run = store.find(response_id, api_key)
     if run is not None and not run.ended:
-        message = f"previous_response_id {response_id[:200]!r} is {run.status}; wait until it has ended"
+        message = f"previous_response_id {response_id[:200]!r} is {run.status}; wait until it has finished"
         raise ApiError(400, message, "previous_response_id", "previous_response_not_ended")
     if run is None or run.status not in ("completed", "incomplete"):
         why = "is not known here" if run is None else f"is {run.status}"
@@ -82,6 +82,6 @@ async def retrieve_response(request: Request, response_id: str, stream: bool = F
 async def cancel_response(request: Request, response_id: str) -> Response:
     run = request.app.state.responses.get(response_id, request.scope["api_key"])
     if not run.body.background:
-        raise ApiError(400, "only a response that was made with background can be cancelled", "response_id")
+        raise ApiError(400, "only a response that was created with background can be cancelled", "response_id")
     run.cancel()
     return run.answer_now()

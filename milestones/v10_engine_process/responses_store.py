@@ -1,4 +1,4 @@
-"""Responses under way and ended, and how long they are remembered."""
+"""Responses, active and finished, and the store that keeps the most recent ones."""
 import asyncio
 import json
 import logging
@@ -18,12 +18,12 @@ from .writer import Written, event, to_json
 
 logger = logging.getLogger(__name__)
 
-# This many responses are remembered; then the oldest are forgotten.
+# The number of responses to store. When there are more, the oldest finished ones are deleted.
 STORE_SIZE = 1000
 
 
 class Run:
-    """A response from the moment it is asked for until it is forgotten."""
+    """One response, from its request until it is deleted from the store."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Run:
         num_prompt: int,
     ):
         self.service = service
-        self.api_key = api_key  # the client's, who alone may see this response
+        self.api_key = api_key  # only requests with this key may see the response
         self.body = body
         self.messages = messages  # the conversation without instructions
         self.num_prompt = num_prompt
@@ -43,11 +43,11 @@ class Run:
         self.created_at = now()
         self.completed_at = None
         self.answer = Answer(0)
-        self.logprobs: list[Written] = []  # of each token of the text, if they are wanted
+        self.logprobs: list[Written] = []  # those of each token of the text, if requested
         self.status = "queued" if body.background else "in_progress"
         self.error = None
         self.failure: Exception | None = None
-        self.fetched = asyncio.Event()  # set when somebody has seen how it ended
+        self.fetched = asyncio.Event()  # set once a client has retrieved the finished response
         self.generation: Generation | None = None
         self.task: asyncio.Task | None = None
         self.num_events = 0
@@ -84,7 +84,7 @@ class Run:
         }
 
     def describe(self) -> dict[str, Any]:
-        """The response as it is now."""
+        """Return the response in its current state, as OpenAI's API shows it."""
         body = self.body
         return {
             "id": self.id,
@@ -119,7 +119,7 @@ class Run:
         }
 
     async def events(self) -> AsyncIterator[dict]:
-        """Run to the end, and say each thing that happens."""
+        """Run the response to its end, and yield each of its events."""
         place = {"item_id": self.item_id, "output_index": 0, "content_index": 0}
         empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         try:
@@ -131,10 +131,10 @@ class Run:
             async for _, output in self.generation:
                 text, tokens = self.answer.push(output)
                 names, count = self.service.names, self.body.top_logprobs or 0
-                new = [Written(json.dumps(names.of_chat(token, count))) async for token in paced(tokens)]
-                self.logprobs += new
-                if text or new:
-                    yield self.event("output_text.delta", **place, delta=text, logprobs=new)
+                logprobs = [Written(json.dumps(names.of_chat(token, count))) async for token in paced(tokens)]
+                self.logprobs += logprobs
+                if text or logprobs:
+                    yield self.event("output_text.delta", **place, delta=text, logprobs=logprobs)
             self.status = "completed" if self.answer.finish_reason == "stop" else "incomplete"
             self.completed_at = now() if self.status == "completed" else None
             part = self.part()
@@ -147,7 +147,7 @@ class Run:
             yield self.event("error", **self.error, param=None) | {"type": "error"}
             yield self.event("failed", response=self.describe())
         except Exception as error:
-            self.fail(error, "the server has a bug; its log says more")
+            self.fail(error, "the server has a bug; see its log")
             raise
         finally:
             if not self.ended:
@@ -163,8 +163,8 @@ class Run:
         return {"type": f"response.{name}", "sequence_number": self.num_events - 1, **more}
 
     async def stream(self) -> AsyncIterator[dict]:
-        async for each in self.events():
-            yield {"event": each["type"], "data": event(each)}
+        async for fields in self.events():
+            yield {"event": fields["type"], "data": event(fields)}
 
     async def whole(self) -> Response:
         async for _ in self.events():
@@ -174,36 +174,36 @@ class Run:
         return self.answer_now()
 
     def answer_now(self) -> Response:
-        """What a client gets who asks for the response as it is now."""
+        """Return an HTTP response with this response's current state."""
         return Response(to_json(self.describe()), media_type="application/json")
 
     async def in_background(self) -> None:
-        """Run to the end with nobody waiting. If the server drains by then, stay until a client has fetched the result."""
+        """Run to the end while no client waits. If the server is draining by then, wait until a client has the result."""
         try:
             async for _ in self.events():
                 pass
             if self.service.draining:
                 await self.fetched.wait()
         except Exception:
-            logger.exception("a response in the background failed")
+            logger.exception("a background response failed")
         finally:
             self.service.num_active -= 1
 
     def abort(self) -> None:
-        """Nobody waits for it any more: cancel it, if it has not ended."""
+        """Abort the generation. A response that has not finished is then cancelled."""
         if not self.ended:
             self.status = "cancelled"
         self.generation.abort()
 
     def cancel(self) -> None:
-        """End a response in the background, if it has not ended."""
+        """Cancel a background response that has not finished."""
         if not self.ended:
             self.abort()
             self.task.cancel()
 
 
 class Store:
-    """The last responses, by id."""
+    """The most recent responses, by id."""
 
     def __init__(self, size: int = STORE_SIZE):
         self.size = size
@@ -211,19 +211,19 @@ class Store:
 
     def add(self, run: Run) -> None:
         self.runs[run.id] = run
-        # Never one that runs: nobody could cancel it any more.
-        ended = [old.id for old in self.runs.values() if old.ended] if len(self.runs) > self.size else []
-        for response_id in ended[: len(self.runs) - self.size]:
+        # Only finished ones are deleted: an active one could no longer be cancelled.
+        ended_ids = [old.id for old in self.runs.values() if old.ended] if len(self.runs) > self.size else []
+        for response_id in ended_ids[: len(self.runs) - self.size]:
             del self.runs[response_id]
 
     def find(self, response_id: str, api_key: str | None) -> Run | None:
-        """A response that was stored for this client and is not forgotten."""
+        """Return a response that was stored under this key; None if there is none, or it has been deleted."""
         run = self.runs.get(response_id)
         return run if run and run.api_key == api_key else None
 
     def get(self, response_id: str, api_key: str | None) -> Run:
-        """As `find`, but ApiError if there is none."""
+        """Return what `find` returns, or raise a 404 for None."""
         run = self.find(response_id, api_key)
         if run is None:
-            raise ApiError(404, f"there is no response {response_id[:200]!r}; it was not stored, or is forgotten", "response_id")
+            raise ApiError(404, f"there is no response {response_id[:200]!r}; it was not stored or has been deleted", "response_id")
         return run

@@ -1,4 +1,4 @@
-"""Who takes part in the next step."""
+"""Chooses the sequences of the next step."""
 from collections import deque
 
 from .cache import BlockPool
@@ -6,7 +6,7 @@ from .sequence import Sequence
 
 
 class Scheduler:
-    """First come, first served."""
+    """Starts requests in order of arrival."""
 
     def __init__(
         self,
@@ -19,11 +19,11 @@ class Scheduler:
         self.pool = pool
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence behind those that wait."""
+        """Add a sequence to the end of the queue."""
         self.waiting.append(seq)
 
     def schedule(self) -> list[Sequence]:
-        """The sequences of the next step: all that run, and newcomers while they fit."""
+        """The sequences of the next step: all running ones, and waiting ones while they fit."""
         for seq in self.running:
             grown = self.grow(seq)
             assert grown, f"no block for request {seq.seq_id}: {self.pool.num_free} of {self.pool.num_blocks} are free"
@@ -32,23 +32,23 @@ class Scheduler:
         return list(self.running)
 
     def admit(self, seq: Sequence) -> bool:
-        """Give seq its first blocks; False, and nothing taken, if there is no place for it or no room."""
+        """Allocate seq's first blocks; return False, with nothing allocated, if it does not fit."""
         if not self.fits(seq, self.running):
             return False
         return self.grow(seq)
 
     def fits(self, seq: Sequence, others: list[Sequence]) -> bool:
-        """Whether there is a place for seq beside the others, and blocks for all that is reserved for them and for it."""
+        """Whether max_num_seqs allows seq beside the others, and the pool has blocks for all their reservations."""
         if len(others) == self.max_num_seqs:
             return False
         return sum(self.reserved(member) for member in [seq, *others]) <= self.pool.num_blocks
 
     def reserved(self, seq: Sequence) -> int:
-        """The number of blocks reserved for seq, including those it holds: enough for it to reach its end."""
+        """The number of blocks reserved for seq, including those it holds: what its max_len positions need."""
         return self.pool.blocks_for(seq.max_len)
 
     def grow(self, seq: Sequence) -> bool:
-        """Give seq blocks for the tokens it brings; False, and nothing taken, when there is no room."""
+        """Allocate blocks for seq's new tokens; return False, with nothing allocated, if too few are free."""
         need = self.pool.blocks_for(seq.num_computed + len(seq.new_ids))
         blocks = self.pool.allocate(need - len(seq.block_table))
         if blocks is None:
@@ -57,7 +57,7 @@ class Scheduler:
         return True
 
     def release(self, seq: Sequence) -> None:
-        """Take a sequence out, wherever it stands, and give its blocks back."""
+        """Remove a sequence, running or waiting, and free its blocks."""
         if seq in self.running:
             self.running.remove(seq)
         else:

@@ -1,4 +1,4 @@
-"""How an answer travels, and what ends when its client hangs up."""
+"""Sends an answer, whole or as a stream, and aborts its generation if the client disconnects."""
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 
@@ -14,7 +14,7 @@ ANSWERS = ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "
 
 
 class Events(EventSourceResponse):
-    """A stream of server-sent events. However it ends, its generation is aborted then."""
+    """A stream of server-sent events. Aborts its generation when it ends, however it ends."""
 
     def __init__(self, generation: Generation, events: AsyncIterator):
         super().__init__(with_faults(events), sep="\n")
@@ -28,17 +28,17 @@ class Events(EventSourceResponse):
 
 
 async def with_faults(events: AsyncIterator) -> AsyncIterator:
-    """The events; if the engine fails meanwhile, the last one says so, since the status 200 has been sent."""
+    """Yield the events. If the engine fails, the last event reports it, since status 200 has already been sent."""
     try:
-        async for each in events:
-            yield each
+        async for item in events:
+            yield item
     except GenerationFailed as error:
         failed = failure(error)
         yield event({"error": failed.body["error"] | {"code": failed.status}})
 
 
 async def unless_gone(request: Request, generation: Generation, work: Coroutine):
-    """The result of work. If the client hangs up first, the work is cancelled and its generation aborted."""
+    """Return the result of work. If the client disconnects first, cancel the work and abort its generation."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnect(request))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -52,6 +52,6 @@ async def unless_gone(request: Request, generation: Generation, work: Coroutine)
 
 
 async def disconnect(request: Request) -> None:
-    """Return when the client has hung up."""
+    """Return once the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

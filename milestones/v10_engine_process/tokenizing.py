@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as vLLM has them."""
+"""POST /tokenize and /detokenize, as in vLLM."""
 from fastapi import APIRouter, Request
 from transformers import PreTrainedTokenizerBase
 
@@ -39,20 +39,20 @@ async def detokenize(request: Request, body: DetokenizeRequest):
         raise ApiError(400, message, "tokens", "context_length_exceeded")
     num_known = len(service.names.vocabulary)
     if max(body.tokens, default=0) >= num_known:
-        raise ApiError(400, f"each of tokens must be from 0 to {num_known - 1}, got {max(body.tokens)}", "tokens", "invalid_value")
+        raise ApiError(400, f"tokens must be ids from 0 to {num_known - 1}, got {max(body.tokens)}", "tokens", "invalid_value")
     return Detokenized(prompt=await service.async_engine.tokenize(decode, body.tokens))
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
-    """As `encode`, or without the BOS."""
+    """Return what `encode` does, or the ids without BOS and other special tokens."""
     return encode(tokenizer, text) if add_special_tokens else tokenizer(text, add_special_tokens=False).input_ids
 
 
 def spell(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> list[str]:
-    """Each token as the vocabulary writes it."""
+    """Return each token as the vocabulary spells it."""
     return tokenizer.convert_ids_to_tokens(token_ids)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
-    """The text, special tokens included."""
+    """Return the text, special tokens included."""
     return tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)

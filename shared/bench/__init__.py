@@ -1,1 +1,1 @@
-"""Everything that is measured: one timer, and what it is held to."""
+"""The benchmarks, and what they compare the chapters with."""

@@ -1,15 +1,15 @@
 """Measure chapters side by side.
 
-    python -m shared.bench growth [v01 ...]       # time per token against the length of the sequence
-    python -m shared.bench batch [v02 v03 ...]    # tokens per second against the number of requests in a pass
-    python -m shared.bench decode v04 v05         # one decode step of 16 sequences of unequal length
-    python -m shared.bench overhead [v01 ...]     # where the time of a step goes that is not the model's
-    python -m shared.bench staircase [v01 ...]    # every chapter on one ragged workload, and what it took
+    python -m shared.bench growth [v01 ...]       # time per token as the sequence grows
+    python -m shared.bench batch [v02 v03 ...]    # tokens per second by the number of requests per forward pass
+    python -m shared.bench decode v04 v05         # one decode step of 16 sequences of different lengths
+    python -m shared.bench overhead [v01 ...]     # the engine's own share of a decode step
+    python -m shared.bench staircase [v01 ...]    # every chapter on the same 32 requests: speed and cost
     python -m shared.bench suite [v01 ...]        # chapters beside Hugging Face and the machine's limit; see suite
-    python -m shared.bench large [v01 ...]        # the same with more work and larger models
+    python -m shared.bench large [v01 ...]        # the same with larger workloads and models
 
-All of it on the CPU, also where there is a GPU: that is what `shared.bench.gpu` and `shared.bench.attention` are for.
-`timing` tells how runs are timed.
+All of these run on the CPU, even on a machine with a GPU; `shared.bench.gpu` and `shared.bench.attention` measure GPUs.
+`timing` describes how runs are timed.
 
 Reads: shared/workloads.py, the chapters. Writes: docs/results/{growth, batch, decode, overhead, staircase, suite, large}.json.
 """
@@ -34,15 +34,15 @@ WORKLOADS = {
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.bench", description="Measure chapters side by side.")
     parser.add_argument("workload", choices=WORKLOADS)
-    parser.add_argument("chapters", nargs="*", metavar="vNN", help="default: all that can")
-    parser.add_argument("--before", action="store_true", help="also the chapter before each of these")
+    parser.add_argument("chapters", nargs="*", metavar="vNN", help="default: every chapter that can run the workload")
+    parser.add_argument("--before", action="store_true", help="also measure the chapter before each of these")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
     if args.write and args.chapters and args.workload in ("staircase", "suite", "large"):
-        parser.error("--write takes all chapters: in the texts each stands beside the one before")
+        parser.error("--write always measures all chapters, since the texts show each beside the one before; name none")
     able = [each for each in CHAPTERS if args.workload != "decode" or "max_num_seqs" in each.capabilities]
     try:
         chapters = [find(text) for text in args.chapters] or able
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         parser.error(str(error))
     unable = [each.id for each in chapters if each not in able]
     if unable:
-        parser.error(f"{args.workload} is a step of 16 sequences; {', '.join(unable)} takes one at a time, give later chapters")
+        parser.error(f"{args.workload} measures a step of 16 sequences, and {', '.join(unable)} runs one at a time; name later chapters")
     measure, show = WORKLOADS[args.workload]
     results = measure(chapters, args.repeats)
     show(results)

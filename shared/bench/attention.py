@@ -1,18 +1,17 @@
-"""Attention of one decode step on a GPU: the kernel, what it replaces, and the limit of the memory.
+"""Attention of one decode step on a GPU: the kernel, what it replaces, and the memory bandwidth's limit.
 
     python -m shared.bench.attention              # on a GPU: minutes
-    python -m shared.bench.attention --write      # and commit it
-    python -m shared.bench.attention --dry-run    # anywhere: one small shape, to see that it runs and that all agree
+    python -m shared.bench.attention --write      # also writes the result
+    python -m shared.bench.attention --dry-run    # anywhere: one small shape, to check that it runs and that all agree
 
-Four ways to attend, over the same keys and values: `kernel` follows the block tables; `torch` gathers the
-blocks and calls scaled_dot_product_attention with a mask, as on a CPU; `contiguous` is that call on keys that
-lie in order already, without tables or mask: what attention could be if nothing were paged; `bound` is the time
-to read every key and value once at the bandwidth that a copy of 2 GiB reaches on this machine. All sequences of
-a batch are equally long, so that none of them computes a pad.
+There are four columns over the same keys and values. `kernel` follows the block tables. `torch` gathers the blocks and
+calls scaled_dot_product_attention with a mask, as on a CPU. `contiguous` is the same call on keys and values already in
+order, without tables or mask, as if nothing were paged. `bound` is the time to read every key and value once, at the
+bandwidth of a 2 GiB copy on this machine. All sequences of a batch have the same length, so nothing is padded.
 
-A launch from Python takes longer than a small kernel runs. So launches are recorded, as many layers of a model
-one after the other, each with keys and values of its own, and what is timed is the replay: together they are
-larger than the GPU's cache, in which the next layer of a model would not be either.
+Launching from Python takes longer than a small kernel runs. So the launches of many layers, each with its own keys and
+values, are recorded in a CUDA graph, and its replay is timed. Together the layers are larger than the GPU's cache, because
+in a model the next layer's keys and values would not be in the cache either.
 
 Reads: the kernel's chapter. Writes: docs/results/attention.json.
 """
@@ -48,7 +47,7 @@ DRY_RUN = {"tiny": Heads(6, 2, 16)}, (40,), (1, 3)
 
 
 def ways(heads: Heads, context: int, batch_size: int, device, dtype, num_layers: int = 1) -> dict[str, Callable]:
-    """What to time, by name; each takes the number of a layer and returns [S, H, D]."""
+    """The functions to time, by name; each takes a layer's index and returns [S, H, D]."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -72,7 +71,7 @@ def ways(heads: Heads, context: int, batch_size: int, device, dtype, num_layers:
     q = torch.randn(batch_size, heads.num_heads, heads.head_dim, device=device, dtype=dtype)
     starts = torch.arange(batch_size + 1, device=device, dtype=torch.int32)
     contexts = torch.full((batch_size,), context, device=device, dtype=torch.int32)
-    in_order = [[each.transpose(1, 2).contiguous() for each in cache.read(i, rectangle)] for i in range(num_layers)]
+    in_order = [[kv.transpose(1, 2).contiguous() for kv in cache.read(i, rectangle)] for i in range(num_layers)]
 
     def kernel(layer: int):
         return kernels.paged_attention(q, cache.k[layer], cache.v[layer], tables, starts, contexts, 1, context)
@@ -89,16 +88,16 @@ def ways(heads: Heads, context: int, batch_size: int, device, dtype, num_layers:
 
 
 def kv_bytes(heads: Heads, context: int, batch_size: int, itemsize: int) -> int:
-    """Bytes of the keys and values of one layer."""
+    """Bytes of one layer's keys and values."""
     return 2 * heads.num_kv_heads * heads.head_dim * itemsize * context * batch_size
 
 
 MAX_LAYERS = 1024
-BEYOND_CACHE = 3  # as many times as large as the GPU's cache are the keys and values of all layers together
+BEYOND_CACHE = 3  # all layers' keys and values together are at least this many times as large as the GPU's cache
 
 
 def layers_recorded(bytes_each: int, cache_bytes: int) -> int:
-    """How many layers' launches are recorded, so that a layer is not read from the cache when its turn comes again.
+    """How many layers' launches to record, so that a layer has left the GPU's cache before it is read again.
 
     >>> layers_recorded(10 * 2**20, 50 * 2**20), layers_recorded(2**30, 50 * 2**20), layers_recorded(1, 50 * 2**20)
     (15, 1, 1024)
@@ -107,10 +106,10 @@ def layers_recorded(bytes_each: int, cache_bytes: int) -> int:
 
 
 def measure(name: str, heads: Heads, context: int, batch_size: int, bandwidth: float) -> dict:
-    """One row: microseconds of each way and of the limit; None for a way that does not fit into the memory."""
+    """One row: microseconds per layer of each column; None for what does not fit into memory."""
     import torch
 
-    torch.cuda.empty_cache()  # what an earlier shape left would count as taken
+    torch.cuda.empty_cache()  # memory cached for an earlier shape would count as used
     device, dtype = torch.device("cuda"), torch.bfloat16
     bytes_each = kv_bytes(heads, context, batch_size, dtype.itemsize)
     num_layers = layers_recorded(bytes_each, torch.cuda.get_device_properties(device).L2_cache_size)
@@ -123,7 +122,7 @@ def measure(name: str, heads: Heads, context: int, batch_size: int, bandwidth: f
         check(contestants, atol=2e-2)
         for way in WAYS[1:]:
             row[f"{way}_us"] = round(time_recorded(contestants[way], num_layers), 2)
-    # ValueError is the cache's own: it was asked to be larger than what is free.
+    # The cache raises ValueError if it does not fit into free memory.
     except (torch.OutOfMemoryError, ValueError) as error:
         row["error"] = str(error).split(";")[0].split(". ")[0]
     if row["kernel_us"]:
@@ -135,22 +134,22 @@ RUNS, RUN_MS = 5, 10.0
 
 
 def time_recorded(run: Callable[[int], object], num_layers: int) -> float:
-    """Microseconds a layer when the launches of all layers are replayed; the median of RUNS runs of RUN_MS or more."""
+    """Microseconds per layer when the launches of all layers are replayed; the median of RUNS runs of about RUN_MS each."""
     import torch
 
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # what is compiled or chosen at the first call must not be recorded
+    warm_up_stream = torch.cuda.Stream()
+    warm_up_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up_stream):  # compilation and tuning at the first call must not be recorded
         for layer in range(num_layers):
             run(layer)
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(warm_up_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for layer in range(num_layers):
             run(layer)
 
     def replay(count: int) -> float:
-        """Milliseconds of so many replays."""
+        """Milliseconds for `count` replays."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(count):
@@ -165,12 +164,12 @@ def time_recorded(run: Callable[[int], object], num_layers: int) -> float:
 
 
 def check(contestants: dict, atol: float) -> None:
-    """All ways must say the same before any is timed."""
+    """AssertionError if the functions' results differ."""
     import torch
 
-    found = {way: run(0).float() for way, run in contestants.items()}
+    outputs = {way: run(0).float() for way, run in contestants.items()}
     for way in WAYS[1:]:
-        torch.testing.assert_close(found[way], found["kernel"], rtol=0, atol=atol, msg=lambda m: f"{way}: {m}")
+        torch.testing.assert_close(outputs[way], outputs["kernel"], rtol=0, atol=atol, msg=lambda m: f"{way}: {m}")
 
 
 def copy_bandwidth() -> float:
@@ -184,7 +183,7 @@ def copy_bandwidth() -> float:
 
 
 def dry_run() -> None:
-    """One small shape on the CPU, through the interpreter: nothing is timed."""
+    """Check one small shape on the CPU, with Triton's interpreter; nothing is timed."""
     import torch
 
     shapes, contexts, batches = DRY_RUN
@@ -197,7 +196,7 @@ def dry_run() -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.bench.attention", description="Measure the paged attention kernel.")
-    parser.add_argument("--dry-run", action="store_true", help="no GPU, nothing timed: see that it runs")
+    parser.add_argument("--dry-run", action="store_true", help="check that it runs, without a GPU; nothing is timed")
     parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -207,7 +206,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        parser.error("this needs a GPU, and torch sees none; --dry-run checks the command without one")
+        parser.error("this requires a GPU, and torch finds none; --dry-run checks the command without one")
     bandwidth = copy_bandwidth()
     print(f"a copy moves {bandwidth / 1e9:,.0f} GB/s")
     columns = ("shape", "context", "batch", "kernel_us", "torch_us", "contiguous_us", "bound_us", "kernel_share")

@@ -1,4 +1,4 @@
-"""Requests that share a pass: tokens per second by their number, and a decode step of unequal ones.
+"""Requests that share a forward pass: tokens per second by their number, and a decode step of different lengths.
 
 Reads: the chapters. Writes: docs/results/{batch, decode}.json, through `python -m shared.bench`.
 """
@@ -13,9 +13,9 @@ BATCH_PROMPT, BATCH_TOKENS = 16, 8
 
 
 def batch(chapters: list[Chapter], repeats: int) -> dict:
-    """Tokens per second when this many requests share every pass: decode steps after short prompts, one thread.
+    """Tokens per second by the number of requests per forward pass: decode steps after short prompts, one thread.
 
-    A chapter that runs one request at a time is measured with one.
+    A chapter that runs one request at a time is measured with one request only.
     """
     import torch
 
@@ -43,7 +43,7 @@ def batch(chapters: list[Chapter], repeats: int) -> dict:
 
 
 def time_batch(package, engine, size: int) -> Timing:
-    """The time of BATCH_TOKENS steps in which this many requests get a token each."""
+    """The time of BATCH_TOKENS steps in which each of `size` requests gets a token."""
     params = package.SamplingParams(max_tokens=1 + BATCH_TOKENS, ignore_eos=True)
     for number in range(size):
         engine.add_request(random.Random(number).choices(range(8, 400), k=BATCH_PROMPT), params)
@@ -51,14 +51,12 @@ def time_batch(package, engine, size: int) -> Timing:
     return timed(lambda: [engine.step() for _ in range(BATCH_TOKENS)])
 
 
-
-
 def print_batch(results: dict) -> None:
-    print(f"{'tokens/s with requests in a pass':36}" + "".join(f"{size:>10}" for size in BATCH_SIZES))
+    print(f"{'tokens/s by requests per forward pass':38}" + "".join(f"{size:>10}" for size in BATCH_SIZES))
     for name, models in results.items():
         for model, sizes in models.items():
-            found = [sizes[str(size)]["tokens_per_s"] for size in BATCH_SIZES if str(size) in sizes]
-            print(f"{name + '  ' + model:36}" + "".join(f"{each:10,.0f}" for each in found))
+            rates = [sizes[str(size)]["tokens_per_s"] for size in BATCH_SIZES if str(size) in sizes]
+            print(f"{name + '  ' + model:38}" + "".join(f"{rate:10,.0f}" for rate in rates))
             if sizes["worst_spread"] > NOISY:
                 print(f"noisy: runs differ by up to {sizes['worst_spread']:.0%}; run it again on an idle machine")
 
@@ -67,7 +65,7 @@ DECODE_SEQS, DECODE_STEPS, DECODE_CONTEXTS, DECODE_MAX_LEN = 16, 8, (40, 300), 5
 
 
 def decode(chapters: list[Chapter], repeats: int) -> dict:
-    """Milliseconds of a decode step of 16 sequences, whose contexts are 40 to 300 tokens long; equal memory, one thread."""
+    """Milliseconds per decode step of 16 sequences with prompts of 40 to 300 tokens; equal cache memory, one thread."""
     import torch
 
     from shared.checkpoints import checkpoint
@@ -97,7 +95,7 @@ def time_decode(package, engine) -> Timing:
 
 
 def print_decode(results: dict) -> None:
-    print(f"{'ms a step of 16 sequences':28}" + "".join(f"{model:>24}" for model in BATCH_MODELS))
+    print(f"{'ms per step of 16 sequences':28}" + "".join(f"{model:>24}" for model in BATCH_MODELS))
     for name, models in results.items():
         cells = (f"{models[model]['wall_ms']:.2f} (spread {models[model]['spread']:.0%})" for model in BATCH_MODELS)
         print(f"{name:28}" + "".join(f"{cell:>24}" for cell in cells))

@@ -1,15 +1,15 @@
-"""Every chapter on a GPU, on a published workload, beside Hugging Face and the limit of the memory: one call.
+"""Compare all chapters on a GPU, on a published workload, with Hugging Face and the memory bandwidth's limit.
 
-    make bench-gpu                                  # on a GPU: checks, then measures; four minutes at the most
-    make bench-gpu ARGS=--write                     # and commits it, as far as it comes
+    make bench-gpu                                  # on a GPU: checks, then measures; at most about four minutes
+    make bench-gpu ARGS=--write                     # also writes the result, after each measurement
     make bench-gpu ARGS="--shape llama-3.2-1b-shape --minutes 10"
-    make bench-gpu ARGS=--dry-run                   # anywhere: the same on the CPU with a tiny model, to see that it runs
+    make bench-gpu ARGS=--dry-run                   # anywhere: the same on the CPU with a tiny model, to check that it runs
 
-The workload is the one that nano-vllm publishes: 256 requests whose prompts and outputs are 100 to 1,024 tokens long,
-all there at the start, in bfloat16. The last chapter runs all of them. The others get the first few, by what they can do:
-they are there to be compared with each other, and how many they got stands in the row. The last chapter comes first, then
-its decode steps, then the others from the newest to the oldest, while there is time. A decode step is set beside the time
-to read all weights, and all keys and values of the sequences in it, at the bandwidth of a large copy.
+The workload is nano-vllm's published one: 256 requests with prompts and outputs of 100 to 1,024 tokens, all added at the
+start, in bfloat16. The last chapter runs all of them. The other chapters run only the first few, depending on what they can
+do; their rows say how many, and are comparable only with rows of the same number. The last chapter is measured first, then
+Hugging Face, then the last chapter's decode steps, then the other chapters from newest to oldest while time remains. A decode
+step is compared with the time to read all weights, and all keys and values of its sequences, at the bandwidth of a large copy.
 
 Reads: the chapters. Writes: docs/results/gpu.json.
 """
@@ -31,7 +31,7 @@ from shared.workloads import Request, fixed, ragged
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run, on what: the whole measurement, or its rehearsal."""
+    """The parameters of a measurement: the full one, or the dry run."""
 
     device: str
     dtype: str
@@ -39,10 +39,10 @@ class Setting:
     requests: int
     prompt_len: tuple[int, int]
     output_len: tuple[int, int]
-    shares: tuple[tuple[str, int], ...]  # how many of the requests a chapter gets: by the first of these that it can do
-    places: int  # requests that run together, from v05 on; v03 and v04 reserve a row of memory for each of theirs
-    slab_places: int
-    decode: tuple[tuple[int, int], ...]  # sequences, and tokens of each, whose decode step is timed
+    shares: tuple[tuple[str, int], ...]  # how many requests a chapter runs: the first capability here that it has decides
+    places: int  # max_num_seqs from v05 on
+    slab_places: int  # max_num_seqs in v03 and v04, which reserve a row of memory for each
+    decode: tuple[tuple[int, int], ...]  # number and context length of the sequences whose decode step is timed
     decode_steps: int
     repeats: int
 
@@ -78,7 +78,7 @@ DRY_RUN = Setting(
 
 
 def engine_of(chapter: Chapter, path: Path, setting: Setting, max_model_len: int):
-    """The chapter with room for as many of the requests as it can run together."""
+    """The chapter's engine with the setting's limits."""
     limits = {"device": setting.device, "dtype": setting.dtype, "max_model_len": max_model_len}
     if "max_num_seqs" in chapter.capabilities:
         limits["max_num_seqs"] = setting.places if "kv_bytes" in chapter.capabilities else setting.slab_places
@@ -86,7 +86,7 @@ def engine_of(chapter: Chapter, path: Path, setting: Setting, max_model_len: int
 
 
 def finished(device: str) -> float:
-    """The time, when everything that the device was given is done."""
+    """The time once the device has finished all its work."""
     import torch
 
     if device == "cuda":
@@ -95,7 +95,7 @@ def finished(device: str) -> float:
 
 
 def emptied(device: str) -> None:
-    """Give back the memory of engines that are gone."""
+    """Free the memory of engines that are no longer referenced."""
     import gc
 
     import torch
@@ -106,28 +106,28 @@ def emptied(device: str) -> None:
 
 
 def check(setting: Setting) -> None:
-    """Before anything is timed: the chapters say what v01 says, in float32, on this device."""
+    """AssertionError if a chapter generates other tokens than v01, in float32 on this device."""
     from shared.checkpoints import checkpoint
 
     requests = ragged(4, 400, prompt_len=(3, 40), output_len=(3, 12), seed=1)
     expected = None
     for chapter in CHAPTERS:
         engine = chapter.load().Engine(checkpoint("llama"), device=setting.device, dtype="float32")
-        said = serve(engine, chapter.load(), requests)
-        expected = expected or said
-        if said != expected:
-            raise AssertionError(f"{chapter.id} on {setting.device} says {said}, {CHAPTERS[0].id} says {expected}")
+        outputs = serve(engine, chapter.load(), requests)
+        expected = expected or outputs
+        if outputs != expected:
+            raise AssertionError(f"{chapter.id} on {setting.device} generates {outputs}, {CHAPTERS[0].id} generates {expected}")
 
 
 def share(chapter: Chapter, setting: Setting) -> int:
-    """How many of the requests a chapter gets."""
+    """How many of the requests a chapter runs."""
     if chapter is CHAPTERS[-1]:
         return setting.requests
     return next(number for capability, number in setting.shares if capability in chapter.capabilities)
 
 
 def throughput(chapter: Chapter, path: Path, requests: list[Request], setting: Setting) -> dict:
-    """A chapter's row; or why it cannot run here."""
+    """A chapter's row, or the error that stopped it."""
     longest = max(len(each.prompt_ids) + each.max_tokens for each in requests)
     emptied(setting.device)
     try:
@@ -141,13 +141,13 @@ def throughput(chapter: Chapter, path: Path, requests: list[Request], setting: S
 
 
 def peer(path: Path, requests: list[Request], setting: Setting) -> dict:
-    """The row of Hugging Face's continuous batching, with as many requests as a chapter that is not the last."""
+    """The row of Hugging Face's continuous batching, with as many requests as an earlier chapter with blocks."""
     from shared.bench.peers import ContinuousBatching
 
     requests = requests[: setting.shares[0][1]]
     emptied(setting.device)
     try:
-        # As many positions as all requests together have: who waits for memory here would wait for nothing else.
+        # A cache for all requests at once, so that none has to wait for memory.
         positions = sum(len(each.prompt_ids) + each.max_tokens for each in requests) + 256 * setting.places
         batching = ContinuousBatching(path, positions, setting.device, setting.dtype, setting.places)
         try:
@@ -161,14 +161,14 @@ def peer(path: Path, requests: list[Request], setting: Setting) -> dict:
         emptied(setting.device)
 
 
-PEER_S = 40.0  # that Hugging Face may take
+PEER_S = 40.0  # the time limit for Hugging Face
 
-# A machine that is too small for one contestant still measures the others.
-REFUSED = (ValueError, MemoryError, RuntimeError)  # torch's out of memory is a RuntimeError
+# If the machine is too small for one contestant, the others are still measured.
+REFUSED = (ValueError, MemoryError, RuntimeError)  # torch.OutOfMemoryError is a RuntimeError
 
 
 def measure(run, requests: list[Request], setting: Setting) -> dict:
-    """The row of one contestant: its best run, after one of the same requests cut short, which compiles what there is to."""
+    """One contestant's row: its fastest run, after a warm-up with two tokens per request, which compiles the kernels."""
     run([Request(each.prompt_ids, 2) for each in requests])
     seconds = []
     for _ in range(setting.repeats):
@@ -184,7 +184,7 @@ def measure(run, requests: list[Request], setting: Setting) -> dict:
 
 
 def decode_steps(path: Path, setting: Setting, bytes_per_s: float) -> list[dict]:
-    """The last chapter's decode step beside its floor: every weight, key and value read once."""
+    """The last chapter's decode steps, each with its floor: the time to read every weight, key and value once."""
     chapter = CHAPTERS[-1]
     emptied(setting.device)
     longest = max(context for _, context in setting.decode) + setting.decode_steps + 2
@@ -203,11 +203,11 @@ def decode_steps(path: Path, setting: Setting, bytes_per_s: float) -> list[dict]
 
 
 def decode_step(engine, package, size: int, context: int, setting: Setting, bytes_per_s: float) -> dict:
-    """The time of a step in which each of size sequences of this length gets a token, and the least that it could be."""
+    """The time of a step in which each of `size` sequences of this length gets a token, and its floor."""
     params = package.SamplingParams(max_tokens=setting.decode_steps + 2, ignore_eos=True)
     for request in fixed([(context, 0)] * size, engine.config.vocab_size):
         engine.add_request(request.prompt_ids, params)
-    # The first step feeds the prompts, the second is one like those that are timed.
+    # The first step computes the prompts; the second, a decode step like the timed ones, is the warm-up.
     engine.step()
     engine.step()
     running = engine.stats().running
@@ -218,8 +218,8 @@ def decode_step(engine, package, size: int, context: int, setting: Setting, byte
     while engine.has_unfinished_requests():
         engine.step()
     if running < size:
-        return {"error": f"only {running} have room"}
-    # A timed step reads, on average over them, so many positions of each sequence.
+        return {"error": f"only {running} sequences fit into the cache"}
+    # The positions of each sequence that a timed step reads, on average over the steps.
     mean_context = context + 2 + (setting.decode_steps - 1) / 2
     token_bytes = engine.cache.kv_bytes // (engine.pool.num_blocks * engine.pool.block_size)
     floor_s = (weight_bytes(engine.model) + size * mean_context * token_bytes) / bytes_per_s
@@ -227,7 +227,7 @@ def decode_step(engine, package, size: int, context: int, setting: Setting, byte
 
 
 def copy_rate(device: str) -> float:
-    """Bytes a second that a large copy reads and writes."""
+    """Bytes per second that a large copy reads and writes."""
     import torch
 
     source = torch.ones(2**31 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
@@ -241,10 +241,10 @@ def copy_rate(device: str) -> float:
 
 
 def bench_gpu(setting: Setting, seconds: float, keep: Callable[[dict, list[Chapter]], None]) -> dict:
-    """Check, then measure while there is time.
+    """Check, then measure while time remains.
 
     Args:
-        keep: is given what there is after each measurement, and the chapters in it.
+        keep: called after each measurement with all results so far and the chapters measured.
     """
     from shared.checkpoints import checkpoint
 
@@ -262,7 +262,7 @@ def bench_gpu(setting: Setting, seconds: float, keep: Callable[[dict, list[Chapt
     for chapter in newest_first:
         if time.monotonic() > deadline:
             left = [each.id for each in newest_first if each not in measured]
-            print(f"not measured, since the time is up: {', '.join(left)}; give it more with --minutes")
+            print(f"time is up; not measured: {', '.join(left)}; allow more with --minutes")
             break
         rows[chapter.id] = throughput(chapter, path, requests, setting)
         measured.append(chapter)
@@ -292,34 +292,34 @@ def report_row(name: str, row: dict) -> None:
 def report_decode(rows: list[dict]) -> None:
     print(f"\n{'decode step of':16}{'context':>10}{'ms':>10}{'floor ms':>10}{'share':>8}")
     for row in rows:
-        told = row.get("error") or f"{row['step_ms']:10.2f}{row['floor_ms']:10.2f}{row['share']:8.0%}"
-        print(f"{row['sequences']:16,}{row['context']:10,}{told}", flush=True)
+        cells = f"  {row['error']}" if "error" in row else f"{row['step_ms']:10.2f}{row['floor_ms']:10.2f}{row['share']:8.0%}"
+        print(f"{row['sequences']:16,}{row['context']:10,}{cells}", flush=True)
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.bench.gpu", description="Measure every chapter on a GPU.")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with a tiny model: see that it runs; nothing is worth reading")
+    parser.add_argument("--dry-run", action="store_true", help="check on the CPU, with a tiny model, that it runs; the figures mean nothing")
     parser.add_argument("--shape", default=GPU.shape, help=f"a checkpoint's name (default: {GPU.shape})")
-    parser.add_argument("--minutes", type=float, default=4.0, help="how long it may take: nothing is begun after three quarters of it (default: 4)")
+    parser.add_argument("--minutes", type=float, default=4.0, help="time limit; nothing is started after three quarters of it (default: 4)")
     parser.add_argument("--write", action="store_true", help="write the result under docs/results/, after each measurement")
     args = parser.parse_args(argv)
     if args.dry_run and args.write:
-        parser.error("--write commits what a GPU took; leave out --dry-run")
+        parser.error("--write is for results from a GPU; leave out --dry-run")
     if args.write and args.shape != GPU.shape:
-        parser.error(f"--write commits {GPU.shape}: another shape would take its place; leave out --shape")
+        parser.error(f"--write is for {GPU.shape}, and another shape would replace its result; leave out --shape")
     if not args.minutes > 0:
         parser.error(f"--minutes must be above 0, got {args.minutes}")
     import torch
 
     if not args.dry_run and not torch.cuda.is_available():
-        parser.error("this needs a GPU, and torch sees none; --dry-run checks the command without one")
+        parser.error("this requires a GPU, and torch finds none; --dry-run checks the command without one")
     command = " ".join(["python -m shared.bench.gpu", *argv])
 
     def keep(found: dict, measured: list[Chapter]) -> None:
         if args.write:
             print(f"wrote {write_row('gpu', found, command, measured, gpu=True)}")
 
-    # The last measurement that is begun has to end as well.
+    # The rest of the time is for the measurement that is running at the deadline.
     bench_gpu(DRY_RUN if args.dry_run else replace(GPU, shape=args.shape), 60 * args.minutes * 0.75, keep)
     return 0
 

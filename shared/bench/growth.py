@@ -1,4 +1,4 @@
-"""Time per token against the length of the sequence.
+"""Time per token as the sequence grows.
 
 Reads: the chapters. Writes: docs/results/growth.json, through `python -m shared.bench`.
 """
@@ -12,7 +12,7 @@ GROWTH_TOKENS = 4
 
 
 def growth(chapters: list[Chapter], repeats: int) -> dict:
-    """Milliseconds per generated token when the sequence is already this long: pocket, one request, one thread."""
+    """Milliseconds per generated token at each sequence length: pocket, one request, one thread."""
     import torch
 
     from shared.checkpoints import POCKET

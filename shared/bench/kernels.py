@@ -1,10 +1,10 @@
-"""Compile a chapter's kernels for GPUs that need not be here, and say what they take.
+"""Compile a chapter's kernels for several GPUs, none of which needs to be present, and report their resource usage.
 
-    python -m shared.bench.kernels                             # JSON: the first chapter that has kernels, all GPUs
-    python -m shared.bench.kernels v07 --targets sm_80 sm_90   # others
-    python -m shared.bench.kernels --write                     # commit it
+    python -m shared.bench.kernels                             # prints JSON: the first chapter that has kernels, all GPUs
+    python -m shared.bench.kernels v07 --targets sm_80 sm_90   # another chapter, or only some GPUs
+    python -m shared.bench.kernels --write                     # also writes the result
 
-Registers, shared memory and the stack, to which registers are spilled, are read from the machine code, by the cuobjdump that comes with Triton.
+Triton's cuobjdump reads registers and stack (where registers are spilled) from the machine code; Triton reports shared memory.
 
 Reads: the kernel's chapter. Writes: docs/results/kernels.json.
 """
@@ -21,13 +21,13 @@ from shared.chapters import Chapter, find, first_with
 from shared.programs import run
 from shared.results import write
 
-# A T4, an A100, a GeForce RTX 30, an H100.
+# T4, A100, GeForce RTX 30 series, H100.
 TARGETS = {"sm_75": 75, "sm_80": 80, "sm_86": 86, "sm_90": 90}
-# Llama 3.2 1B has 32 query heads, 8 KV heads and 64 elements a head; Qwen3 0.6B 16, 8 and 128.
+# Llama 3.2 1B has 32 query heads, 8 KV heads and 64 elements per head; Qwen3 0.6B has 16, 8 and 128.
 LLAMA = {"GROUP": 4, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 16, "HEAD_DIM": 64, "PADDED_DIM": 64}
 QWEN = LLAMA | {"GROUP": 2, "HEAD_DIM": 128, "PADDED_DIM": 128}
 DECODE, PREFILL = {"TILE_ROWS": 16}, {"TILE_ROWS": 64}
-# Each with the dtype of the model; for splits, float32 parts are written.
+# Each kernel with its constants, then the model's dtype and that of the output: splits write float32 parts.
 KERNELS = {
     "llama_decode": ("_attend_kernel", LLAMA | DECODE),
     "llama_decode_split": ("_attend_kernel", LLAMA | DECODE, "bf16", "fp32"),
@@ -52,10 +52,10 @@ TYPES = {
 def compiled(
     chapter: Chapter, target: int, kernel: str, constants: dict, dtype: str = "bf16", out_dtype: str | None = None
 ) -> dict:
-    """What a kernel takes on a GPU of this compute capability, compiled for what a launch passes it.
+    """A kernel's resource usage on a GPU of this compute capability, compiled for the arguments a launch passes.
 
     Tensors begin at multiples of 16 bytes, and strides that a model fixes are multiples of 16 elements.
-    out_dtype is that of what is written; None: dtype.
+    out_dtype is the output's; None means dtype.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -86,36 +86,36 @@ def compiled(
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """What cuobjdump says of machine code."""
+    """The resource usage that cuobjdump reports for machine code."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", said)}
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m shared.bench.kernels", description="Compile the kernels, and say what they take.")
+    parser = argparse.ArgumentParser(prog="python -m shared.bench.kernels", description="Compile the kernels and report their resource usage.")
     parser.add_argument("chapter", nargs="?", metavar="vNN", type=find, default=first_with("attention"))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
     args = parser.parse_args(argv)
     if args.write and argv != ["--write"]:
-        parser.error("--write takes nothing else: the texts show one chapter and all targets")
+        parser.error("--write allows no other argument, since the texts show the default chapter and all targets")
     # Interpreted functions cannot be compiled.
     os.environ["TRITON_INTERPRET"] = "0"
-    found = {
+    usage = {
         name: {target: compiled(args.chapter, TARGETS[target], *kernel) for target in args.targets}
         for name, kernel in KERNELS.items()
     }
-    print(json.dumps(found, indent=2))
+    print(json.dumps(usage, indent=2))
     if args.write:
         import triton
 
-        write("kernels", {"triton": triton.__version__} | found, "python -m shared.bench.kernels --write")
+        write("kernels", {"triton": triton.__version__} | usage, "python -m shared.bench.kernels --write")
     return 0
 
 

@@ -1,18 +1,19 @@
-"""Cheaper ways from a token to the bytes of its event, one at a time: what each takes off the front's CPU time.
+"""Cheaper ways to send a token's event: what each saves of the event loop's CPU time.
 
     pip install --target build/levers orjson httptools uvloop
     python -m shared.bench.levers [--write]        # three minutes
 
-    template    a token's event from a template that is made once per stream, instead of dicts and their JSON
-    raw         events by ASGI's `send`, without sse-starlette: no pings, no watch on the shutdown
-    orjson      orjson instead of json; text beyond ASCII goes out as it is
-    httptools   uvicorn's other parser, in C
-    uvloop      another event loop, in C
-    all         all of these but orjson, which the template leaves nothing to do
+    template    a token's event from a template made once per stream, instead of dicts encoded as JSON
+    raw         events sent with ASGI's `send`, without sse-starlette: no pings, no check for shutdown
+    orjson      orjson instead of json; non-ASCII text is not escaped
+    httptools   uvicorn's HTTP parser in C instead of h11
+    uvloop      an event loop in C instead of asyncio's
+    all         all of these except orjson, which has nothing left to encode with the template
 
-Each is put over the chapter's server in a process of its own. With STREAMS streams, as in `shared.bench.serving`, all of
-them take turns; a figure is the median over the rounds of the front's CPU time per token divided by that of the
-unchanged server in the same round. None of this is in a chapter: the measurement says what it would be worth.
+Each is patched into its own server. With STREAMS streams, as in `shared.bench.serving`, all servers take turns. A
+figure is the median over the rounds of the change against the unchanged server in the same round, in CPU time per token
+of the server without its engine, and in tokens per second. No chapter contains any of this; the measurement shows
+what it would be worth.
 
 Reads: the chapters. Writes: docs/results/levers.json.
 """
@@ -41,7 +42,7 @@ PACKAGES = ROOT / "build" / "levers"
 
 
 def serve(chapter_name: str, lever: str) -> int:
-    """The chapter's server with a lever pulled."""
+    """Run the chapter's server with a lever applied."""
     pulled = {"template", "raw", "httptools", "uvloop"} if lever == "all" else {lever}
     sys.path.append(str(PACKAGES))
     modules = {name: importlib.import_module(f"milestones.{chapter_name}.{name}") for name in ("writer", "completions", "process")}
@@ -56,16 +57,16 @@ def serve(chapter_name: str, lever: str) -> int:
     uvicorn = modules["process"].uvicorn
     config = uvicorn.Config
 
-    def chosen(*args, **options):
+    def config_with_choices(*args, **options):
         options |= {"http": "httptools" if "httptools" in pulled else "h11", "loop": "uvloop" if "uvloop" in pulled else "asyncio"}
         return config(*args, **options)
 
-    uvicorn.Config = chosen
+    uvicorn.Config = config_with_choices
     return serving_child.serve(chapter_name)
 
 
 def use_template(completions, writer) -> None:
-    """Streams of one answer without logprobs, as the benchmark asks for them."""
+    """Write events from a template; this handles only what the benchmark requests, streams of one answer without logprobs."""
 
     async def stream(self):
         usage = ', "usage": null' if self.body.include_usage else ""
@@ -84,7 +85,7 @@ def use_template(completions, writer) -> None:
 
 
 def send_raw(completions) -> None:
-    """In place of sse-starlette's response."""
+    """Send events with ASGI's `send` instead of sse-starlette's response."""
     import asyncio
 
     from starlette.responses import Response
@@ -94,14 +95,14 @@ def send_raw(completions) -> None:
             self.generation, self.events, self.background = generation, events, None
 
         async def __call__(self, scope, receive, send):
-            working = asyncio.current_task()
+            response_task = asyncio.current_task()
 
             async def watch():
                 while (await receive())["type"] != "http.disconnect":
                     pass
-                working.cancel()
+                response_task.cancel()
 
-            watching = asyncio.ensure_future(watch())
+            watch_task = asyncio.ensure_future(watch())
             try:
                 headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -109,7 +110,7 @@ def send_raw(completions) -> None:
                     await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
                 await send({"type": "http.response.body", "body": b""})
             finally:
-                watching.cancel()
+                watch_task.cancel()
                 self.generation.abort()
 
     completions.Events = Events
@@ -119,7 +120,7 @@ def send_raw(completions) -> None:
 
 
 class Pulled(serving.Server):
-    """A chapter's server with a lever pulled, whose engine has a process of its own."""
+    """A chapter's server with a lever applied and its engine in its own process."""
 
     def __init__(self, chapter, lever: str):
         serving.Child.__init__(self, "serve", chapter, lever, module="shared.bench.levers", stderr=subprocess.PIPE)
@@ -131,7 +132,7 @@ def measure(chapter) -> dict:
     with ExitStack() as stack:
         stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
         servers = {}
-        # One after the other: seven that load a model at once would take minutes.
+        # One after the other: seven servers loading a model at once would take minutes.
         for lever in LEVERS:
             servers[lever] = stack.enter_context(Pulled(chapter, lever))
             servers[lever].wait_until_it_serves()
@@ -140,32 +141,32 @@ def measure(chapter) -> dict:
         for number in progress(range(ROUNDS + 1), "rounds"):
             order = list(servers.items())[:: -1 if number % 2 else 1]
             rounds.append({lever: serving.server_turn(server, bodies, STREAMS) for lever, server in order})
-    # The first does not count.
+    # The first round is the warm-up.
     rounds = rounds[1:]
-    found = {"streams": STREAMS, "rounds": ROUNDS, "front_us": round(statistics.median(each["none"]["front_us"] for each in rounds), 1)}
+    results = {"streams": STREAMS, "rounds": ROUNDS, "front_us": round(statistics.median(each["none"]["front_us"] for each in rounds), 1)}
     for lever in LEVERS[1:]:
-        found[lever] = {
+        results[lever] = {
             name: serving.spread([each[lever][name] / each["none"][name] - 1 for each in rounds]) for name in ("front_us", "tokens_per_s")
         }
-    return found
+    return results
 
 
 def main(argv: list[str]) -> int:
     if argv[:1] == ["serve"]:
         return serve(*argv[1:])
-    parser = argparse.ArgumentParser(prog="python -m shared.bench.levers", description="Cheaper ways from a token to its event.")
+    parser = argparse.ArgumentParser(prog="python -m shared.bench.levers", description="Measure cheaper ways to send a token's event.")
     parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
     args = parser.parse_args(argv)
     if not PACKAGES.is_dir():
-        parser.error(f"first: pip install --target {PACKAGES.relative_to(ROOT)} orjson httptools uvloop")
+        parser.error(f"packages are missing; run `pip install --target {PACKAGES.relative_to(ROOT)} orjson httptools uvloop`")
     chapter = last_with("engine_process")
-    found = measure(chapter)
-    print(f"{chapter.id}, {STREAMS} streams: the front takes {found['front_us']} us per token")
+    results = measure(chapter)
+    print(f"{chapter.id}, {STREAMS} streams: the event loop takes {results['front_us']} us per token")
     for lever in LEVERS[1:]:
-        front, rate = found[lever]["front_us"], found[lever]["tokens_per_s"]
-        print(f"  {lever:10} front {serving.told(front, '+.0%'):>24}   tokens/s {serving.told(rate, '+.0%'):>24}")
+        loop, rate = results[lever]["front_us"], results[lever]["tokens_per_s"]
+        print(f"  {lever:10} event loop {serving.told(loop, '+.0%'):>24}   tokens/s {serving.told(rate, '+.0%'):>24}")
     if args.write:
-        path = write_row("levers", found | {"chapter": chapter.id}, " ".join(["python -m shared.bench.levers", *argv]), [chapter])
+        path = write_row("levers", results | {"chapter": chapter.id}, " ".join(["python -m shared.bench.levers", *argv]), [chapter])
         print(f"wrote {path.name}; now `make sync`")
     return 0
 

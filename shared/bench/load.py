@@ -1,17 +1,17 @@
-"""Load on an OpenAI server, and what its clients feel of it.
+"""Put load on an OpenAI-compatible server, and measure throughput and latency at its clients.
 
     python -m shared.bench.load --url http://127.0.0.1:8000 --connections 16 --requests 100   # closed loop
     python -m shared.bench.load --url http://127.0.0.1:8000 --rate 4 --requests 100           # open loop
-    python -m shared.bench.load chapter [--write]     # the last chapter against batches of v03's kind, at 1, 4, 16, 64
+    python -m shared.bench.load chapter [--write]     # the last chapter against batching as in v03, 1, 4, 16, 64 connections
 
-A closed loop has so many clients, each of which sends its next request when its last one is answered; it shows
-what a server can do. An open loop sends them at random moments, so many a second on average (Poisson), whether
-or not the server keeps up; it shows what people feel. Requests are seeded: streams of completions, with prompts of
-4 to 60 words and answers of 8 to 64 tokens. Times are those of the client:
+In a closed loop, each of --connections clients sends its next request when its last one is answered; this measures the
+server's capacity. In an open loop, requests are sent at random times (a Poisson process), --rate per second on average,
+whether or not the server keeps up; this measures the latency that users see. Requests are seeded: streamed completions
+with prompts of 4 to 60 words and answers of 8 to 64 tokens. Times are measured at the client:
 
-    ttft    from the request to the first piece of text
-    tpot    from the first to the last piece, per token after the first
-    itl     between two pieces of a stream
+    ttft    time to first token: from the request to the first text
+    tpot    time per output token: from the first text to the last, per token after the first
+    itl     inter-token latency: between two pieces of text of a stream
 
 Reads: a running server. Writes: docs/results/load.json.
 """
@@ -39,17 +39,17 @@ CHAPTER_PLACES = 16
 
 
 @dataclass
-class Told:
-    """What one client saw of one request, in seconds since it was sent."""
+class Answer:
+    """What a client measured of one request; times are seconds since it was sent."""
 
-    pieces: list[float] = field(default_factory=list)  # of text; a model with random weights may say nothing readable
+    pieces: list[float] = field(default_factory=list)  # when each text arrived; random weights may generate no text at all
     seconds: float = 0.0
     num_tokens: int = 0
     error: str | None = None
 
 
 def workload(count: int, seed: int, model: str) -> list[dict]:
-    """Bodies of completions; the same for the same seed."""
+    """Bodies of completion requests; the same seed gives the same bodies."""
     rng = random.Random(seed)
     return [
         {
@@ -65,39 +65,39 @@ def workload(count: int, seed: int, model: str) -> list[dict]:
     ]
 
 
-async def ask(client: httpx.AsyncClient, url: str, body: dict) -> Told:
+async def ask(client: httpx.AsyncClient, url: str, body: dict) -> Answer:
     """Send a request and read its stream."""
-    told, start = Told(), time.perf_counter()
+    answer, start = Answer(), time.perf_counter()
     try:
         async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
             if response.status_code != 200:
-                told.error = f"{response.status_code}: {(await response.aread()).decode()[:200]}"
-                return told
+                answer.error = f"{response.status_code}: {(await response.aread()).decode()[:200]}"
+                return answer
             async for line in response.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 event = json.loads(line[6:])
                 if "error" in event:
-                    told.error = event["error"]["message"]
+                    answer.error = event["error"]["message"]
                 elif event.get("usage"):
-                    told.num_tokens = event["usage"]["completion_tokens"]
+                    answer.num_tokens = event["usage"]["completion_tokens"]
                 if event.get("choices") and event["choices"][0]["text"]:
-                    told.pieces.append(time.perf_counter() - start)
+                    answer.pieces.append(time.perf_counter() - start)
     except httpx.HTTPError as error:
-        told.error = repr(error)
-    told.seconds = time.perf_counter() - start
-    return told
+        answer.error = repr(error)
+    answer.seconds = time.perf_counter() - start
+    return answer
 
 
 async def run(url: str, bodies: list[dict], connections: int | None, rate: float | None, key: str | None, seed: int) -> dict:
-    """All requests, closed (connections) or open (rate); the summary."""
-    found, bar = [], tqdm(total=len(bodies), desc="requests", leave=False, disable=not sys.stderr.isatty())
+    """Send all requests, in a closed loop (connections) or an open one (rate); the summary."""
+    answers, bar = [], tqdm(total=len(bodies), desc="requests", leave=False, disable=not sys.stderr.isatty())
     headers = {"authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers) as client:
 
         async def one(body: dict) -> None:
-            found.append(await ask(client, url, body))
+            answers.append(await ask(client, url, body))
             bar.update()
 
         async def one_after_the_other(mine) -> None:
@@ -116,30 +116,30 @@ async def run(url: str, bodies: list[dict], connections: int | None, rate: float
             await asyncio.gather(*tasks)
         seconds = time.perf_counter() - start
     bar.close()
-    return summary(found, seconds)
+    return summary(answers, seconds)
 
 
-def summary(found: list[Told], seconds: float) -> dict:
-    """Percentiles in ms; requests that failed are counted, and in no percentile.
+def summary(answers: list[Answer], seconds: float) -> dict:
+    """Percentiles in ms, and counts; the percentiles leave out failed requests.
 
-    >>> told = [Told(pieces=[0.1, 0.2, 0.4], num_tokens=3), Told(error="no")]
-    >>> summary(told, seconds=2.0)["tpot_ms"], summary(told, seconds=2.0)["failed"]
+    >>> answers = [Answer(pieces=[0.1, 0.2, 0.4], num_tokens=3), Answer(error="no")]
+    >>> summary(answers, seconds=2.0)["tpot_ms"], summary(answers, seconds=2.0)["failed"]
     ({'p50': 150.0, 'p90': 150.0, 'p99': 150.0}, 1)
     """
-    good = [told for told in found if told.error is None and told.num_tokens]
+    good = [answer for answer in answers if answer.error is None and answer.num_tokens]
     result = {
-        "requests": len(found),
-        "failed": len(found) - len(good),
-        "errors": sorted({told.error or "the answer does not say how many tokens it has" for told in found if told not in good}),
+        "requests": len(answers),
+        "failed": len(answers) - len(good),
+        "errors": sorted({answer.error or "the stream has no usage with its number of tokens" for answer in answers if answer not in good}),
         "seconds": round(seconds, 2),
-        "tokens_per_s": round(sum(told.num_tokens for told in good) / seconds, 1),
+        "tokens_per_s": round(sum(answer.num_tokens for answer in good) / seconds, 1),
         "requests_per_s": round(len(good) / seconds, 2),
     }
     times = {
-        "ttft_ms": [told.pieces[0] for told in good if told.pieces],
-        "tpot_ms": [(told.pieces[-1] - told.pieces[0]) / (told.num_tokens - 1) for told in good if told.pieces and told.num_tokens > 1],
-        "itl_ms": [after - before for told in good for before, after in zip(told.pieces, told.pieces[1:])],
-        "total_ms": [told.seconds for told in good],
+        "ttft_ms": [answer.pieces[0] for answer in good if answer.pieces],
+        "tpot_ms": [(answer.pieces[-1] - answer.pieces[0]) / (answer.num_tokens - 1) for answer in good if answer.pieces and answer.num_tokens > 1],
+        "itl_ms": [after - before for answer in good for before, after in zip(answer.pieces, answer.pieces[1:])],
+        "total_ms": [answer.seconds for answer in good],
     }
     for name, values in times.items():
         result[name] = {f"p{share}": round(1e3 * percentile(values, share), 1) for share in (50, 90, 99)} if values else None
@@ -147,7 +147,7 @@ def summary(found: list[Told], seconds: float) -> dict:
 
 
 def percentile(values: list[float], share: int) -> float:
-    """The smallest value that so many percent of the values do not exceed.
+    """The smallest value that at least `share` percent of the values do not exceed.
 
     >>> percentile([4, 1, 3, 2], 50), percentile([4, 1, 3, 2], 99)
     (2, 4)
@@ -167,7 +167,7 @@ def show(result: dict) -> None:
 
 
 def measure_chapter(requests_each: int, seed: int) -> dict:
-    """The last chapter that serves, and the same server with groups that only change when all have ended."""
+    """Figures of the last chapter's server, and of the same server with batches that admit requests only when empty."""
     chapter = last_with("serve")
     flags = ["serve", "--port", "0", "--max-num-seqs", str(CHAPTER_PLACES), "--max-model-len", "512"]
     commands = {
@@ -194,36 +194,36 @@ def measure_chapter(requests_each: int, seed: int) -> dict:
 
 
 def url_of(server: subprocess.Popen) -> str:
-    """Wait until a chapter's server listens, and read its address from its stderr, which must be a pipe of text.
+    """Wait until a chapter's server is ready, and return its URL, read from its stderr, which must be a text pipe.
 
     Raises:
-        RuntimeError: if it ends first; with what it said.
+        RuntimeError: if the server exits first; includes its stderr.
     """
     lines = []
     while not (lines and lines[-1].startswith("  curl ")):
         lines.append(server.stderr.readline())
         if not lines[-1]:
-            raise RuntimeError(f"{' '.join(server.args)} ended before it served:\n{''.join(lines)}")
+            raise RuntimeError(f"`{' '.join(server.args)}` exited before it was ready:\n{''.join(lines)}")
     return lines[-1].split()[1].removesuffix("/v1/completions")
 
 
 def serve_in_groups(chapter_name: str, argv: list[str]) -> int:
-    """The chapter's server, whose scheduler lets nobody in before all have ended: batches of v03's kind.
+    """Run the chapter's server with v03's kind of batching: no request is admitted before all running ones have finished.
 
-    It is kinder than v03: who has ended does not ride along.
+    Unlike in v03, finished requests are not computed any further.
     """
     import importlib
 
     schedule_in_groups(chapter_name)
     if "engine_process" in find(chapter_name).capabilities:
-        # What is changed in this process is not changed in the engine's.
+        # The engine's process does not see this process's changes, so it has to make its own.
         engine_process = importlib.import_module(f"milestones.{chapter_name}.engine_process")
         engine_process.load_engine = partial(load_in_groups, chapter_name)
     return importlib.import_module(f"milestones.{chapter_name}.__main__").main(argv)
 
 
 def schedule_in_groups(chapter_name: str) -> None:
-    """Change the chapter's scheduler in this process."""
+    """Make the chapter's scheduler in this process admit requests only when none is running."""
     import importlib
 
     scheduler = importlib.import_module(f"milestones.{chapter_name}.scheduler").Scheduler
@@ -238,7 +238,7 @@ def schedule_in_groups(chapter_name: str) -> None:
 
 
 def load_in_groups(chapter_name: str, model_dir: str, **options):
-    """What the engine's process calls to make its engine."""
+    """Load the engine with that scheduler; the engine's process calls this."""
     import importlib
 
     schedule_in_groups(chapter_name)
@@ -248,25 +248,25 @@ def load_in_groups(chapter_name: str, model_dir: str, **options):
 def main(argv: list[str]) -> int:
     if argv[:1] == ["serve-in-groups"]:
         return serve_in_groups(argv[1], argv[2:])
-    parser = argparse.ArgumentParser(prog="python -m shared.bench.load", description="Load on an OpenAI server.")
+    parser = argparse.ArgumentParser(prog="python -m shared.bench.load", description="Put load on an OpenAI-compatible server.")
     parser.add_argument("what", nargs="?", choices=["url", "chapter"], default="url")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--model", help="(default: the first that the server lists)")
+    parser.add_argument("--model", help="(default: the first model the server lists)")
     parser.add_argument("--api-key")
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--connections", type=int, help="closed loop with so many clients (default: 16)")
-    parser.add_argument("--rate", type=float, help="open loop with so many requests a second")
+    parser.add_argument("--connections", type=int, help="closed loop with this many clients (default: 16)")
+    parser.add_argument("--rate", type=float, help="open loop with this many requests per second on average")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", metavar="FILE", help="write the result there")
-    parser.add_argument("--write", action="store_true", help="of chapter: write the result under docs/results/")
+    parser.add_argument("--json", metavar="FILE", help="write the result to this file")
+    parser.add_argument("--write", action="store_true", help="with chapter: write the result under docs/results/")
     args = parser.parse_args(argv)
     if args.connections is not None and args.rate is not None:
-        parser.error("--connections is a closed loop and --rate an open one; give one of them")
+        parser.error("--connections makes a closed loop and --rate an open one; choose one of them")
     for name in ("requests", "connections", "rate"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
     if args.json and not Path(args.json).resolve().parent.is_dir():
-        parser.error(f"--json {args.json}: there is no such folder")
+        parser.error(f"--json {args.json}: the directory does not exist")
     if args.what == "chapter":
         results = measure_chapter(args.requests, args.seed)
         if args.write:

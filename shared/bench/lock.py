@@ -1,21 +1,21 @@
-"""What a busy event loop does to the engine beside it: in a thread of the same process, and in a process of its own.
+"""What a busy event loop does to the engine, in a thread of the same process and in its own process.
 
     python -m shared.bench.lock [--write]       # three minutes
 
 STREAMS streams run through the chapter's server, once with `--engine thread` and once with `--engine process`, while
 
-    quiet      nothing else happens
-    neighbour  an unrelated process computes: what the machine itself takes from the engine
-    busy       a thread in pure Python computes in the server's process
+    quiet      nothing else runs
+    neighbor  an unrelated process computes, which shows what sharing the machine alone costs the engine
+    busy       a thread in the server's process computes in pure Python
     body       chats of MAX_MESSAGES messages arrive one after another, each as large as a body may be (4 MiB)
 
-for WINDOW_S seconds each. The engine writes down when each of its steps ends, by the clock that all processes of the
-machine share. A second client asks for /health every 20 ms. The clients run in this process. An engine's process is bound
-to one core, and all other processes to a second one; a server with threads may use both.
+for WINDOW_S seconds each. The engine records when each of its steps ends, by the monotonic clock that all processes of
+the machine share. A second client requests /health every 20 ms. Both clients run in this process. The engine's process is
+pinned to one core, all other processes to a second one; a server with the engine in a thread may use both.
 
-Then start and memory: the server is started START_TURNS times in each way, in turns, with the last chapter that has no
-process of its own: seconds from the command to the line that says that it serves, and the memory of all its processes
-once it has answered (PSS: a page that several share counts in parts).
+Then start and memory: the server is started START_TURNS times in each way, in turns with the last chapter that has no
+engine process. Measured are the seconds from the command to the line that says it is ready, and the memory of all its
+processes after its first answer (PSS: a page that n processes share counts 1/n for each).
 
 Reads: the chapters. Writes: docs/results/lock.json.
 """
@@ -44,8 +44,8 @@ from shared.programs import run
 from shared.results import write_row
 
 STREAMS, MAX_TOKENS = 16, 1900
-WINDOWS, WINDOW_S = ("quiet", "neighbour", "busy", "body"), 3.0
-SHOWN_S = 1.0  # how much of a window the picture shows
+WINDOWS, WINDOW_S = ("quiet", "neighbor", "busy", "body"), 3.0
+SHOWN_S = 1.0  # the part of a window that the picture shows
 MAX_MESSAGES, MAX_BODY_BYTES = 4096, 4 * 2**20
 START_TURNS = 5
 ALL_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
@@ -55,7 +55,7 @@ ALL_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
 
 
 def timed_engine(chapter_name: str, times: str):
-    """The chapter's engine, which writes the time at the end of each step to a file."""
+    """The chapter's engine, which appends the time and the number of outputs to a file at the end of each step."""
     chapter = find(chapter_name)
     engine = chapter.load().Engine(POCKET, device="cpu", max_num_seqs=64)
     step, file = engine.step, open(times, "w", buffering=1)
@@ -70,7 +70,7 @@ def timed_engine(chapter_name: str, times: str):
 
 
 def serve(chapter_name: str, way: str, times: str) -> None:
-    """The chapter's server. Each line on stdin starts a thread that computes for so many seconds."""
+    """Run the chapter's server. Each line on stdin is a number of seconds, for which a new thread computes."""
     module = {name: importlib.import_module(f"milestones.{chapter_name}.{name}") for name in ("process", "service")}
     make_engine = partial(timed_engine, chapter_name, times)
     if way == "process":
@@ -81,7 +81,7 @@ def serve(chapter_name: str, way: str, times: str) -> None:
     for process in multiprocessing.active_children():
         for task in os.listdir(f"/proc/{process.pid}/task"):
             os.sched_setaffinity(int(task), cores[:1])
-    # Threads that are started from now on are bound as this one is.
+    # Threads started from now on inherit this thread's cores.
     os.sched_setaffinity(0, cores[1:] if way == "process" else cores)
 
     def compute(seconds: float) -> None:
@@ -100,7 +100,7 @@ def serve(chapter_name: str, way: str, times: str) -> None:
 
 
 def two_cores() -> list[int]:
-    """Two that any process may use; the same one twice, if there are no two."""
+    """Two cores that this process may use; the same one twice if there is only one."""
     cores = sorted(ALL_CORES)
     return [cores[0], cores[-1]] if len(cores) < 2 else cores[:2]
 
@@ -109,7 +109,7 @@ def two_cores() -> list[int]:
 
 
 class Prober(threading.Thread):
-    """Asks for /health every 20 ms until it is told to stop; the seconds that each answer took, by when it was asked for."""
+    """Requests /health every 20 ms until `stopping` is set; `times` has each request's start and its seconds to the answer."""
 
     def __init__(self, url: str):
         super().__init__(daemon=True)
@@ -124,7 +124,7 @@ class Prober(threading.Thread):
 
 
 def stream(url: str) -> threading.Thread:
-    """Read a long stream to its end, without looking at it."""
+    """Start a thread that requests a long stream and reads it to its end, without parsing it."""
 
     def read() -> None:
         host, port = url.removeprefix("http://").split(":")
@@ -142,7 +142,7 @@ def stream(url: str) -> threading.Thread:
 
 
 def largest_chat() -> bytes:
-    """A chat with as many messages as one may have, and as many bytes as a body may have."""
+    """A chat with the maximum number of messages and the maximum body size."""
     room = MAX_BODY_BYTES // MAX_MESSAGES - 40
     body = {"model": "pocket", "messages": [{"role": "user", "content": "x" * room}] * MAX_MESSAGES}
     raw = json.dumps(body).encode()
@@ -151,7 +151,7 @@ def largest_chat() -> bytes:
 
 
 def send_bodies(url: str, until: float) -> int:
-    """Send the largest chat again and again; how many were answered. Each is read whole, and then refused: it has too many bytes to fit."""
+    """Send the largest chat repeatedly; how many were answered. The server parses each completely, then rejects it as too long."""
     raw, number = largest_chat(), 0
     with httpx.Client(timeout=60) as client:
         while time.monotonic() < until:
@@ -162,17 +162,17 @@ def send_bodies(url: str, until: float) -> int:
 
 
 def measure_way(chapter: Chapter, way: str) -> dict:
-    """The figures of the three windows."""
+    """The figures of each window, by name."""
     with tempfile.NamedTemporaryFile("r") as times:
         command = [sys.executable, "-m", "shared.bench.lock", "serve", chapter.name, way, times.name]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
         with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as server:
             try:
-                # Only now, since a process begins where its parent is bound.
+                # Not before: a process inherits its parent's cores.
                 os.sched_setaffinity(0, two_cores()[1:])
                 while not (line := server.stderr.readline()).startswith("  curl "):
-                    assert line, "the server has ended"
+                    assert line, "the server exited before it was ready"
                 url = line.split()[1].removesuffix("/v1/completions")
                 for _ in range(STREAMS):
                     stream(url)
@@ -182,7 +182,7 @@ def measure_way(chapter: Chapter, way: str) -> dict:
                 windows, bodies = {}, 0
                 for name in WINDOWS:
                     start = time.monotonic()
-                    if name == "neighbour":
+                    if name == "neighbor":
                         command = f"import time\nwhile time.monotonic() < {start + WINDOW_S}: pass"
                         subprocess.run([sys.executable, "-c", command])
                     if name == "busy":
@@ -202,9 +202,9 @@ def measure_way(chapter: Chapter, way: str) -> dict:
 
 
 def figures(ends: list[tuple[float, float]], health: list[tuple[float, float]], start: float, stop: float) -> dict:
-    """Of a window: steps, tokens, milliseconds between the ends of steps, the worst answer of /health, and the ends in the first SHOWN_S.
+    """A window's figures: steps, tokens, times between the ends of steps, the slowest /health, and the ends in the first SHOWN_S.
 
-    A gap counts if it ends in the window, or if the window ends in it.
+    The time between two ends counts if any of it is in the window.
 
     >>> figures([(0.9, 2), (1.1, 2), (1.5, 2), (3.0, 2)], [(1.0, 0.01), (1.9, 0.5), (2.5, 3.0)], 1.0, 2.0)
     {'steps': 2, 'tokens': 4, 'p50_ms': 400.0, 'worst_ms': 1500.0, 'health_ms': 500.0, 'ends_ms': [100, 500]}
@@ -228,18 +228,18 @@ def figures(ends: list[tuple[float, float]], health: list[tuple[float, float]], 
 
 
 def measure_starts(chapters: dict[str, tuple[Chapter, list[str]]]) -> dict:
-    """Seconds until each serves, and MiB once it has answered: medians and ranges of turns."""
-    found = {name: {"seconds": [], "mib": []} for name in chapters}
+    """Seconds until each server is ready, and MiB after its first answer: medians and ranges over START_TURNS."""
+    turns = {name: {"seconds": [], "mib": []} for name in chapters}
     for _ in progress(range(START_TURNS), "starts"):
         for name, (chapter, flags) in chapters.items():
             start = time.monotonic()
             with Served(chapter, *flags) as served:
-                found[name]["seconds"].append(time.monotonic() - start)
+                turns[name]["seconds"].append(time.monotonic() - start)
                 served.ask({"prompt": "Once", "max_tokens": 5}).raise_for_status()
-                found[name]["mib"].append(sum(map(pss_mib, processes_of(served))))
+                turns[name]["mib"].append(sum(map(pss_mib, processes_of(served))))
     return {
         name: {what: {"median": round(statistics.median(each), 1), "low": round(min(each), 1), "high": round(max(each), 1)} for what, each in by.items()}
-        for name, by in found.items()
+        for name, by in turns.items()
     }
 
 
@@ -253,15 +253,15 @@ def pss_mib(pid: int) -> float:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["serve"]:
         serve(*argv[1:])
-    parser = argparse.ArgumentParser(prog="python -m shared.bench.lock", description="What a busy event loop does to the engine beside it.")
+    parser = argparse.ArgumentParser(prog="python -m shared.bench.lock", description="Measure what a busy event loop does to the engine.")
     parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
     args = parser.parse_args(argv)
     chapter, before = last_with("engine_process"), first_with("engine_process").previous
     row = {"chapter": chapter.id, "streams": STREAMS, "window_s": WINDOW_S}
     for way in ("thread", "process"):
         row[way] = measure_way(chapter, way)
-        for window, found in row[way].items():
-            print(f"{way:9}{window:7}{ {name: value for name, value in found.items() if name != 'ends_ms'} }")
+        for window, values in row[way].items():
+            print(f"{way:9}{window:10}{ {name: value for name, value in values.items() if name != 'ends_ms'} }")
     row["start"] = measure_starts({before.id: (before, []), "process": (chapter, []), "thread": (chapter, ["--engine", "thread"])})
     print(row["start"])
     if args.write:

@@ -1,10 +1,10 @@
-"""What an engine's own work costs beside the model's: where the time of a decode step goes.
+"""Where the time of a decode step goes: the model's work and the engine's own.
 
     python -m shared.bench overhead v04 v07       # pocket, one thread
 
-The parts of a step are timed from outside, by wrapping the functions that `Engine.step` calls: a chapter knows
-nothing of it. What is neither the model nor its head is the engine's own: scheduling, building the batch, choosing
-tokens, and appending, decoding and reporting them.
+The parts of a step are timed by wrapping the functions that `Engine.step` calls, so chapters need no code for it.
+Everything outside the model and its head is the engine's own time: scheduling, building the batch, choosing tokens,
+and appending, decoding and reporting them.
 
 Reads: the chapters. Writes: docs/results/overhead.json, through `python -m shared.bench`.
 """
@@ -23,7 +23,7 @@ SIZES = (1, 16, 64)
 WAYS = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.9}}
 STEPS, PROMPT = 16, (16, 128)
 MODEL = ("model", "head")  # the rest of a step is the engine's own
-# Each part of a step, and the functions that do it: of the engine, or of a module or an object in it.
+# Each part of a step, and its functions, as (owner, name); `parts_timed` says what the owners are.
 PARTS = {
     "schedule": (("scheduler", "schedule"),),
     "build": (("module", "build_batch"),),
@@ -35,7 +35,7 @@ PARTS = {
 
 
 def overhead(chapters: list[Chapter], repeats: int) -> dict:
-    """Microseconds of each part of a decode step of 1, 16 and 64 sequences; medians over all steps of all runs."""
+    """Microseconds for each part of a decode step of 1, 16 and 64 sequences; medians over all steps of all runs."""
     import torch
 
     from shared.checkpoints import POCKET
@@ -58,7 +58,7 @@ def overhead(chapters: list[Chapter], repeats: int) -> dict:
 
 
 def decode_steps(package: ModuleType, engine, size: int, settings: dict) -> list[dict[str, float]]:
-    """Seconds of each part of STEPS steps in which each of size sequences gets a token."""
+    """Seconds for each part of STEPS steps, in each of which `size` sequences get a token."""
     rng = random.Random(1)
     params = package.SamplingParams(max_tokens=1 + STEPS, ignore_eos=True, seed=1, **settings)
     for _ in range(size):
@@ -72,13 +72,13 @@ def decode_steps(package: ModuleType, engine, size: int, settings: dict) -> list
             spent["step"] = time.perf_counter() - start
         steps.append(spent)
     if engine.has_unfinished_requests():
-        raise AssertionError(f"{package.__name__}: {size} requests need more steps than tokens")
+        raise AssertionError(f"{package.__name__}: {size} requests have not finished after one step per token")
     return steps
 
 
 @contextmanager
 def parts_timed(package: ModuleType, engine) -> Iterator[dict[str, float]]:
-    """While entered, the time that is spent in each part."""
+    """Yields the seconds spent in each part so far; leaving restores the functions."""
     owners = {
         "module": sys.modules[f"{package.__name__}.engine"],
         "engine": engine,
@@ -95,7 +95,7 @@ def parts_timed(package: ModuleType, engine) -> Iterator[dict[str, float]]:
 
 
 def restore(owner: object, name: str):
-    """What puts the attribute back as it is now: the owner's own, or none of its own."""
+    """A function that restores the attribute to what it is now; one that the owner only inherits is deleted."""
     if name in vars(owner):
         value = vars(owner)[name]
         return lambda: setattr(owner, name, value)
@@ -105,16 +105,16 @@ def restore(owner: object, name: str):
 def clocked(function, spent: dict[str, float], part: str):
     def run(*args):
         start = time.perf_counter()
-        found = function(*args)
+        result = function(*args)
         spent[part] += time.perf_counter() - start
-        return found
+        return result
 
     return run
 
 
 def print_overhead(results: dict) -> None:
     columns = (*PARTS, "step", "own")
-    print(f"{'microseconds of a step':24}" + "".join(f"{column:>10}" for column in columns) + f"{'own share':>11}")
+    print(f"{'microseconds per step':24}" + "".join(f"{column:>10}" for column in columns) + f"{'own share':>11}")
     for name, rows in results.items():
         for case, row in rows.items():
             print(f"{name + '  ' + case:24}" + "".join(f"{row[each]:10,.0f}" for each in columns) + f"{row['own_share']:11.1%}")

@@ -1,6 +1,6 @@
-"""What a chapter is measured beside: transformers' `generate` in padded batches, and its continuous batching.
+"""What chapters are compared with: transformers' `generate` in padded batches, and its continuous batching.
 
-Both run greedily and never stop early; on the CPU in float32, unless they are told otherwise.
+Both decode greedily and ignore end-of-sequence tokens. By default they run on the CPU in float32.
 """
 import inspect
 import logging
@@ -27,13 +27,13 @@ class HuggingFace:
         self.model = model.eval().to(device)
 
     def settings(self, **more) -> GenerationConfig:
-        # No token has the id -1; None would be filled in from the checkpoint's own settings.
+        # No token has the id -1. With None, generate would use the checkpoint's own end-of-sequence tokens.
         return GenerationConfig(do_sample=False, eos_token_id=[-1], pad_token_id=0, **more)
 
     @torch.inference_mode()
     def generate(self, requests: list[Request]) -> list[list[int]]:
-        """Groups of PLACES in the order they came, padded on the left, each until its longest is done."""
-        said = []
+        """Run PLACES requests at a time, padded on the left, until the longest is done; return each one's tokens."""
+        outputs = []
         for start in range(0, len(requests), PLACES):
             group = requests[start : start + PLACES]
             width = max(len(request.prompt_ids) for request in group)
@@ -42,15 +42,15 @@ class HuggingFace:
             mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
             settings = self.settings(max_new_tokens=max(request.max_tokens for request in group))
             rows = self.model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
-            said += [row[: request.max_tokens] for row, request in zip(rows, group)]
-        return said
+            outputs += [row[: request.max_tokens] for row, request in zip(rows, group)]
+        return outputs
 
     def stop(self) -> None:
-        """There is nothing to end."""
+        """Do nothing: there is no thread to stop."""
 
 
 class ContinuousBatching(HuggingFace):
-    """transformers' own continuous batching, with a paged cache; its loop has a thread of its own."""
+    """transformers' own continuous batching, with a paged cache; it runs in its own thread until `stop`."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class ContinuousBatching(HuggingFace):
     ):
         super().__init__(model_dir, device, dtype)
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
-        # Older releases call a page a block, and have no limit but memory to the number of requests.
+        # Older releases say block instead of page, and only memory limits their number of requests.
         known = inspect.signature(ContinuousBatchingConfig).parameters
         limit = {"max_requests_per_batch": places} if "max_requests_per_batch" in known else {}
         settings = ContinuousBatchingConfig(
@@ -80,19 +80,19 @@ class ContinuousBatching(HuggingFace):
         self.manager.start()
 
     def generate(self, requests: list[Request], seconds: float = 600.0) -> list[list[int]]:
-        """The tokens of each; RuntimeError if they are not all there in time."""
+        """Each request's tokens; RuntimeError if any fails, or if they are not done in time."""
         deadline = time.monotonic() + seconds
         ids = [self.manager.add_request(each.prompt_ids, max_new_tokens=each.max_tokens) for each in requests]
-        said = {}
-        while len(said) < len(ids):
+        outputs = {}
+        while len(outputs) < len(ids):
             result = self.manager.get_result(timeout=max(deadline - time.monotonic(), 0.01))
             if result is None:
-                raise RuntimeError(f"continuous batching was not done after {seconds:g} s: {len(said)} of {len(ids)} requests")
+                raise RuntimeError(f"continuous batching was not done after {seconds:g} s: {len(outputs)} of {len(ids)} requests")
             if result.error:
                 raise RuntimeError(f"continuous batching failed: {result.error}")
             if result.is_finished():
-                said[result.request_id] = result.generated_tokens
-        return [said[each] for each in ids]
+                outputs[result.request_id] = result.generated_tokens
+        return [outputs[request_id] for request_id in ids]
 
     def stop(self) -> None:
         self.manager.stop(block=True)

@@ -1,6 +1,6 @@
-"""A real run, step by step, recorded from outside: who was in each forward pass, with how much, and for what.
+"""Record a real run step by step: which requests each forward pass computed, how many positions, and whether they were needed.
 
-A chapter knows nothing of this: a hook before its model reads the batch and the scheduler's lists.
+Chapters need no code for this: a hook before the model's forward pass reads the batch and the scheduler's queues.
 """
 import time
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ from shared.workloads import Request
 
 @dataclass(frozen=True)
 class Part:
-    """What one forward pass did in one request's name."""
+    """What one forward pass did for one request."""
 
-    request: int  # which, counted from 0 in the order of the workload
+    request: int  # its index in the workload
     num_tokens: int  # positions computed for it, padding included
-    useful: int  # those of them that nobody had computed before and that its text needs
+    useful: int  # those of them that its output needs and that were never computed before
     got_token: bool
-    rows: list[int]  # what it holds of the cache: one row, or blocks
+    rows: list[int]  # its part of the cache: one row, or its blocks
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,20 @@ class Pass:
     """One forward pass."""
 
     parts: list[Part]
-    waiting: list[int]  # requests that waited when its step began, those admitted in it included
-    wall_s: float = field(compare=False)  # of its step
+    waiting: list[int]  # requests waiting when its step began, including those admitted in it
+    wall_s: float = field(compare=False)  # the time of its step
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A whole run of one chapter."""
+    """One run of one chapter."""
 
     chapter: str
-    places: int  # requests that it could run together
-    lengths: list[tuple[int, int]]  # of each request: tokens of the prompt, tokens it got
+    places: int  # the most requests it could run at once
+    lengths: list[tuple[int, int]]  # for each request: prompt tokens, output tokens
     passes: list[Pass]
     kv_bytes: int  # reserved for keys and values
-    kv_read_bytes: int = 0  # that attention was given to read
+    kv_read_bytes: int = 0  # keys and values that the cache returned for attention
 
     @property
     def num_tokens(self) -> int:
@@ -46,26 +46,29 @@ class Trace:
 
     @property
     def num_positions(self) -> int:
-        """Positions computed, for whatever reason."""
+        """Positions computed, needed or not."""
         return sum(part.num_tokens for each in self.passes for part in each.parts)
 
     @property
     def num_needed(self) -> int:
-        """Positions that had to be computed: each once, and an output's last token never."""
+        """Positions that had to be computed: each once, except that of an output's last token."""
         return sum(prompt + output - 1 for prompt, output in self.lengths if output)
 
     def ledger(self) -> list[dict[int, int]]:
-        """Who ran in each pass: request to positions."""
+        """For each forward pass, the positions computed, by request."""
         return [{part.request: part.num_tokens for part in each.parts} for each in self.passes]
 
     def useful_share(self) -> float:
-        """Sequences that got a token / (forward passes x places), over the passes that began while one waited."""
+        """Sequences that got a token / (forward passes x places), over the forward passes that began while a request waited."""
         passes = [each for each in self.passes if each.waiting]
         got = sum(part.got_token for each in passes for part in each.parts)
         return got / (len(passes) * self.places)
 
     def life(self, request: int) -> list[tuple[str, float]]:
-        """The request's time in seconds: waits; useful and wasted, as its positions were; rides, after its end."""
+        """The request's time, as (kind, seconds) in order.
+
+        Kinds: waits; useful and wasted, in proportion to its positions; rides, when it is computed after it has finished.
+        """
         spans = []
         for each in self.passes:
             part = next((part for part in each.parts if part.request == request), None)
@@ -85,7 +88,7 @@ class Trace:
         return sum(each.wall_s for each in self.passes[: first + 1])
 
     def ends(self) -> list[int]:
-        """Of each request, the number of passes after which it had its last token."""
+        """For each request, the number of forward passes after which it had its last token."""
         last = [0] * len(self.lengths)
         for number, each in enumerate(self.passes, 1):
             for part in each.parts:
@@ -94,18 +97,18 @@ class Trace:
         return last
 
     def waits(self, request: int) -> int:
-        """Passes that began and ended without the request while it was in the queue."""
+        """The number of forward passes that ran without the request while it was in the queue."""
         ran = (any(part.request == request for part in each.parts) for each in self.passes)
         return sum(request in each.waiting and not took_part for each, took_part in zip(self.passes, ran))
 
 
 class Recorder:
-    """While entered, writes down the forward pass of every step of an engine."""
+    """While entered, records the forward pass of every step of an engine."""
 
     def __init__(self, engine):
         self.engine = engine
         self.numbers: dict[int, int] = {}  # request id to number in the workload
-        self.computed: dict[int, int] = {}  # positions of each request that were ever computed
+        self.computed: dict[int, int] = {}  # request id to the number of its positions computed so far
         self.passes: list[Pass] = []
         self.kv_read_bytes = 0
 
@@ -142,14 +145,14 @@ class Recorder:
         return counted
 
     def before(self, batch) -> None:
-        """Read the batch and the queues as they are when the model is called."""
+        """Read the batch and the scheduler's queues when the model is called."""
         running = self.engine.scheduler.running
-        # Without a cache, all tokens are fed every time.
+        # Without a cache, every forward pass computes all tokens.
         fed = [len(getattr(seq, "new_ids", seq.token_ids)) for seq in running]
         num_tokens = len(batch.token_ids)
         if num_tokens != sum(fed):
-            # A rectangle: all rows are as wide as the widest.
-            assert num_tokens == len(fed) * max(fed), f"{num_tokens} tokens in the batch, {fed} brought"
+            # A rectangle: every row is padded to the widest.
+            assert num_tokens == len(fed) * max(fed), f"{num_tokens} tokens in the batch, its sequences have {fed}"
         drawn = {draw.seq.seq_id for draw in batch.draws}
         waiting = [seq.seq_id for seq in self.engine.scheduler.waiting]
         parts = []
@@ -173,29 +176,29 @@ class Recorder:
 
 
 def held(seq, row: int) -> list[int]:
-    """What a sequence holds of the cache: its blocks, or its row, which is its place in the batch if it has no own."""
+    """A sequence's part of the cache: its blocks, or its row, which is its row in the batch if it has no attribute `row`."""
     if hasattr(seq, "block_table"):
         return list(seq.block_table)
     return [getattr(seq, "row", row)]
 
 
 def run(engine, package, requests: list[Request], arrived=lambda number, request_id: None) -> list[list[int]]:
-    """Step a workload to its end; each request comes, and goes if it is to be aborted, before its step.
+    """Run a workload to its end; the tokens of each request.
 
-    Every request runs to its max_tokens, greedily. Returns the tokens of each.
+    Requests are added, and aborted, before the steps that the workload names. Each is greedy and runs to its max_tokens.
 
     Raises:
-        ValueError: if the engine has other requests.
-        AssertionError: if it takes more steps than one token each would.
+        ValueError: if the engine already has requests.
+        AssertionError: if it takes more steps than generating one token per step would.
     """
     if engine.has_unfinished_requests():
-        raise ValueError(f"the engine has requests {list(engine.seqs)}; a workload needs it idle")
+        raise ValueError(f"the engine has requests {list(engine.seqs)}; run a workload on an idle engine")
     tokens = [[] for _ in requests]
     numbers = {}
     step_id = 0
     limit = max((r.arrival_step for r in requests), default=0) + sum(r.max_tokens for r in requests) + 1
     while engine.has_unfinished_requests() or len(numbers) < len(requests):
-        assert step_id <= limit, f"requests {list(engine.seqs)} have not ended after {step_id} steps"
+        assert step_id <= limit, f"requests {list(engine.seqs)} have not finished after {step_id} steps"
         for number, request in enumerate(requests):
             if request.arrival_step == step_id:
                 params = package.SamplingParams(max_tokens=request.max_tokens, ignore_eos=True)
@@ -212,7 +215,7 @@ def run(engine, package, requests: list[Request], arrived=lambda number, request
 
 
 def record(chapter, engine, requests: list[Request]) -> tuple[Trace, list[list[int]]]:
-    """Run a workload on an engine of this chapter: what happened, and the tokens of each request."""
+    """Run a workload on an engine of this chapter; the trace, and the tokens of each request."""
     with Recorder(engine) as recorder:
 
         def arrived(number: int, request_id: int) -> None:
@@ -231,10 +234,10 @@ def record(chapter, engine, requests: list[Request]) -> tuple[Trace, list[list[i
 
 
 def summary(trace: Trace) -> str:
-    """What the run took, in one line."""
+    """A line of figures for a run."""
     needed = trace.num_needed / trace.num_positions
     return (
-        f"{len(trace.lengths)} requests, {trace.places} at once: {len(trace.passes)} passes, "
-        f"{trace.num_positions} positions of which {needed:.0%} were needed, "
-        f"places that gave a token while others waited {trace.useful_share():.0%}"
+        f"{len(trace.lengths)} requests, at most {trace.places} at once: {len(trace.passes)} forward passes, "
+        f"{trace.num_positions} positions, {needed:.0%} of them needed; "
+        f"while requests waited, forward passes gave {trace.useful_share():.0%} of the tokens they had room for"
     )

@@ -1,4 +1,4 @@
-"""A chapter's server as a user starts it, with all of its processes: what measurements and tests of it begin with.
+"""Start a chapter's server as a user does, and find all of its processes: used by benchmarks and tests.
 
 Reads: the chapter, /proc (Linux).
 """
@@ -17,7 +17,7 @@ from shared.checkpoints import POCKET
 
 
 class Served:
-    """A chapter's server as a user starts it, in a process group of its own."""
+    """A chapter's server, started with its serve command in its own session; leaving the context kills all of its processes."""
 
     def __init__(self, chapter: Chapter, *flags: str, wait: bool = True):
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")
@@ -32,7 +32,7 @@ class Served:
     def wait_until_it_serves(self) -> None:
         while "  curl " not in self.said():
             if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended before it served:\n{self.said()}")
+                raise RuntimeError(f"the server exited before it was ready:\n{self.said()}")
             time.sleep(0.02)
         self.url = self.said().split("  curl ")[1].split()[0].removesuffix("/v1/completions")
         for pid in descendants(self.process.pid):
@@ -47,9 +47,9 @@ class Served:
 
     @contextlib.contextmanager
     def stream(self, body: dict):
-        """The lines of a stream that does not end early."""
-        asked = {"model": "pocket", "stream": True, "ignore_eos": True} | body
-        with httpx.stream("POST", f"{self.url}/v1/completions", json=asked, timeout=60) as response:
+        """The lines of a streamed completion, which ignores end-of-sequence tokens."""
+        body = {"model": "pocket", "stream": True, "ignore_eos": True} | body
+        with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=60) as response:
             yield response.iter_lines()
 
     def wait(self, timeout_s: float) -> int:
@@ -67,14 +67,14 @@ class Served:
 
 
 def processes_of(served: Served) -> list[int]:
-    """The processes of a server's session that are there, itself included; one that has ended and is not waited for is not."""
-    found = []
+    """The ids of all processes in a server's session, its own included; zombies are left out."""
+    pids = []
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError, ValueError):
             state, session = state_and_session(int(entry))
             if session == served.process.pid and state != "Z":
-                found.append(int(entry))
-    return found
+                pids.append(int(entry))
+    return pids
 
 
 def state_and_session(pid: int) -> tuple[str, int]:
@@ -83,11 +83,11 @@ def state_and_session(pid: int) -> tuple[str, int]:
 
 
 def descendants(pid: int) -> list[int]:
-    found = []
+    pids = []
     for task in os.listdir(f"/proc/{pid}/task"):
         for child in map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split()):
-            found += [child, *descendants(child)]
-    return found
+            pids += [child, *descendants(child)]
+    return pids
 
 
 def command_of(pid: int) -> str:

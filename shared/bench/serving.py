@@ -1,37 +1,38 @@
-"""What a server costs: tokens per second and CPU time per token, beside the engine alone on the same requests.
+"""What a server costs over its engine alone on the same requests: tokens per second, and CPU time per token.
 
-    python -m shared.bench.serving                      # the last chapter that serves, with 1, 16 and 64 streams
-    python -m shared.bench.serving v07 --streams 16     # another one, with 16 streams only
+    python -m shared.bench.serving                      # the last chapter with a server: 1, 16 and 64 streams
+    python -m shared.bench.serving v07 --streams 16     # another chapter, with 16 streams only
     python -m shared.bench.serving --write              # ten minutes
 
-Compared are the chapter's engine without a server, its server with the engine in a thread, and, where the chapter has
-it, its server with the engine in a process of its own. The server's client is this process. It runs on the same machine
-and takes CPU time from the server, so its own CPU time is reported too. It reads raw sockets: with httpx it would take
-more CPU time per token than the server. The model is pocket, on the CPU, with OMP_NUM_THREADS=1 and --max-num-seqs 64.
-The requests are those of `load` in a closed loop: each stream sends its next request when its last one is answered. The
-engine alone gets the same requests, already tokenized, and runs as many at once.
+This compares the chapter's engine without a server, its server with the engine in a thread, and, in chapters that
+support it, its server with the engine in its own process. This process is the client. It runs on the same machine and
+takes CPU time from the server, so its own CPU time is reported too. It reads raw sockets, because httpx would take more
+CPU time per token than the server. The model is pocket, on the CPU, with OMP_NUM_THREADS=1 and --max-num-seqs 64. The
+requests are those of `load` in a closed loop: each stream sends its next request when its last one is answered. The
+engine alone gets the same requests, already tokenized, and runs the same number at once.
 
-Where a chapter's engine can have a process of its own, that process and the engine alone are bound to one core, the
-client and the other process of the server to a second one; a server with threads may use both.
+In chapters whose engine can run in its own process, that process and the engine alone are pinned to one core, and the
+client and the server's other process to a second one. A server with the engine in a thread may use both cores.
 
-All ways take turns of a few seconds, because the speed of a shared machine changes within minutes. A turn computes the
-same tokens in each way; it includes its beginning and its end, when fewer streams run. Each figure is the median over
-the turns, with the lowest and the highest:
+These alternatives take turns of a few seconds, because the speed of a shared machine changes within minutes. Every turn
+generates the same tokens; it includes its start and its end, when fewer streams run. Each figure is the median over the
+turns, with the lowest and the highest:
 
     tokens_per_s    new tokens per second of wall time
     share           a server's tokens_per_s, divided by that of the engine alone in the same turn
     engine_us       CPU microseconds per token of the engine's thread, or of its process
-    front_us        CPU microseconds per token of the rest of the server: the event loop, the tokenizer's thread
+    front_us        CPU microseconds per token of the rest of the server: the event loop and the tokenizer's thread
     client_us       CPU microseconds per token of the client's process
     wall_us         wall microseconds per token
     engine_busy     CPU time of the engine's thread or process, divided by wall time
-    others          CPU time of all other processes of the machine, divided by wall time
+    others          CPU time of all other processes on the machine, divided by wall time
 
-A turn in which others took more than QUIET of a core does not count. Measuring goes on until there are enough quiet
-turns, or three times as many in all; then the quietest ones count, and the result is called noisy.
+Each round has one turn of each alternative. Rounds in which other processes took more than QUIET of a core are noisy.
+Measuring continues until there are --turns quiet rounds, or three times --turns in all; the quietest --turns rounds
+count, and if a noisy one is among them, the report says so.
 
-Then 16 streams run for PROFILE_S seconds, while the stacks of the event loop's thread are sampled (`serving_child`
-tells how): the front's CPU time by group. The tokenizer's thread is a group of its own, measured by its clock.
+Then 16 streams run for PROFILE_S seconds while the event loop's thread is sampled (`serving_child` explains how), which
+splits the CPU time of the event loop's side into groups. The tokenizer's thread is its own group, measured by its clock.
 
 Reads: the chapters. Writes: docs/results/serving.json.
 """
@@ -62,15 +63,15 @@ STREAMS = (1, 16, 64)
 TURNS = 9
 PROFILE_STREAMS, PROFILE_S = 16, 40.0
 SEED = 1
-# How much of a core other processes may take.
+# The share of a core that other processes may take.
 QUIET = 0.1
-# What ends a chunked body. A chunk of events ends with two line feeds before its CR and LF.
+# The end of a chunked body. It cannot occur earlier: a chunk of events ends with two line feeds before its CR and LF.
 END = b"\r\n0\r\n\r\n"
-SILENCE_S = 60.0  # how long the client waits for any byte of any stream
+SILENCE_S = 60.0  # how long the client waits for data from any stream
 
 
 class Child:
-    """A process of `serving_child`: it is sent a line of JSON, and answers with one."""
+    """A `serving_child` process, which answers each line of JSON with another."""
 
     def __init__(self, what: str, chapter: Chapter, *flags: str, module: str = "shared.bench.serving_child", **options):
         command = [sys.executable, "-m", module, what, chapter.name, *flags]
@@ -79,7 +80,7 @@ class Child:
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
 
     def ask(self, message: dict) -> dict:
-        """The answer to a message."""
+        """Send a message, and return the answer; RuntimeError if the process has exited."""
         self.process.stdin.write(json.dumps(message) + "\n")
         self.process.stdin.flush()
         return self.read()
@@ -87,7 +88,7 @@ class Child:
     def read(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{' '.join(self.process.args)} has ended")
+            raise RuntimeError(f"`{' '.join(self.process.args)}` has exited")
         return json.loads(line)
 
     def __enter__(self) -> "Child":
@@ -99,7 +100,7 @@ class Child:
 
 
 class Server(Child):
-    """A chapter's server, with its engine in a thread or in a process of its own."""
+    """A chapter's server, with its engine in a thread or in its own process."""
 
     def __init__(self, chapter: Chapter, way: str):
         flags = ["--engine", way] if "engine_process" in chapter.capabilities else []
@@ -112,7 +113,7 @@ class Server(Child):
 
 
 def measure(chapter: Chapter, sizes: list[int], turns: int) -> dict:
-    """The rows of a chapter: one for each number of streams, and the profiles."""
+    """A chapter's row: figures for each number of streams, and the profiles."""
     has_process = "engine_process" in chapter.capabilities
     with ExitStack() as stack:
         stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
@@ -133,7 +134,7 @@ def measure(chapter: Chapter, sizes: list[int], turns: int) -> dict:
 
 
 def pin(servers: list[Server], alone: Child | None) -> bool:
-    """Bind the processes to two cores, as the module's docstring says; False if there is only one."""
+    """Pin the processes to two cores, as the module's docstring says; False if there is only one core."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         return False
@@ -146,12 +147,12 @@ def pin(servers: list[Server], alone: Child | None) -> bool:
 
 
 def has(module: str) -> bool:
-    """Whether a module is installed: if it is, uvicorn uses it."""
+    """Whether a module is installed; uvicorn uses httptools and uvloop if they are."""
     return importlib.util.find_spec(module) is not None
 
 
 def measure_size(servers: list[Server], alone: Child, streams: int, turns: int) -> dict:
-    """Figures of all ways, which take turns, after one turn of each that does not count."""
+    """Figures of all alternatives, which take turns, after one warm-up turn of each."""
     bodies = workload(16 + 4 * streams, SEED, "pocket")
     ways: dict[str, Callable[[], dict[str, float]]] = {"alone": lambda: alone_turn(alone, bodies, streams)}
     ways |= {server.way: partial(server_turn, server, bodies, streams) for server in servers}
@@ -159,36 +160,36 @@ def measure_size(servers: list[Server], alone: Child, streams: int, turns: int) 
         turn()
     rounds = []
     for turn_id in progress(range(3 * turns), f"{streams} streams"):
-        found = {}
-        # Each goes first as often as last, so that a machine that slows down favours none.
+        turns_by_way = {}
+        # The order alternates, so that a machine that slows down favors none.
         for way in list(ways)[:: -1 if turn_id % 2 else 1]:
             before, start = others_s(*servers, alone), time.perf_counter()
-            found[way] = ways[way]()
-            found[way]["others"] = (others_s(*servers, alone) - before) / (time.perf_counter() - start)
-        rounds.append(found)
+            turns_by_way[way] = ways[way]()
+            turns_by_way[way]["others"] = (others_s(*servers, alone) - before) / (time.perf_counter() - start)
+        rounds.append(turns_by_way)
         rounds.sort(key=disturbance)
         if len(rounds) >= turns and disturbance(rounds[turns - 1]) < QUIET:
             break
     rounds = rounds[:turns]
     row = {"requests": len(bodies), "tokens": sum(body["max_tokens"] for body in bodies), "turns": turns}
     for way in ways:
-        row[way] = {name: spread([found[way][name] for found in rounds]) for name in rounds[0][way]}
+        row[way] = {name: spread([each[way][name] for each in rounds]) for name in rounds[0][way]}
     row["share"] = {
-        server.way: spread([found[server.way]["tokens_per_s"] / found["alone"]["tokens_per_s"] for found in rounds])
+        server.way: spread([each[server.way]["tokens_per_s"] / each["alone"]["tokens_per_s"] for each in rounds])
         for server in servers
     }
     return row
 
 
-def disturbance(found: dict[str, dict[str, float]]) -> float:
-    """How much of a core other processes took in the worst of a round's turns."""
-    return max(figures["others"] for figures in found.values())
+def disturbance(turns_by_way: dict[str, dict[str, float]]) -> float:
+    """The largest share of a core that other processes took in any of a round's turns."""
+    return max(figures["others"] for figures in turns_by_way.values())
 
 
 def others_s(*children: Child) -> float:
-    """CPU seconds so far of all processes but this one and its children, those that the host took away included.
+    """CPU seconds so far of all processes except this one and its children, including time stolen by the host.
 
-    Only the difference of two of them means anything.
+    Only the difference between two calls is meaningful.
     """
     own_s = time.process_time() + sum(child.ask({})["process"] for child in children)
     with open("/proc/stat") as file:
@@ -197,7 +198,7 @@ def others_s(*children: Child) -> float:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and range, to four digits.
+    """Median and range, to four significant digits; above 1000, to integers.
 
     >>> spread([304.56, 1.0, 0.98765])
     {'median': 1.0, 'low': 0.9877, 'high': 304.6}
@@ -207,13 +208,13 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def alone_turn(alone: Child, bodies: list[dict], streams: int) -> dict[str, float]:
-    """One run of the engine alone; its figures by name, as the module's docstring lists them."""
+    """One turn of the engine alone; its figures by name, as listed in the module's docstring."""
     run = alone.ask({"bodies": bodies, "streams": streams})
     return figures_of(bodies, run["tokens"], run["wall_s"], {"engine": run["cpu_s"]})
 
 
 def server_turn(server: Server, bodies: list[dict], streams: int) -> dict[str, float]:
-    """One run through the server; its figures by name."""
+    """One turn of the server; its figures by name."""
     before, client_s, start = server.ask({}), time.process_time(), time.perf_counter()
     num_tokens = closed_loop(server.address, bodies, streams)
     wall_s, client_s, after = time.perf_counter() - start, time.process_time() - client_s, server.ask({})
@@ -221,9 +222,9 @@ def server_turn(server: Server, bodies: list[dict], streams: int) -> dict[str, f
 
 
 def spent(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """CPU seconds between two answers of a server: of the engine, and of the rest."""
+    """CPU seconds between two answers of a server: the engine's, and the rest."""
     engine_s, process_s = (after[name] - before[name] for name in ("engine", "process"))
-    assert engine_s > 0, "the server has no thread or process that is called engine, or it has done nothing"
+    assert engine_s > 0, "the server has no thread or process named engine, or it took no CPU time"
     return {"engine": engine_s, "front": process_s - engine_s}
 
 
@@ -231,12 +232,12 @@ def figures_of(bodies: list[dict], num_tokens: int, wall_s: float, cpu_s: dict[s
     """A turn's figures by name.
 
     Args:
-        bodies: the turn's requests; all of their tokens must have come.
+        bodies: the turn's requests; all of their tokens must have arrived.
         wall_s: seconds that the turn took.
-        cpu_s: CPU seconds by whose they are: engine, front, client.
+        cpu_s: CPU seconds of the engine, and of the front (the event loop's side) and the client in a server's turn.
     """
-    wanted = sum(body["max_tokens"] for body in bodies)
-    assert num_tokens == wanted, f"{num_tokens} tokens came, {wanted} were asked for"
+    expected = sum(body["max_tokens"] for body in bodies)
+    assert num_tokens == expected, f"{num_tokens} tokens arrived, {expected} were requested"
     times = {f"{name}_us": 1e6 * seconds / num_tokens for name, seconds in (cpu_s | {"wall": wall_s}).items()}
     return {"tokens_per_s": num_tokens / wall_s, "engine_busy": cpu_s["engine"] / wall_s} | times
 
@@ -245,12 +246,12 @@ def figures_of(bodies: list[dict], num_tokens: int, wall_s: float, cpu_s: dict[s
 
 
 def closed_loop(address: tuple[str, int], bodies: list[dict], streams: int) -> int:
-    """Send all requests, streams of them at a time, and read their streams of events; the number of tokens.
+    """Send all requests, at most `streams` at a time, and read their event streams; the number of tokens.
 
-    Only the end of an answer is parsed, where its usage stands: parsing every event would cost as much as writing it.
+    Only the usage at the end of an answer is parsed: parsing every event would cost as much as writing it.
 
     Raises:
-        RuntimeError: if an answer is not a stream or ends early, or if nothing comes for SILENCE_S seconds.
+        RuntimeError: if an answer is not a stream or ends early, or if nothing arrives for SILENCE_S seconds.
     """
     waiting, num_tokens = map(http_request, bodies), 0
     with selectors.DefaultSelector() as selector:
@@ -263,7 +264,7 @@ def closed_loop(address: tuple[str, int], bodies: list[dict], streams: int) -> i
             while selector.get_map():
                 ready = selector.select(SILENCE_S)
                 if not ready:
-                    raise RuntimeError(f"nothing came from the server for {SILENCE_S:.0f} s")
+                    raise RuntimeError(f"the server sent nothing for {SILENCE_S:.0f} s")
                 for key, _ in ready:
                     connection, parts = key.fileobj, key.data
                     if not read_part(connection, parts):
@@ -289,31 +290,31 @@ def http_request(body: dict) -> bytes:
 
 
 def read_part(connection: socket.socket, parts: list[bytes]) -> bool:
-    """Append what has arrived of an answer to its parts; True if the answer is complete."""
+    """Read what has arrived of an answer and append it to `parts`; True if the answer is complete."""
     part = connection.recv(2**16)
     parts.append(part)
     if not parts[0].startswith(b"HTTP/1.1 200") or not part:
-        raise RuntimeError(f"a stream was expected, and this came: {b''.join(parts)[:1000].decode(errors='replace')!r}")
+        raise RuntimeError(f"expected a stream, got {b''.join(parts)[:1000].decode(errors='replace')!r}")
     return (part if len(part) >= len(END) else b"".join(parts[-len(END) :])).endswith(END)
 
 
 def tokens_of(answer: bytes) -> int:
-    """The number of new tokens that the usage of a stream tells.
+    """The number of new tokens, from a stream's usage.
 
     >>> tokens_of(b'data: {"usage": {"completion_tokens": 12, "total_tokens": 15}}' + END)
     12
     """
-    _, found, rest = answer.rpartition(b'"completion_tokens":')
-    if not found:
-        raise RuntimeError(f"a stream ended without its usage: {answer[-300:].decode(errors='replace')!r}")
+    _, key, rest = answer.rpartition(b'"completion_tokens":')
+    if not key:
+        raise RuntimeError(f"a stream ended without usage: {answer[-300:].decode(errors='replace')!r}")
     return int(rest.partition(b",")[0])
 
 
-# ---- where the front's time goes
+# ---- where the event loop's time goes
 
 
 def measure_profile(server: Server) -> dict:
-    """CPU microseconds per token and shares of the front's CPU time, by group."""
+    """CPU microseconds per token of the event loop's side, and each group's share."""
     bodies = workload(8 * PROFILE_STREAMS, SEED, "pocket")
     num_tokens, before, end = 0, server.ask({"sample": True}), time.monotonic() + PROFILE_S
     while time.monotonic() < end:
@@ -331,11 +332,11 @@ def measure_profile(server: Server) -> dict:
 
 
 def shares_of(samples: dict[str, int], tokenizer_share: float) -> dict[str, float]:
-    """Each group's share of the front's CPU time, the largest first.
+    """Each group's share of the CPU time of the event loop's side, largest first.
 
     Args:
-        samples: the number of samples of each group on the event loop's thread.
-        tokenizer_share: the tokenizer thread's share of the front's CPU time.
+        samples: each group's number of samples on the event loop's thread.
+        tokenizer_share: the tokenizer thread's share of that CPU time.
 
     >>> shares_of({"json": 10, "loop": 30}, tokenizer_share=0.2)
     {'loop': 0.6, 'json': 0.2, 'tokenizer': 0.2}
@@ -346,7 +347,7 @@ def shares_of(samples: dict[str, int], tokenizer_share: float) -> dict[str, floa
 
 
 def show(chapter: Chapter, row: dict) -> None:
-    columns = ("tokens/s alone", "served", "share", "engine alone", "engine", "front", "client", "wall")
+    columns = ("tokens/s alone", "served", "share", "engine alone", "engine", "event loop", "client", "wall")
     pinned = ", pinned to two cores" if row["pinned"] else ""
     print(f"{chapter.id}, {row['http']}, {row['event_loop']}{pinned}; CPU and wall time in microseconds per token; medians (range)")
     print(f"{'streams':16}" + "".join(f"{column:>20}" for column in columns))
@@ -362,7 +363,7 @@ def show(chapter: Chapter, row: dict) -> None:
         if others > QUIET:
             print(f"noisy: with {streams} streams, other processes took up to {others:.0%} of a core")
     for way, profile in row["profile"].items():
-        print(f"\n{way}: the front's {profile['front_us']:,.0f} us with {profile['streams']} streams, {profile['samples']:,} samples:")
+        print(f"\n{way}: the event loop takes {profile['front_us']:,.0f} us per token with {profile['streams']} streams; {profile['samples']:,} samples:")
         for group, part in profile["groups"].items():
             print(f"  {GROUPS[group]:30}{part['share']:6.1%}{part['us']:8,.1f} us")
 
@@ -377,24 +378,24 @@ def told(figure: dict[str, float], form: str = ",.0f") -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m shared.bench.serving", description="What a server costs.")
-    parser.add_argument("chapter", nargs="?", metavar="vNN", help="(default: the last that serves)")
+    parser = argparse.ArgumentParser(prog="python -m shared.bench.serving", description="Measure what a server costs over its engine alone.")
+    parser.add_argument("chapter", nargs="?", metavar="vNN", help="(default: the last chapter with a server)")
     parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS), metavar="N", help="(default: 1 16 64)")
-    parser.add_argument("--turns", type=int, default=TURNS, metavar="N", help=f"of each way (default: {TURNS})")
+    parser.add_argument("--turns", type=int, default=TURNS, metavar="N", help=f"measured turns of each alternative (default: {TURNS})")
     parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
     args = parser.parse_args(argv)
     if sys.platform != "linux":
-        parser.error("the CPU clocks of another thread can be read on Linux only")
+        parser.error("this runs on Linux only, where a thread can read the CPU clocks of others")
     if min(*args.streams, args.turns, 1) < 1:
         parser.error("--streams and --turns must be at least 1")
     if args.write and args.streams != list(STREAMS):
-        parser.error(f"--write takes {' '.join(map(str, STREAMS))} streams: the texts show them together")
+        parser.error(f"--write requires {' '.join(map(str, STREAMS))} streams, since the texts show them together; leave out --streams")
     try:
         chapter = find(args.chapter) if args.chapter else last_with("serve")
     except ValueError as error:
         parser.error(str(error))
     if "serve" not in chapter.capabilities:
-        parser.error(f"{chapter.id} has no server; the first chapter that has one is {first_with('serve').id}")
+        parser.error(f"{chapter.id} has no server; the first chapter with one is {first_with('serve').id}")
     row = measure(chapter, args.streams, args.turns)
     show(chapter, row)
     if args.write:

@@ -1,14 +1,14 @@
 """The two processes that `serving` measures: a chapter's server, and its engine without one.
 
-    python -m shared.bench.serving_child serve v09_responses    # the server, and a thread that reads all clocks; flags follow
-    python -m shared.bench.serving_child alone v09_responses    # the engine, which runs the requests that it is sent
+    python -m shared.bench.serving_child serve v09_responses    # the server, and a thread that reads all clocks; takes more flags
+    python -m shared.bench.serving_child alone v09_responses    # the engine, which runs the requests it receives
 
-Each answers every line of JSON on stdin with a line of JSON on stdout, and ends when stdin does. Linux only.
+Each answers every line of JSON on stdin with a line of JSON on stdout, and exits when stdin closes. Linux only.
 
-Where the event loop's CPU time goes is sampled by the CPU clock of its thread: when a tick of the kernel finds the
-thread computing, a signal interrupts it and its stack is counted. A profiler that looks at the process from outside, at
-regular intervals, also counts threads that wait for the interpreter lock. `socket.send` releases that lock and waits to
-get it back: with py-spy it appears to cost three times the CPU time that the thread's clock shows for it.
+The event loop's thread is sampled by its own CPU clock: when a tick of the kernel finds the thread computing, a signal
+interrupts it and its stack is counted. A profiler that samples the process from outside, at regular intervals, also
+counts threads that wait for the interpreter lock. `socket.send` releases that lock and waits to reacquire it, so with
+py-spy it appears to cost three times the CPU time that the thread's clock shows.
 
 Reads: the chapters.
 """
@@ -32,11 +32,11 @@ from shared.chapters import ROOT, find
 from shared.checkpoints import POCKET
 
 MAX_NUM_SEQS = 64
-# The kernel looks at a thread's CPU clock once per tick, 4 ms at 250 Hz; a shorter interval makes every tick count.
+# The kernel checks a thread's CPU clock once per tick, 4 ms at 250 Hz. This interval is shorter, so every tick is a sample.
 SAMPLE_NS = 200_000
 Stack = tuple[tuple[str, int], ...]  # file and line of each frame, the innermost first
 
-# What the front's CPU time goes to, by the name that results have for it.
+# What the event loop's CPU time is spent on: each group's name in results, and its label.
 GROUPS = {
     "send": "socket send",
     "loop": "event loop: asyncio, select",
@@ -50,8 +50,8 @@ GROUPS = {
     "tokenizer": "the tokenizer's thread",
     "other": "other",
 }
-# The group of a file, by the beginning of its place; the first that fits. Files of the standard library that are not
-# listed belong to the group of their caller.
+# The group of a file, by the prefix of its `place_of`; the first match counts. Files of the standard library that are
+# not listed belong to their caller's group.
 FILES = {
     "chapter/async_engine.py": "delivery",
     "chapter/engine_loop.py": "delivery",
@@ -81,11 +81,11 @@ FILES = {
 
 
 def serve(chapter_name: str, *more: str) -> int:
-    """Run the chapter's server, on a free port that it prints on stderr, until stdin ends; the exit code."""
+    """Run the chapter's server on a free port, which it prints to stderr, until stdin closes; the exit code."""
     sampler = Sampler()
 
     def answer(message: dict) -> dict:
-        """CPU seconds so far, after binding to cores if asked; after sampling also the number of samples of each group."""
+        """The clocks, after pinning if the message says so; if it starts or stops sampling, also each group's samples so far."""
         if "pin" in message:
             pin(message["pin"])
         if "sample" not in message:
@@ -100,7 +100,7 @@ def serve(chapter_name: str, *more: str) -> int:
 
 
 def clocks() -> dict[str, float]:
-    """CPU seconds so far: of all processes, of the engine's thread or process, the event loop's thread and the tokenizer's."""
+    """CPU seconds so far of all processes, the engine's thread or process, the event loop's thread and the tokenizer's thread."""
     engine_s = sum(time.clock_gettime(clock_of(process.pid)) for process in multiprocessing.active_children())
     seconds = {"process": time.process_time() + engine_s, "engine": engine_s, "loop": 0.0, "tokenizer": 0.0}
     for thread in threading.enumerate():
@@ -111,7 +111,7 @@ def clocks() -> dict[str, float]:
 
 
 def clock_of(pid: int) -> int:
-    """The CPU clock of a process. What is read of /proc has steps of 10 ms."""
+    """The CPU clock of a process; /proc has a resolution of only 10 ms."""
     clock = ctypes.c_int()
     error = ctypes.CDLL(None).clock_getcpuclockid(pid, ctypes.byref(clock))
     if error:
@@ -120,14 +120,14 @@ def clock_of(pid: int) -> int:
 
 
 def pin(cores: dict[str, list[int]]) -> None:
-    """Bind all threads of the engine's process, if it has one, and of this one to cores."""
+    """Pin all threads of this process, and of the engine's process if there is one, to cores."""
     for pid, which in [(os.getpid(), "front"), *((process.pid, "engine") for process in multiprocessing.active_children())]:
         for task in os.listdir(f"/proc/{pid}/task"):
             os.sched_setaffinity(int(task), cores[which])
 
 
 def answer_lines(answer: Callable[[dict], dict]) -> None:
-    """Answer each line of stdin; at its end, or when that fails, end the process, whatever its other threads do."""
+    """Answer each line of stdin; when stdin closes or an answer fails, exit the process, whatever its other threads do."""
     try:
         for line in sys.stdin:
             print(json.dumps(answer(json.loads(line))), flush=True)
@@ -141,7 +141,7 @@ def answer_lines(answer: Callable[[dict], dict]) -> None:
 
 
 class Sampler:
-    """Counts the main thread's stacks by its CPU clock. Only the main thread may make one."""
+    """Counts the main thread's stacks by its CPU clock. Only the main thread may create one."""
 
     def __init__(self):
         self.stacks: Counter[Stack] = Counter()
@@ -149,11 +149,11 @@ class Sampler:
         self.libc = ctypes.CDLL(None, use_errno=True)
         signal.signal(signal.SIGALRM, self.count)
         clock = time.pthread_getcpuclockid(threading.main_thread().ident)
-        # Without a sigevent a timer sends SIGALRM. Python runs signal handlers on the main thread.
+        # Without a sigevent, a timer sends SIGALRM. Python runs signal handlers on the main thread.
         self.check(self.libc.timer_create(clock, None, ctypes.byref(self.timer)))
 
     def set_interval(self, nanoseconds: int) -> None:
-        """CPU time of the main thread between two samples; 0 for none. Any thread may call this."""
+        """Set the main thread's CPU time between two samples; 0 stops sampling. Any thread may call this."""
         itimerspec = (ctypes.c_long * 4)(0, nanoseconds, 0, nanoseconds)
         self.check(self.libc.timer_settime(self.timer, 0, itimerspec, None))
 
@@ -164,7 +164,7 @@ class Sampler:
     def count(self, _signal: int, frame: FrameType | None) -> None:
         stack = []
         while frame is not None:
-            # A frame between two lines has none.
+            # f_lineno is None between two lines.
             stack.append((frame.f_code.co_filename, frame.f_lineno or 0))
             frame = frame.f_back
         self.stacks[tuple(stack)] += 1
@@ -172,7 +172,7 @@ class Sampler:
     def groups(self) -> Counter[str]:
         """The number of samples of each group."""
         numbers = Counter()
-        # Copied first: the main thread may still be adding to it.
+        # A copy, because the main thread may still be adding to it.
         for stack, number in dict(self.stacks).items():
             numbers[group_of(stack)] += number
         return numbers
@@ -198,7 +198,7 @@ def group_of(stack: Stack) -> str:
 
 
 def place_of(file: str) -> str:
-    """A file's path within a chapter, the installed packages or the standard library; '' if it is in none.
+    """A file's path within a chapter, the installed packages or the standard library; '' if it is in none of them.
 
     >>> place_of(f"{ROOT}/milestones/v07_server/kernels/__init__.py"), place_of("/a/site-packages/h11/_util.py")
     ('chapter/kernels/__init__.py', 'packages/h11/_util.py')
@@ -215,9 +215,10 @@ def place_of(file: str) -> str:
 
 
 def alone(chapter_name: str) -> None:
-    """Load the chapter's engine, say so, and run the requests of each line; the answer is what `run_alone` returns.
+    """Load the chapter's engine, report that it is ready, and answer lines.
 
-    To another line the answer is the process's CPU seconds so far, after binding to cores if asked.
+    A line with requests is answered with what `run_alone` returns, any other with the process's CPU seconds so far. A
+    line with "pin" pins the process first.
     """
     package = find(chapter_name).load()
     encode = importlib.import_module(f"{package.__name__}.text").encode
@@ -240,7 +241,7 @@ def alone(chapter_name: str) -> None:
 
 
 def run_alone(engine, requests: list[tuple], streams: int) -> dict[str, float]:
-    """Run requests, streams of them at a time: the number of tokens, wall seconds, and CPU seconds of this thread."""
+    """Run requests, at most `streams` at a time; the number of tokens, wall seconds, and this thread's CPU seconds."""
     waiting, num_tokens = iter(requests), 0
     wall, cpu = time.perf_counter(), time.thread_time()
     for request in islice(waiting, streams):

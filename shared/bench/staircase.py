@@ -1,4 +1,4 @@
-"""Every chapter on one ragged workload: tokens per second, and what was computed, read and reserved for it.
+"""Every chapter on the same 32 requests of different lengths: tokens per second, and what was computed, read and reserved.
 
 Reads: shared/workloads.py, the chapters. Writes: docs/results/staircase.json, through `python -m shared.bench`.
 """
@@ -11,10 +11,13 @@ from shared.chapters import Chapter
 
 
 def staircase(chapters: list[Chapter], repeats: int) -> dict:
-    """The chapters on one ragged workload: tokens per second, and what was computed, read and reserved for it.
+    """The chapters' speed and cost on one workload: pocket, one thread, float32.
 
-    pocket, one thread, float32. Tokens a second come from runs without a tracer. Traced runs, taken in turns with them,
-    tell when each request was served, and check that all chapters say the same; of these the one of median length counts.
+    Tokens per second come from runs without the recorder. Interleaved with them are recorded runs, which show when each
+    request was served; the one of median time is kept.
+
+    Raises:
+        AssertionError: if two chapters generate different tokens.
     """
     import torch
 
@@ -23,10 +26,10 @@ def staircase(chapters: list[Chapter], repeats: int) -> dict:
     torch.set_num_threads(1)
     engines = {chapter.id: staircase_engine(chapter) for chapter in chapters}
     requests = staircase(engines[chapters[0].id].config.vocab_size)
-    traces, said = {chapter.id: [] for chapter in chapters}, {}
+    traces, outputs = {chapter.id: [] for chapter in chapters}, {}
 
     def traced(chapter: Chapter) -> Timing:
-        trace, said[chapter.id] = record(chapter, engines[chapter.id], requests)
+        trace, outputs[chapter.id] = record(chapter, engines[chapter.id], requests)
         traces[chapter.id].append(trace)
         return Timing(sum(each.wall_s for each in trace.passes), 0.0)
 
@@ -35,7 +38,7 @@ def staircase(chapters: list[Chapter], repeats: int) -> dict:
         for chapter in chapters
     }
     contestants |= {f"{chapter.id}, traced": lambda chapter=chapter: traced(chapter) for chapter in chapters}
-    # What of a step is due to running several at once, and what to other changes of the same chapter.
+    # One at a time, to tell what batching gains apart from the chapter's other changes.
     lonely = [chapter for chapter in chapters if "max_num_seqs" in chapter.adds]
     for chapter in lonely:
         engine = staircase_engine(chapter, max_num_seqs=1)
@@ -45,9 +48,9 @@ def staircase(chapters: list[Chapter], repeats: int) -> dict:
     timings = interleave(contestants, repeats, "staircase")
     results = {}
     for chapter in chapters:
-        if said[chapter.id] != said[chapters[0].id]:
-            raise AssertionError(f"{chapter.id} says other tokens than {chapters[0].id}")
-        # The first was to warm up.
+        if outputs[chapter.id] != outputs[chapters[0].id]:
+            raise AssertionError(f"{chapter.id} generates other tokens than {chapters[0].id}")
+        # The first run was the warm-up.
         by_length = sorted(traces[chapter.id][1:], key=lambda trace: sum(each.wall_s for each in trace.passes))
         results[chapter.id] = row = counts(engines[chapter.id], by_length[len(by_length) // 2])
         row |= summary(timings[chapter.id])
@@ -64,7 +67,7 @@ STAIRCASE_KV_BYTES = 40 * 2**20
 
 
 def staircase_engine(chapter: Chapter, **limits):
-    """The chapter with its own limits; where memory is handed out, with as many bytes as the slab before it had."""
+    """The chapter's engine with its default limits; with blocks, as much cache memory as v04's slab."""
     from shared.checkpoints import POCKET
 
     if "kv_bytes" in chapter.capabilities:
@@ -73,7 +76,7 @@ def staircase_engine(chapter: Chapter, **limits):
 
 
 def counts(engine, trace) -> dict:
-    """What a traced run took, without its time; and the life of one request, with it."""
+    """What a recorded run computed, read and reserved, and how long the short requests and the watched one took."""
     watched = watched_request(trace.lengths)
     life = {}
     for what, seconds in trace.life(watched):
@@ -103,18 +106,18 @@ def counts(engine, trace) -> dict:
     }
 
 
-# Requests that get no more tokens than this are the short ones.
+# Requests with at most this many output tokens count as short.
 SHORT_OUTPUT = 20
 
 
 def watched_request(lengths: list[tuple[int, int]]) -> int:
-    """The request that is followed through all chapters: a short one that comes late."""
+    """The request that is followed through all chapters: a short one, late in the queue."""
     return min(range(len(lengths) // 2, len(lengths)), key=lambda number: abs(lengths[number][1] - 12))
 
 
 def print_staircase(results: dict) -> None:
-    columns = ("passes", "tokens/pass", "positions", "needed", "KV MiB", "tokens/s")
-    print(f"{'':8}" + "".join(f"{column:>13}" for column in columns))
+    columns = ("forward passes", "tokens/pass", "positions", "needed", "KV MiB", "tokens/s")
+    print(f"{'':8}" + "".join(f"{column:>16}" for column in columns))
     for name, row in results.items():
         cells = (
             f"{row['passes']:,}",
@@ -124,6 +127,6 @@ def print_staircase(results: dict) -> None:
             f"{row['kv_bytes'] / 2**20:.1f}",
             f"{row['tokens_per_s']:,.0f}",
         )
-        print(f"{name:8}" + "".join(f"{cell:>13}" for cell in cells))
+        print(f"{name:8}" + "".join(f"{cell:>16}" for cell in cells))
         if row["spread"] > NOISY:
             print(f"{'':8}noisy: runs differ by {row['spread']:.0%}; run it again on an idle machine")

@@ -1,12 +1,13 @@
-"""Chapters beside Hugging Face on the same work, and beside what the machine allows.
+"""Compare the chapters with Hugging Face on the same workloads, and with the machine's limit.
 
     make bench                       # every chapter; at most ten minutes
     make bench-v05                   # a chapter and the one before
-    make bench-all                   # and after that larger work and models: by hand, on an idle machine
+    make bench-all                   # also larger workloads and models: by hand, on an idle machine
 
-One thread, float32, greedy. The limit of a single stream is that each token reads every weight once; of a prompt and
-of many requests, that each position multiplies each weight once. Bandwidth and rate of multiplication are measured
-here, in the same minute. Nothing can be faster than the limit, whatever it is written in; how near it comes is the share.
+One thread, float32, greedy. Each forward pass has to read every weight once, which limits a single stream. Each
+position has to be multiplied with every weight once, which limits a prompt and many requests. Memory bandwidth and
+multiplication rate are measured here, in the same run. No engine can be faster than the limit; its share of the limit
+says how close it comes.
 
 Reads: shared/workloads.py, the chapters. Writes: docs/results/{suite, large}.json, through `python -m shared.bench`.
 """
@@ -32,10 +33,10 @@ POCKET, SMOLLM, QWEN, LLAMA = "pocket", "smollm2-135m-shape", "qwen3-0.6b-shape"
 
 @dataclass(frozen=True)
 class Work:
-    """One kind of work, to be timed for each contestant."""
+    """One workload, to be timed for each contestant."""
 
     what: str
-    requests: Callable[[int], list[Request]]  # of a vocabulary's size
+    requests: Callable[[int], list[Request]]  # from the vocabulary's size
 
 
 SINGLE = Work("single stream: 16 tokens, then 48", lambda vocab: fixed([(16, 48)], vocab))
@@ -49,9 +50,9 @@ RAGGED = Work(
     "ragged: 32 requests, 16 to 256 and 16 to 256",
     lambda vocab: ragged(32, vocab, prompt_len=(16, 256), output_len=(16, 256), seed=3),
 )
-# What is measured with which model, and what a chapter must be able to do for it: without a cache the larger ones would
-# take hours. The largest are for the last chapter alone.
-LAST = None  # no chapter has it as a capability; the last one is always measured
+# The workloads for each model, each with the capability a chapter needs for it: without a KV cache, the larger models
+# would take hours. The largest run on the last chapter only.
+LAST = None  # no chapter has this capability, but the last chapter is always measured
 QUICK = {
     POCKET: ((SINGLE, "generate"), (FIRST, "generate"), (STAIRS, "generate")),
     SMOLLM: ((SINGLE, "kv_cache"), (FIRST, "kv_cache"), (RAGGED_FEW, "kv_cache")),
@@ -66,7 +67,7 @@ LARGE = {
 # ---- the machine's limits
 
 def bandwidth() -> float:
-    """Bytes a second that one thread reads, as a product of a matrix and a vector does."""
+    """Bytes per second that one thread reads in a matrix-vector product."""
     import torch
 
     matrix = torch.rand(8192, 8192)
@@ -76,7 +77,7 @@ def bandwidth() -> float:
 
 
 def multiplications() -> float:
-    """Floating-point operations a second of one thread, in a product of large matrices, by the better of two libraries."""
+    """Floating-point operations per second of one thread in a product of large matrices, with the faster of two libraries."""
     import torch
 
     matrix = torch.rand(2048, 2048)
@@ -91,10 +92,10 @@ def num_tokens(requests: list[Request]) -> int:
 
 
 def least_seconds(requests: list[Request], model, limits: dict[str, float]) -> float:
-    """No engine takes less: each pass reads the weights, each position is multiplied with them.
+    """The least time any engine needs: each forward pass reads the weights, and each position is multiplied with them.
 
-    There are at least as many passes as the longest output has tokens. The head is needed once a token. Attention is
-    left out, which makes the limit a little too good.
+    There is at least one forward pass for each token of the longest output. The head is computed once per generated token.
+    Attention is left out, so the true minimum is a little higher.
     """
     head = model.lm_head.in_features * model.lm_head.out_features
     body = sum(each.numel() for each in model.model.layers.parameters())
@@ -106,12 +107,12 @@ def least_seconds(requests: list[Request], model, limits: dict[str, float]) -> f
 
 # ---- contestants
 
-# Where there is a GPU too: the peers run on the CPU, and so do the limits.
+# Explicit, since chapters would choose a GPU if there is one, and the peers and the limits are measured on the CPU.
 ON_CPU = {"device": "cpu", "dtype": "float32"}
 
 
 def limits_of(chapter: Chapter, requests: list[Request]) -> dict[str, int | str]:
-    """On a CPU; the chapter's own defaults, but with as many places as it can use and a cache that holds the work."""
+    """The engine's arguments: on the CPU, and from v05 on at most 64 requests at once and a cache that holds all of them."""
     longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
     limits = ON_CPU | {"max_model_len": longest}
     if "kv_bytes" in chapter.capabilities:
@@ -125,7 +126,7 @@ def serve(engine, package, requests: list[Request]) -> list[list[int]]:
 
 
 def contest(model_name: str, work: Work, chapters: list[Chapter], repeats: int, limits: dict[str, float]) -> dict:
-    """Each contestant's time for the same work, taken in turns; who says other tokens than the first is named."""
+    """Each contestant's figures for the same workload, timed in turns, with the number of answers that differ from the first's."""
     from shared.bench.peers import ContinuousBatching, HuggingFace
     from shared.checkpoints import checkpoint
 
@@ -140,10 +141,10 @@ def contest(model_name: str, work: Work, chapters: list[Chapter], repeats: int, 
     least = least_seconds(requests, engine.model, limits)
     batching = ContinuousBatching(path, 2 * sum(len(each.prompt_ids) + each.max_tokens for each in requests) + 256 * 64)
     jobs |= {PEERS[0]: HuggingFace(path).generate, PEERS[1]: batching.generate}
-    said = {}
+    outputs = {}
 
     def run(name: str) -> None:
-        said[name] = jobs[name](requests)
+        outputs[name] = jobs[name](requests)
 
     contestants = {name: lambda name=name: timed(lambda: run(name)) for name in jobs}
     warm_up = {name: lambda name=name: jobs[name](short) for name in jobs}
@@ -151,13 +152,13 @@ def contest(model_name: str, work: Work, chapters: list[Chapter], repeats: int, 
         timings = interleave(contestants, repeats, f"{model_name}, {work.what}", warm_up)
     finally:
         batching.stop()
-    first = next(iter(said))
+    first = next(iter(outputs))
     rows = {}
     for name, each in timings.items():
         row = summary(each)
         row["tokens_per_cpu_s"] = round(1e3 * num_tokens(requests) / row["cpu_ms"], 1)
         row["share_of_limit"] = round(1e3 * least / row["cpu_ms"], 3)
-        row["other_answers"] = sum(a != b for a, b in zip(said[name], said[first], strict=True))
+        row["other_answers"] = sum(a != b for a, b in zip(outputs[name], outputs[first], strict=True))
         rows[name] = row
     for row in rows.values():
         row["times_hf"] = round(rows[PEERS[0]]["cpu_ms"] / row["cpu_ms"], 2)
@@ -166,11 +167,11 @@ def contest(model_name: str, work: Work, chapters: list[Chapter], repeats: int, 
 
 # ---- arrivals
 
-ARRIVALS, RATE = 32, 24.0  # requests, and how many come in a second, on average
+ARRIVALS, RATE = 32, 24.0  # requests, and their average rate per second
 
 
 def arrivals(chapters: list[Chapter]) -> dict:
-    """Requests that come when they come (a Poisson process, the same for all): how long until each sees its first token."""
+    """Time to first token when requests arrive at random times (a Poisson process, the same for all chapters)."""
     from shared.checkpoints import POCKET as path
 
     rng = random.Random(5)
@@ -208,14 +209,14 @@ def arrivals(chapters: list[Chapter]) -> dict:
 # ---- memory
 
 def peak_mib(name: str) -> float:
-    """What a contestant needs at most for the ragged work on pocket, above a process that has only imported everything."""
+    """A contestant's peak memory on pocket's 32 ragged requests, above that of a process with everything imported."""
     command = [sys.executable, "-m", "shared.bench.suite", name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
 def measure_memory(name: str) -> None:
-    """In a process of its own: print the peak in MiB."""
+    """Print this process's peak in MiB; `peak_mib` runs this in its own process."""
     import torch
 
     from shared.bench.peers import ContinuousBatching, HuggingFace
@@ -237,29 +238,29 @@ def measure_memory(name: str) -> None:
 
 
 def peak_kib() -> int:
-    """The most memory that this process has had; not getrusage's, which begins with that of the process it came from."""
+    """This process's peak memory; getrusage's would start at that of the parent process."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 # ---- the whole
 
 def suite(chapters: list[Chapter], repeats: int) -> dict:
-    """Every chapter on work of seconds; then requests that arrive by chance, and the peak of memory."""
+    """Every chapter on workloads of seconds; then requests that arrive at random, and peak memory."""
     results = contests(QUICK, chapters, repeats)
     results["arrivals"] = arrivals(chapters)
     names = [chapter.id for chapter in chapters] + list(PEERS)
-    if sys.platform == "linux":  # elsewhere nobody tells
+    if sys.platform == "linux":  # it is read from /proc
         results["peak_mib"] = {name: round(peak_mib(name), 1) for name in progress(names, "memory")}
     return results
 
 
 def large(chapters: list[Chapter], repeats: int) -> dict:
-    """More work, and models of the sizes that people run: most of it for the last chapter alone."""
+    """Larger workloads, and models of realistic sizes; most run on the last chapter only."""
     return contests(LARGE, chapters, repeats)
 
 
 def contests(works: dict, chapters: list[Chapter], repeats: int) -> dict:
-    """The machine's limits, and of each model each work's rows."""
+    """The machine's limits, and each workload's rows by model."""
     import torch
 
     torch.set_num_threads(1)
@@ -288,18 +289,18 @@ def print_suite(results: dict) -> None:
                 )
             for name, row in rows.items():
                 if row["other_answers"]:
-                    print(f"{name} says other tokens than {next(iter(rows))} in {row['other_answers']} answers")
+                    print(f"{name}: {row['other_answers']} answers differ from those of {next(iter(rows))}")
             if max(row["spread"] for row in rows.values()) > NOISY:
-                print("noisy: runs of the same differ widely; run it again on an idle machine")
+                print("noisy: repeated runs differ widely; run it again on an idle machine")
     if "arrivals" in results:
         print_arrivals(results["arrivals"])
     if "peak_mib" in results:
-        print("\npocket, ragged: MiB at the peak, above the imports")
+        print("\npocket, ragged: peak memory in MiB, above that of the imports")
         print("   ".join(f"{name} {mib:.0f}" for name, mib in results["peak_mib"].items()))
 
 
 def print_arrivals(rows: dict) -> None:
-    print(f"\npocket, {ARRIVALS} requests that arrive by chance, {RATE:g} a second: ms to the first token")
+    print(f"\npocket, {ARRIVALS} requests that arrive at random, {RATE:g} per second on average: ms to the first token")
     for name, row in rows.items():
         print(f"{name:16}p50 {row['ttft_ms_p50']:10,.0f}   p95 {row['ttft_ms_p95']:10,.0f}   all done after {row['seconds']:.1f} s")
 

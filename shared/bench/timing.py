@@ -1,9 +1,8 @@
-"""The one timer: every figure of speed in this repository comes from here.
+"""The timer that the benchmarks share.
 
-Runs are warmed up, then interleaved (A B A B ...), so that a machine that slows down slows all of them
-down. A figure is the median; beside it stands the spread: the middle half of the runs, from its fastest to
-its slowest, divided by the median. CPU seconds are counted too: where cores are shared, they tell more
-than wall time.
+Runs are warmed up, then interleaved (A B A B ...), so a machine that slows down affects all contestants alike. A figure
+is the median of its runs. Its spread is their interquartile range divided by the median. CPU seconds are measured too,
+because on shared cores they vary less than wall time.
 """
 import statistics
 import sys
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-# Above this spread a median says little, and the report says so.
+# Above this spread, the report warns that the median means little.
 NOISY = 0.25
 
 
@@ -24,7 +23,7 @@ class Timing:
 
 
 def timed(run: Callable[[], object]) -> Timing:
-    """Run once."""
+    """Run once, and return the time it took."""
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return Timing(time.perf_counter() - wall, time.process_time() - cpu)
@@ -36,9 +35,9 @@ def interleave(
     label: str = "",
     warm_up: dict[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[Timing]]:
-    """Let each contestant run once unmeasured, or do its warm_up, then all of them in turn, `repeats` times.
+    """Warm each contestant up, by its `warm_up` or an unmeasured run, then run all of them in turn, `repeats` times.
 
-    A contestant returns the Timing of the part that counts: what it prepares is not in it.
+    A contestant returns the Timing of the part to be measured, which leaves out its preparation.
     """
     timings = {name: [] for name in contestants}
     for run in (warm_up or contestants).values():
@@ -50,14 +49,14 @@ def interleave(
 
 
 def progress(items: Iterable, label: str) -> Iterator[int]:
-    """A progress bar on stderr, where that is a terminal."""
+    """The items, with a progress bar if stderr is a terminal."""
     from tqdm import tqdm
 
     return iter(tqdm(items, desc=label, leave=False, disable=not sys.stderr.isatty()))
 
 
 def summary(timings: list[Timing], units: int = 1) -> dict[str, float]:
-    """Medians and spread of repeated runs, the times divided by the number of units of work in a run.
+    """Medians and spread of repeated runs; the times are per unit of work, of which each run has `units`.
 
     >>> summary([Timing(2.0, 1.0), Timing(1.0, 1.0), Timing(4.0, 1.5)], units=2)
     {'wall_ms': 1000.0, 'cpu_ms': 500.0, 'spread': 0.75, 'repeats': 3}
@@ -74,7 +73,7 @@ def summary(timings: list[Timing], units: int = 1) -> dict[str, float]:
 
 
 def weight_bytes(model) -> int:
-    """What one pass reads of the weights: all of them, but of the embedding a few rows only, unless it is the head's too."""
+    """Bytes of weights that one forward pass reads: all but the embedding, which is left out unless the head shares it."""
     linears = sum(module.nbytes for module in model.modules() if hasattr(module, "nbytes"))
     norms = sum(parameter.nbytes for name, parameter in model.named_parameters() if "norm" in name)
     return linears + norms

@@ -1,1 +1,1 @@
-"""The tools that keep a book of copies true: each compares, writes or plants, and none is part of a chapter."""
+"""The tools that keep the chapters, which are copies of each other, and their texts consistent."""

@@ -1,9 +1,8 @@
-"""The diff of a chapter against the one before, told by units.
+"""The diff of a chapter against the one before, by units.
 
     python -m shared.book.diff v05
 
-Hunks are headed by the unit they are in, and what is unchanged is folded. Blank lines between units are
-not counted.
+Each hunk is headed by its unit, and unchanged lines are left out. Blank lines between units are not counted.
 
 Reads: the chapters.
 """
@@ -14,19 +13,19 @@ from shared.book.units import Change, compare, read_units
 from shared.chapters import BOOK, Book, Chapter, python_files
 from shared.programs import run
 
-COLOURS = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m", "=": "\033[1m"}
+COLORS = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m", "=": "\033[1m"}
 
 
 def changes_of(chapter: Chapter) -> list[Change]:
-    """All units of a chapter against the one before; all added in the first."""
+    """The change of every unit against the chapter before; in the first chapter all are added."""
     previous = chapter.previous
     return compare(read_units(previous.path) if previous else {}, read_units(chapter.path))
 
 
 def mark(old: str, new: str) -> list[str]:
-    """Every line of either text behind a blank, a minus or a plus."""
+    """The lines of both texts, each prefixed with a blank, a minus or a plus."""
     a, b = old.splitlines(), new.splitlines()
-    # Blank lines are junk: two texts should not be lined up on them.
+    # Blank lines are junk, so that the texts are not aligned on them.
     matcher = SequenceMatcher(lambda line: not line.strip(), a, b, autojunk=False)
     marked = []
     for tag, a_start, a_end, b_start, b_end in matcher.get_opcodes():
@@ -39,7 +38,7 @@ def mark(old: str, new: str) -> list[str]:
 
 
 def hunks(change: Change, context: int = 3) -> list[str]:
-    """A change as the lines of a diff, each hunk headed by its address."""
+    """A change as lines of a diff, each hunk headed by the unit's address."""
     marked = mark(*change.texts)
     near = {n + i for n, line in enumerate(marked) if line[0] in "+-" for i in range(-context, context + 1)}
     lines = []
@@ -50,7 +49,7 @@ def hunks(change: Change, context: int = 3) -> list[str]:
 
 
 def diff_lines(changes: list[Change]) -> list[str]:
-    """Several changes as one diff; a class that is new is one hunk with its methods."""
+    """Changes as one diff; a new class is one hunk with its methods."""
     lines, whole = [], None
     for change in changes:
         if whole and change.kind == "added" and change.address.startswith(f"{whole}."):
@@ -62,13 +61,13 @@ def diff_lines(changes: list[Change]) -> list[str]:
 
 
 def count(change: Change) -> tuple[int, int]:
-    """Lines added and lines removed."""
+    """The numbers of lines added and removed."""
     marked = mark(*change.texts)
     return sum(line[0] == "+" for line in marked), sum(line[0] == "-" for line in marked)
 
 
 def summary(changes: list[Change]) -> list[str]:
-    """What changed, in numbers: a line a file, then all together."""
+    """The numbers of changes: one line per file, then the totals."""
     by_file = {}
     for change in changes:
         by_file.setdefault(change.address.split("::")[0], []).append(change)
@@ -84,7 +83,7 @@ def summary(changes: list[Change]) -> list[str]:
         if any(units):
             lines.append(row(file, units, added, removed))
     added, removed = total["lines"]
-    return [*lines, row("together", total["units"], added, removed) + f"; {added + removed} lines"]
+    return [*lines, row("total", total["units"], added, removed) + f"; {added + removed} lines"]
 
 
 def row(name: str, units: list[int], added: int, removed: int) -> str:
@@ -93,7 +92,7 @@ def row(name: str, units: list[int], added: int, removed: int) -> str:
 
 
 def lines_changed(before: Chapter, after: Chapter, only: str | None = None) -> tuple[int, int]:
-    """Lines of Python added and removed between two chapters, as `diff -u` counts them; of one file only, if named."""
+    """Lines of Python added and removed between two chapters, as `diff -u` counts them; of one file only, if `only` names it."""
     added = removed = 0
     names = {path.relative_to(chapter.path) for chapter in (before, after) for path in python_files(chapter.path)}
     names = {name for name in names if only in (None, name.as_posix())}
@@ -110,19 +109,19 @@ def show(chapter: Chapter) -> list[str]:
     """The chapter's diff and its summary, as lines."""
     previous = chapter.previous
     if previous is None:
-        return [f"{chapter.id} is the first chapter: it has no predecessor to differ from"]
+        return [f"{chapter.id} is the first chapter, so there is nothing to compare it with"]
     changes = changes_of(chapter)
     lines = []
     for file in sorted({change.address.split("::")[0] for change in changes if change.kind != "identical"}):
         of_file = [change for change in changes if change.address.split("::")[0] == file]
         lines += ["", f"=== {file}", *diff_lines([change for change in of_file if change.kind != "identical"])]
     added, removed = lines_changed(previous, chapter)
-    as_diff = f"{'as diff -u counts':20} +{added:<4} -{removed:<4} with the blank lines between units"
+    as_diff = f"{'as diff -u counts':20} +{added:<4} -{removed:<4} blank lines between units included"
     return [*lines, "", f"{previous.id} to {chapter.id}", *summary(changes), as_diff]
 
 
-def colour(line: str) -> str:
-    start = COLOURS.get(line[:1])
+def color(line: str) -> str:
+    start = COLORS.get(line[:1])
     return f"{start}{line}\033[0m" if start else line
 
 
@@ -137,7 +136,7 @@ def main(argv: list[str], book: Book | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     for line in lines:
-        print(colour(line) if sys.stdout.isatty() else line)
+        print(color(line) if sys.stdout.isatty() else line)
     return 0
 
 

@@ -1,9 +1,9 @@
-"""What the letters of shape comments stand for, and whether a value has the shape that one says.
+"""What the letters in shape comments stand for, and whether a value has the shape that a comment states.
 
-A dimension is a number, a name, or arithmetic on them (`D / 2`, `S + 1`). A name is first what it was
-before in the same frame or instance, then an int of that name, or of the name that VOCABULARY has for it,
-among the frame's variables or on its self, config or batch; otherwise it takes its value here. `...` stands
-for any dimensions. A list has one dimension, or as many as the comment asks of nested lists.
+A dimension is a number, a name, or arithmetic on them (`D / 2`, `S + 1`). If a name already has a value in this frame or
+instance, that is used. Otherwise it is looked up, under its own name and under its name in VOCABULARY, among the frame's
+variables, then on self, config and batch; only ints count. If it is not found, it takes its value here. `...` stands for
+any dimensions. A list has one dimension; nested lists have as many as the comment has.
 """
 import ast
 from collections.abc import Callable
@@ -28,7 +28,7 @@ OPERATORS = {
     ast.Div: lambda a, b: a / b,
     ast.FloorDiv: lambda a, b: a // b,
 }
-# What x is when `x op b` is known to be r, or `a op x`. Floor division forgets, so it binds nothing.
+# Solves `x op b = r` (LEFT) and `a op x = r` (RIGHT) for x. Floor division has no unique solution, so it is left out.
 LEFT = {
     ast.Add: lambda r, b: r - b,
     ast.Sub: lambda r, b: r + b,
@@ -45,12 +45,12 @@ RIGHT = {
 
 @dataclass
 class Comment:
-    """One shape comment, what it is about, and what became of it."""
+    """One shape comment, what it describes, and the result of checking it."""
 
     where: str  # file.py::Unit line 12
     line: str
     dims: list[ast.expr]
-    targets: list[str]  # expressions; for a field or parameter its name; none for a return
+    targets: list[str]  # expressions; a field's or parameter's name; empty for a return
     checked: int = 0
     false: str | None = None
 
@@ -64,26 +64,26 @@ class Letters:
     def __init__(self, known: Callable[[str], int | None]):
         self.known = known
         self.values = {}
-        self.seen = []  # (comment, shape): a name may get its value after the first look
+        self.seen = []  # (comment, shape), checked again at the end, when every name has its value
 
     def value(self, dim: ast.expr):
-        """The number that a dimension stands for; None while a name in it is unknown."""
+        """A dimension's value; None while a name in it is unknown."""
         match dim:
             case ast.Constant():
                 return dim.value
             case ast.Name():
                 if dim.id not in self.values:
-                    found = self.known(dim.id)
-                    if found is None:
+                    known = self.known(dim.id)
+                    if known is None:
                         return None
-                    self.values[dim.id] = found
+                    self.values[dim.id] = known
                 return self.values[dim.id]
             case ast.BinOp():
                 left, right = self.value(dim.left), self.value(dim.right)
                 return None if left is None or right is None else OPERATORS[type(dim.op)](left, right)
 
     def agree(self, dim: ast.expr, size: float) -> bool:
-        """Whether a dimension can have this size; a name that is unknown until now takes its value."""
+        """Whether a dimension can have this size; an unknown name takes its value from it."""
         value = self.value(dim)
         if value is not None:
             return value == size
@@ -98,7 +98,7 @@ class Letters:
         return True
 
     def check(self, comment: Comment, value) -> None:
-        """Compare a comment with a value, and note the first time that it is false."""
+        """Check a comment against a value, and record the first time that it is false."""
         comment.checked += 1
         shape = shape_of(value, len(comment.dims))
         if shape is None:
@@ -108,7 +108,7 @@ class Letters:
         self.seen.append((comment, shape))
 
     def settle(self) -> None:
-        """Look again at all that was seen, now that every name has its value."""
+        """Check all comments again, now that every name has its value."""
         for comment, shape in self.seen:
             self.compare(comment, shape)
 
@@ -131,7 +131,7 @@ class Letters:
 
 
 def parse_dims(text: str) -> list[ast.expr] | None:
-    """The dimensions of a bracketed shape; None if it is none.
+    """The dimensions of a bracketed shape; None if it is not a shape.
 
     >>> parse_dims("[see below]"), len(parse_dims("[N, D / 2]"))
     (None, 2)
@@ -152,7 +152,7 @@ def is_dim(dim: ast.expr) -> bool:
 
 
 def shape_of(value, rank: int) -> tuple[int, ...] | None:
-    """A tensor's shape; of a list its length, and to the rank that is asked for the shape its elements share."""
+    """A tensor's shape; a list's length, followed, up to this rank, by the shape its elements share; None if it has no shape."""
     if hasattr(value, "shape"):
         sizes = tuple(int_of(size) for size in value.shape)
         return None if None in sizes else sizes
@@ -165,13 +165,13 @@ def shape_of(value, rank: int) -> tuple[int, ...] | None:
 
 
 def int_of(value) -> int | None:
-    """An int, or what a compile-time constant holds; None for anything else."""
+    """An int, or the int in a compile-time constant; None for anything else."""
     value = getattr(value, "value", value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def known_in(variables: dict) -> Callable[[str], int | None]:
-    """Where a name of a comment may have its value: the variables, then self, config and batch."""
+    """A function that looks a comment's name up: among the variables, then on self, config and batch."""
     places = [variables.get(name) for name in ("self", "config", "batch")]
     places.append(getattr(variables.get("self"), "config", None))
 
@@ -184,11 +184,11 @@ def known_in(variables: dict) -> Callable[[str], int | None]:
         for place in places:
             for each in names[:2]:
                 try:
-                    found = int_of(getattr(place, each, None))
-                except Exception:  # a property that cannot be asked now
+                    value = int_of(getattr(place, each, None))
+                except Exception:  # a property that cannot be computed yet
                     continue
-                if found is not None:
-                    return found
+                if value is not None:
+                    return value
         return None
 
     return known

@@ -1,6 +1,6 @@
-"""Runs the examples in docstrings.
+"""Run the examples in docstrings.
 
-    python -m shared.book.doctests                        # shared and every chapter
+    python -m shared.book.doctests                        # of shared and every chapter
     python -m shared.book.doctests milestones.v05_paged_cache
 """
 import contextlib
@@ -16,7 +16,7 @@ from shared.programs import run
 
 @dataclass(frozen=True)
 class Report:
-    """How many examples a package has, and what the failing ones print."""
+    """How many examples a package has, and the output of the modules with failing ones."""
 
     attempted: int
     failures: tuple[str, ...]

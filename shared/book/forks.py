@@ -1,7 +1,7 @@
-"""Work in forks of this process, several at a time.
+"""Run work in forks of this process, several at a time.
 
-A fork inherits what was imported before it, so a child is at its work in a moment. The process that forks imports what
-is slow, and nothing of milestones: a child may have to find a changed copy.
+A fork inherits all imported modules, so a child starts its work at once. The forking process imports the slow packages,
+but no chapter, because a child may have to import a changed copy of it.
 """
 import contextlib
 import importlib
@@ -17,25 +17,25 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# What nearly every child would import first.
+# Packages that nearly every child needs.
 SLOW = ("torch", "safetensors.torch", "transformers", "tokenizers", "pytest", "shared.checkpoints", "shared.verify.reference")
 FAILED = 70  # the exit code of a child whose work raised
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a child does, in a directory of its own, and how long it may take."""
+    """What a child runs, and its time limit."""
 
-    run: Callable[[Path], None]  # in the child; what it leaves in the directory is its result
+    run: Callable[[Path], None]  # called in the child with a scratch directory, where it leaves its result
     timeout_s: float
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended; its directory is there until the next is asked for."""
+    """How a child ended. Its scratch directory exists until the iterator yields the next one."""
 
-    number: int  # of its work, counted from 0
-    exit_code: int | None  # None: stopped, since it took too long
+    number: int  # the index of its work
+    exit_code: int | None  # None if it was stopped at its time limit
     scratch: Path
     seconds: float
 
@@ -46,30 +46,30 @@ class Ended:
 
 
 def at_once() -> int:
-    """How many children may run at a time: one a core."""
+    """How many children may run at a time: one per core."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def preload(names: Sequence[str]) -> None:
-    """Import what is slow, once, and keep torch from starting threads: a fork does not take them along."""
+    """Import slow packages once, and keep torch from starting threads, since a fork does not inherit threads."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRITON_INTERPRET", "1")
     for name in names:
-        with contextlib.suppress(Exception):  # what it is needed for will say so
+        with contextlib.suppress(Exception):  # the work that needs it will report the error
             importlib.import_module(name)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     loaded = [name for name in sys.modules if name.startswith("milestones.")]
-    assert not loaded, f"the process that forks must not have imported a chapter, it has {loaded[:3]}"
+    assert not loaded, f"the forking process must not have imported a chapter, but it has imported {loaded[:3]}"
 
 
 def in_forks(works: Sequence[Work], label: str = "", limit: int | None = None) -> Iterator[Ended]:
-    """Do all works, several at a time; how each ended, in the order in which they end.
+    """Run all works, at most `limit` at a time (default: one per core); yield how each ended, in the order they end.
 
-    On a terminal a line tells how far it is.
+    With a label, a terminal shows a progress bar.
     """
     waiting, running = list(enumerate(works)), {}
-    tqdm.monitor_interval = 0  # its thread would be in the way of a fork
+    tqdm.monitor_interval = 0  # no monitor thread, since forking with threads is unsafe
     bar = tqdm(total=len(works), desc=label, leave=False, disable=not (label and sys.stderr.isatty()))
     try:
         while waiting or running:
@@ -90,7 +90,7 @@ def in_forks(works: Sequence[Work], label: str = "", limit: int | None = None) -
 
 
 def start(work: Work, scratch: Path) -> int:
-    """Fork; the child does its work and ends without returning."""
+    """Fork a child that does the work and exits; its process id."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -116,12 +116,12 @@ def start(work: Work, scratch: Path) -> int:
 
 
 def one_that_ended(running: dict) -> tuple[int, int | None]:
-    """Wait until a child ends, or has taken too long and is stopped; its id and exit code."""
+    """Wait until a child ends, or stop it at its time limit; its process id and exit code."""
     while True:
         for child, (_, work, _, began) in running.items():
             done = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if done:
-                # What it started and did not end goes with it; until it is waited for, its group is its own.
+                # Kill what it started and left running. Until the child is waited for, no other group can have its id.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(child, signal.SIGKILL)
                 return child, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -132,8 +132,8 @@ def one_that_ended(running: dict) -> tuple[int, int | None]:
 
 
 def stop(child: int) -> None:
-    """End a child and whatever it started."""
-    for kill in (os.killpg, os.kill):  # it may not have its group yet
+    """Kill a child and the processes it started."""
+    for kill in (os.killpg, os.kill):  # it may not have created its group yet
         with contextlib.suppress(ProcessLookupError):
             kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

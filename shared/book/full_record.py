@@ -1,13 +1,13 @@
-"""Which chapters have had all of their tests, as they are now: tests/full.json.
+"""The record of which chapters have passed all of their tests in their current state: tests/full.json.
 
-`make test` runs a part of what there is. A green `make test-vNN` in a clean tree writes down here a hash of every file
-that its tests imported or opened: of the chapter, of those it is compared with, of tests/ and of shared/. While the hash
-holds, nothing that those tests saw has changed. `make prove` runs in full the last chapter, one more that the commit
-chooses, and those whose hash does not hold, at most LIMIT of them: when what all tests share has changed, run
+`make test` runs only part of the tests. When `make test-vNN` passes in a clean tree, it records a hash of every file that
+its tests imported or opened: of the chapter, of those it is compared with, of tests/ and of shared/. As long as the hash
+matches, nothing that those tests used has changed. `make prove` runs all tests of the last chapter, of one picked by the
+commit's hash, and of at most LIMIT whose hash no longer matches. After a change to what all tests share, run
 `make test-all`.
 
-    python -m shared.book.full_record         # whose record holds, and whose does not
-    python -m shared.book.full_record pick    # the chapters that `make prove` runs in full
+    python -m shared.book.full_record         # prints which chapters' records are current
+    python -m shared.book.full_record pick    # prints the chapters whose tests `make prove` runs in full
 
 Reads: tests/full.json, git. Writes: tests/full.json.
 """
@@ -22,35 +22,35 @@ from shared.chapters import BOOK, Book, Chapter
 from shared.programs import run
 
 FILE = Path("tests") / "full.json"
-FOLDERS = ("milestones", "shared", "tests")  # whose files count
+FOLDERS = ("milestones", "shared", "tests")  # only files in these count
 LIMIT = 3
 
 
 def counted(paths: Iterable[Path], root: Path) -> list[str]:
-    """Those of the files that were seen that count, by their places from the root; of a model all of its files.
+    """The files among paths that count, relative to the root; if one is a model's, all files of that model.
 
-    A library that is no Python opens some of a model's files, which nobody sees.
+    Some of a model's files are opened by a native library, where Python does not see it.
     """
     models = root / "shared" / "models"
-    found = set()
+    files = set()
     for path in paths:
         if not path.is_relative_to(root) or path.relative_to(root).parts[0] not in FOLDERS or path == root / FILE:
             continue
         if "__pycache__" in path.parts or not path.is_file():
             continue
-        found.add(path)
+        files.add(path)
         if path.is_relative_to(models) and path.parent != models:
-            found.update(each for each in path.parent.iterdir() if each.is_file())
-    return sorted(path.relative_to(root).as_posix() for path in found)
+            files.update(each for each in path.parent.iterdir() if each.is_file())
+    return sorted(path.relative_to(root).as_posix() for path in files)
 
 
 def digest(root: Path, files: list[str]) -> str:
-    """A hash of files and their places; of one that is gone, another hash."""
-    found = hashlib.blake2b(digest_size=16)
+    """A hash of files' paths and contents; a missing file changes it."""
+    total = hashlib.blake2b(digest_size=16)
     for file in files:
         path = root / file
-        found.update(file.encode() + b"\0" + (path.read_bytes() if path.is_file() else b"gone") + b"\0")
-    return found.hexdigest()
+        total.update(file.encode() + b"\0" + (path.read_bytes() if path.is_file() else b"gone") + b"\0")
+    return total.hexdigest()
 
 
 def read(root: Path) -> dict[str, dict]:
@@ -59,14 +59,14 @@ def read(root: Path) -> dict[str, dict]:
 
 
 def record(book: Book, chapter: Chapter, files: list[str]) -> None:
-    """Write down that a chapter's tests were all run, and passed, on these files."""
+    """Record that all of a chapter's tests passed on these files."""
     rows = read(book.root) | {chapter.id: {"hash": digest(book.root, files), "files": files}}
     lines = [f"  {json.dumps(each.id)}: {json.dumps(rows[each.id])}" for each in book.chapters if each.id in rows]
     (book.root / FILE).write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def stale(book: Book) -> list[Chapter]:
-    """The chapters of which something has changed since all of their tests ran, or that never had all."""
+    """The chapters without a record, or with a file that has changed since."""
     rows = read(book.root)
 
     def holds(chapter: Chapter) -> bool:
@@ -77,22 +77,22 @@ def stale(book: Book) -> list[Chapter]:
 
 
 def changes(root: Path) -> str:
-    """What git says has changed since the last commit, beside the record; ValueError where there is no git."""
+    """git's list of changes since the last commit, except to the record; ValueError outside a git repository."""
     command = ["git", "status", "--porcelain", "--", ".", f":(exclude){FILE.as_posix()}"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"git says nothing of {root}: {done.stderr.strip()}")
+        raise ValueError(f"`git status` failed in {root}: {done.stderr.strip()}")
     return done.stdout
 
 
 def commit(root: Path) -> str:
-    """The commit's hash; zero where there is no git."""
+    """The hash of HEAD; "0" outside a git repository."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "0"
 
 
 def picked(book: Book, commit: str) -> list[Chapter]:
-    """The chapters to be run in full: the last, one by the commit's hash, and the first LIMIT whose record does not hold."""
+    """The chapters to run in full: the last, one by the commit's hash, and the first LIMIT others whose record is stale."""
     by_chance = book.chapters[int(commit, 16) % len(book.chapters)]
     others = [chapter for chapter in stale(book) if chapter not in (book.chapters[-1], by_chance)]
     chosen = {book.chapters[-1], by_chance, *others[:LIMIT]}
@@ -108,7 +108,7 @@ def main(argv: list[str], book: Book = BOOK) -> int:
         return 0
     old = stale(book)
     for chapter in book.chapters:
-        print(f"{chapter.id}  {'does not hold: `make test-' + chapter.id + '`' if chapter in old else 'holds'}")
+        print(f"{chapter.id}  {'missing or stale; run `make test-' + chapter.id + '`' if chapter in old else 'current'}")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""Begins a chapter as a copy of the last one.
+"""Start a new chapter as a copy of the last one.
 
     python -m shared.book.new v08 preemption
 
-Copies its directory and its notebook, and writes what a chapter has besides: the beginning of a text, an
-empty list of traps, a page for its claims, and a row in the table of contents, to be filled in.
+Copies the last chapter's directory and notebook, and creates the chapter's other files: a skeleton text, an empty
+list of traps, a test file for its claims, and a row in the table of contents, for you to fill in.
 
 Reads: the last chapter. Writes: milestones/vNN_*, tests/traps, tests/claims, notebooks, shared/chapters.py.
 """
@@ -39,8 +39,8 @@ What changed and why, a paragraph above each claim: `diff: FILE::UNIT` in a comm
 """
 
 TRAPS = """\
-# The mistakes people make in {id}: each is planted, and must fail the test that it names.
-# python -m shared.book.traps {id} plants them; shared/book/traps/runner.py says how one is written.
+# The mistakes people make in {id}: each is planted, and the test that it names must fail.
+# python -m shared.book.traps {id} plants them; shared/book/traps/runner.py describes the format.
 """
 
 CLAIMS = '''"""What {id} claims: its own way of doing things, for it and all later chapters."""
@@ -56,19 +56,19 @@ ROW = """\
 
 
 def create(book: Book, number: str, noun: str) -> list[Path]:
-    """Make the chapter; what was written, and nothing if it is refused."""
+    """Create the chapter; the paths written. ValueError if it cannot be created, in which case nothing is written."""
     last = book.chapters[-1]
     expected = f"v{int(last.id[1:]) + 1:02}"
     if number != expected:
         raise ValueError(f"the chapter after {last.name} is {expected}, not {number}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", noun):
-        raise ValueError(f"NAME is {noun!r}; it takes small letters, digits and underscores, and begins with a letter")
+        raise ValueError(f"NAME must be lower-case letters, digits and underscores, starting with a letter, got {noun!r}")
     name = f"{number}_{noun}"
     contents = book.root / "shared" / "chapters.py"
     chapter = Chapter(*Row(name), root=book.root, previous=last)
     for path in (chapter.path, chapter.claims, chapter.traps):
         if path.exists():
-            raise ValueError(f"{path.relative_to(book.root)} is there already; remove it first")
+            raise ValueError(f"{path.relative_to(book.root)} already exists; remove it first")
     rows = add_row(contents.read_text(), name)
     make_copy(last, chapter.path.parent, "README.md", name=name)
     written = [chapter.path]
@@ -84,7 +84,7 @@ def create(book: Book, number: str, noun: str) -> list[Path]:
 
 
 def add_row(source: str, name: str) -> str:
-    """The table of contents with a row for name before the end of CONTENTS."""
+    """The source of the table of contents with a row for name added at the end of CONTENTS."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CONTENTS":
             lines = source.splitlines(keepends=True)
@@ -106,7 +106,7 @@ def main(argv: list[str], book: Book | None = None) -> int:
         return 2
     for path in written:
         print(f"wrote {path.relative_to(book.root)}")
-    print(f"next: say what {argv[0]} adds in shared/chapters.py, then `make diff-{argv[0]}`")
+    print(f"next: declare what {argv[0]} adds in shared/chapters.py, then run `make diff-{argv[0]}`")
     return 0
 
 

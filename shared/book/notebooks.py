@@ -1,12 +1,12 @@
-"""The notebooks: written as Python with cells, committed as notebooks with what they printed and drew.
+"""Write and check the notebooks: Python sources with cells, committed as executed notebooks with their outputs.
 
-    python -m shared.book.notebooks [v05 ...]      # write notebooks/*.ipynb anew, executed in a kernel
+    python -m shared.book.notebooks [v05 ...]      # execute in a kernel, and write notebooks/*.ipynb
     python -m shared.book.notebooks check          # run all sources; fail if one raises, or its notebook is stale
-    python -m shared.book.notebooks diff v05       # what a chapter's notebook changes against the one before
-    python -m shared.book.notebooks nbdime         # let this clone's git show and merge notebooks by cells
+    python -m shared.book.notebooks diff v05       # compare a chapter's notebook with the one before
+    python -m shared.book.notebooks nbdime         # set this clone's git up to show and merge notebooks by cells
 
-A source is `notebooks/NAME.py`; jupytext splits it at `# %%`. A notebook is stale when its cells are not the source's,
-or when a run prints something else than it has; numbers with a decimal point, and cells tagged `varies`, may differ.
+A source is `notebooks/NAME.py`; jupytext splits it at `# %%`. A notebook is stale if its cells differ from the source's, or
+if a run prints something else; numbers with a decimal point and the outputs of cells tagged `varies` may differ.
 
 Reads: notebooks/*.py. Writes: notebooks/*.ipynb.
 """
@@ -32,7 +32,7 @@ MEASURED = re.compile(r"\d[\d,]*\.\d+(e-?\d+)?")
 
 
 def read(source: Path):
-    """The source as a notebook without outputs; its cells are numbered, so that nothing in it is due to chance."""
+    """The source as a notebook without outputs; its cells' ids are numbers, so that they do not change at random."""
     import jupytext
 
     notebook = jupytext.read(source, fmt="py:percent")
@@ -62,7 +62,7 @@ def execute(source: Path) -> None:
 
 
 def without_noise(output):
-    """An output as it may be committed: of stderr only what engines say they chose, not what libraries think."""
+    """An output as it is committed: of stderr only the engines' own lines, not the libraries' warnings; None if nothing is left."""
     if output.get("name") != "stderr":
         return output
     output.text = chosen(output.text)
@@ -70,14 +70,14 @@ def without_noise(output):
 
 
 def chosen(text: str) -> str:
-    """The lines in which an engine says what it chose."""
+    """The lines in which an engine reports its choices, such as device and attention."""
     return "".join(line for line in text.splitlines(keepends=True) if line.startswith("pocket: "))
 
 
 # ---- checking
 
 def run_cells(source: Path, scratch: Path) -> None:
-    """In a fork: run the source's cells in its directory, and leave what each printed, or how one failed, in scratch."""
+    """Run the source's cells in its directory, in a fork; write each cell's output, or the error of one, to scratch."""
     os.chdir(source.parent)
     cells = [cell.source for cell in read(source).cells if cell.cell_type == "code"]
     space, printed = {"__name__": "__main__"}, []
@@ -94,59 +94,59 @@ def run_cells(source: Path, scratch: Path) -> None:
 
 
 def printed_by(ended: Ended) -> list[str] | str:
-    """What each code cell printed; or, as one text, how the run failed."""
-    said = ended.scratch / "printed.json"
-    if said.exists():
-        return json.loads(said.read_text())
-    return f"no end after {TIMEOUT_S} s" if ended.exit_code is None else f"the process ended with {ended.exit_code}"
+    """The output of each code cell; or, as a single string, how the run failed."""
+    printed = ended.scratch / "printed.json"
+    if printed.exists():
+        return json.loads(printed.read_text())
+    return f"not done after {TIMEOUT_S} s" if ended.exit_code is None else f"the process exited with {ended.exit_code}"
 
 
 def run_sources(sources: list[Path]) -> dict[Path, list[str] | str]:
-    """What each source prints, several run at a time."""
+    """Run the sources, several at a time; each one's `printed_by`."""
     works = [Work(partial(run_cells, source), TIMEOUT_S) for source in sources]
     return {sources[ended.number]: printed_by(ended) for ended in in_forks(works, "notebooks")}
 
 
 def unlike(source: Path) -> list[str]:
-    """Why a notebook is not its source's, without running it."""
+    """How a notebook's cells differ from its source's, without running it."""
     import nbformat
 
     name, path = source.name, source.with_suffix(".ipynb")
     if not source.is_file():
-        return [f"there is no {name}; every chapter has a notebook"]
+        return [f"{name} is missing; every chapter has a notebook"]
     if not path.is_file():
         return [f"{name} has no notebook; run `make notebooks`"]
     fresh, kept = read(source), nbformat.read(path, as_version=4)
     if [each_of(cell) for cell in fresh.cells] != [each_of(cell) for cell in kept.cells]:
-        return [f"{path.name} has other cells than {name}; run `make notebooks`"]
+        return [f"{path.name} does not have the cells of {name}; run `make notebooks`"]
     return []
 
 
 def unprinted(source: Path, outputs: list[str] | str) -> list[str]:
-    """What a notebook has kept that a run of its source did not print."""
+    """How a notebook's outputs differ from those of a run of its source."""
     import nbformat
 
     path = source.with_suffix(".ipynb")
     if isinstance(outputs, str):
         return [f"{source.name}: {outputs}"]
     code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    found = []
+    wrong = []
     for number, (cell, output) in enumerate(zip(code, outputs, strict=True)):
         if any(each.output_type == "execute_result" for each in cell.outputs):
-            found.append(f"{path.name}: code cell {number} ends with a value; print it, so that it is compared")
+            wrong.append(f"{path.name}: code cell {number} ends with a value; print it, so that it is compared")
         before = "".join(each.text for each in cell.outputs if each.output_type == "stream")
         if "varies" not in cell.metadata.get("tags", []) and counted(before) != counted(output):
-            found.append(f"{path.name}: code cell {number} prints other lines now; run `make notebooks`, and look at them")
-    return found
+            wrong.append(f"{path.name}: code cell {number} now prints different lines; run `make notebooks`, and check them")
+    return wrong
 
 
 def each_of(cell) -> tuple:
-    """What of a cell is the source's."""
+    """The parts of a cell that come from the source."""
     return cell.cell_type, cell.source, cell.metadata.get("tags", [])
 
 
 def counted(text: str) -> list[str]:
-    """The lines in any order of the two streams, without what is measured.
+    """The lines, sorted, since the two streams may interleave in any order, with measured numbers replaced.
 
     >>> counted("that took  1.5 ms\\nfed 11 tokens\\n")
     ['fed 11 tokens', 'that took ? ms']
@@ -156,38 +156,38 @@ def counted(text: str) -> list[str]:
 
 
 def problems(sources: list[Path]) -> dict[Path, list[str]]:
-    """Why each notebook is not what its source says; those are run that could be."""
-    found = {source: unlike(source) for source in sources}
-    for source, outputs in run_sources([source for source in sources if not found[source]]).items():
-        found[source] = unprinted(source, outputs)
-    return found
+    """How each notebook differs from its source; those whose cells match are run."""
+    by_source = {source: unlike(source) for source in sources}
+    for source, outputs in run_sources([source for source in sources if not by_source[source]]).items():
+        by_source[source] = unprinted(source, outputs)
+    return by_source
 
 
 def check(book: Book) -> list[str]:
-    """Run every source; what is wrong, notebook by notebook."""
-    os.environ["MPLBACKEND"] = "Agg"  # before matplotlib is imported, which reads it then
+    """Run every source; the problems of all notebooks."""
+    os.environ["MPLBACKEND"] = "Agg"  # matplotlib reads it when it is imported
     preload((*SLOW, "matplotlib.pyplot", "jupytext", "nbformat", "httpx", "openai", "fastapi", "uvicorn"))
-    found = problems([chapter.notebook for chapter in book.chapters])
-    for source, wrong in found.items():
-        print(f"{source.stem:24} {'wrong' if wrong else 'runs, and is what it was'}", flush=True)
-    sound = sum(not wrong for wrong in found.values())
-    print(f"{sound} of {len(book.chapters)} notebooks run and are what they were")
-    return [each for wrong in found.values() for each in wrong]
+    by_source = problems([chapter.notebook for chapter in book.chapters])
+    for source, wrong in by_source.items():
+        print(f"{source.stem:24} {'wrong' if wrong else 'runs and is up to date'}", flush=True)
+    sound = sum(not wrong for wrong in by_source.values())
+    print(f"{sound} of {len(book.chapters)} notebooks run and are up to date")
+    return [problem for wrong in by_source.values() for problem in wrong]
 
 
 def diff(chapter: Chapter) -> int:
-    """Show what the chapter's notebook changes, by nbdime."""
+    """Show the difference from the previous chapter's notebook with nbdime; its exit code."""
     previous = chapter.previous
     if previous is None:
-        raise ValueError(f"{chapter.id} is the first chapter; there is no notebook before it")
+        raise ValueError(f"{chapter.id} is the first chapter, so there is no notebook to compare with")
     paths = [f"notebooks/{each.name}.ipynb" for each in (previous, chapter)]
     return subprocess.run([Path(sys.executable).with_name("nbdiff"), "--sources", *paths], cwd=chapter.root).returncode
 
 
 def use_nbdime(root: Path) -> None:
-    """Have this clone's git show and merge notebooks by cells; .gitattributes names the drivers, and this says what they are.
+    """Set this clone's git up to show and merge notebooks by cells, with the drivers that .gitattributes names.
 
-    By their whole paths: git may be called where this environment's programs are not found.
+    Full paths are used, since git may run where this environment's programs are not on the PATH.
     """
     programs = Path(sys.executable).parent
     diff, merge = (shlex.quote(str(programs / name)) for name in ("git-nbdiffdriver", "git-nbmergedriver"))
@@ -202,14 +202,14 @@ def use_nbdime(root: Path) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.book.notebooks", description="Write, check and compare the notebooks.")
-    parser.add_argument("what", nargs="*", metavar="vNN", help="chapters to write; or check, or diff vNN, or nbdime")
+    parser.add_argument("what", nargs="*", metavar="vNN", help="chapters to write; or check, diff vNN or nbdime")
     args = parser.parse_args(argv)
     command = args.what[0] if args.what else ""
     try:
         if command == "check":
-            found = check(BOOK)
-            print("\n".join(found), file=sys.stderr)
-            return 1 if found else 0
+            wrong = check(BOOK)
+            print("\n".join(wrong), file=sys.stderr)
+            return 1 if wrong else 0
         if command == "nbdime":
             use_nbdime(BOOK.root)
             return 0

@@ -44,7 +44,7 @@ STYLE = """\
 
 
 def svg(width: int, height: int, title: str, body: list[str]) -> str:
-    """A drawing with the common style; title is what a screen reader reads."""
+    """An SVG with the common style; screen readers read title."""
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
         ' role="img" aria-labelledby="t">',
@@ -82,9 +82,9 @@ def name_of(request: int) -> str:
 
 
 def timeline(trace: dict, num_columns: int | None = None) -> str:
-    """A run, one lane a request and one column a pass; of each block, the part that was needed is coloured.
+    """A run: one lane per request, one column per pass; the part of each cell that was needed is colored.
 
-    num_columns: leave room for so many passes, so that pictures of several runs have one scale.
+    num_columns: leave room for this many passes, so that pictures of several runs share one scale.
     """
     num_columns = num_columns or len(trace["passes"])
     width = LEFT + max(num_columns * CELL, 440) + RIGHT
@@ -103,7 +103,7 @@ def timeline(trace: dict, num_columns: int | None = None) -> str:
 
 
 def legend(x: float, y: float) -> list[str]:
-    """What the colours mean, in one line."""
+    """The key of colors, on one line."""
     body = []
     for kind, what, room in (("prompt", "its prompt", 84), ("token", "one token", 80), ("waste", "for nothing", 90)):
         body += [rect(x, y - 10, CELL - 2, LANE - 6, kind), text(x + 18, y, what, "small")]
@@ -112,7 +112,7 @@ def legend(x: float, y: float) -> list[str]:
 
 
 def lane(passes: list[dict], request: int, y: float) -> list[str]:
-    """One request's way through the passes."""
+    """One request's lane in the timeline."""
     body = []
     for column, each in enumerate(passes):
         x = LEFT + column * CELL
@@ -131,17 +131,17 @@ def lane(passes: list[dict], request: int, y: float) -> list[str]:
     return body
 
 
-NUM_OWNERS = 10  # colours; the letter says which of those that share one
+NUM_OWNERS = 10  # colors; requests that share one differ by letter
 
 
 def blocks(trace: dict) -> str:
-    """Who owned which block in which pass: a lane a block, a column a pass; as full as a block is, so high is its colour."""
+    """Which request owned which block in which pass: one lane per block, one column per pass, colored as high as the block is full."""
     num_blocks, size = TIMELINE_BLOCKS, TIMELINE_BLOCK_SIZE
     cell, lane_height, left, top = 30, 22, 76, 60
     width, height = left + len(trace["passes"]) * cell + RIGHT, top + num_blocks * lane_height + 30
-    title = f"{trace['chapter']}: who owns which of {num_blocks} blocks of {size} tokens"
+    title = f"{trace['chapter']}: which request owns which of {num_blocks} blocks of {size} tokens"
     body = [text(16, 24, title, "head")]
-    body.append(text(16, 44, "a column is a forward pass; the coloured part of a block holds tokens, the grey part is empty", "small"))
+    body.append(text(16, 44, "each column is a forward pass; the colored part of a block holds tokens, the gray part is empty", "small"))
     for block_id in range(num_blocks):
         body.append(text(16, top + block_id * lane_height + 15, f"block {block_id}", "small"))
     reached = [0] * len(trace["lengths"])
@@ -163,7 +163,7 @@ def blocks(trace: dict) -> str:
 
 
 def page(traces: dict[str, dict]) -> str:
-    """Timelines of several runs as a page that needs nothing else; a pointer on a block says what it was."""
+    """Timelines of several runs as one self-contained HTML page, with tooltips."""
     scale = max(len(trace["passes"]) for trace in traces.values())
     sections = "\n".join(
         f"<h2>{escape(trace['chapter'])}</h2>\n{timeline(trace, scale)}\n{table(trace)}" for trace in traces.values()
@@ -172,15 +172,15 @@ def page(traces: dict[str, dict]) -> str:
 
 
 def table(trace: dict) -> str:
-    """What each pass worked on, in words."""
+    """What each pass worked on, as a table."""
     rows = []
     for number, each in enumerate(trace["passes"], 1):
         ran = ", ".join(f"{name_of(part['request'])} {part['num_tokens']}" for part in each["parts"])
         useful = sum(part["useful"] for part in each["parts"])
         total = sum(part["num_tokens"] for part in each["parts"])
-        waiting = " ".join(map(name_of, each["waiting"])) or "nobody"
+        waiting = " ".join(map(name_of, each["waiting"])) or "none"
         rows.append(f"<tr><td>{number}<td>{ran}<td>{useful} of {total}<td>{waiting}")
-    head = "<tr><th>pass<th>who, and how many positions<th>needed<th>waiting at its start"
+    head = "<tr><th>pass<th>requests, and their number of positions<th>needed<th>waiting when it began"
     return f"<details><summary>pass by pass</summary><table>{head}{''.join(rows)}</table></details>"
 
 
@@ -189,7 +189,7 @@ PAGE = """\
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
-<title>Who ran in which forward pass</title>
+<title>Which request ran in which forward pass</title>
 <style>
   :root { color-scheme: light dark }
   body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
@@ -197,8 +197,8 @@ PAGE = """\
   table { border-collapse: collapse; font-size: 13px }
   td, th { padding: 2px 12px 2px 0; text-align: left }
 </style>
-<h1>Who ran in which forward pass</h1>
-<p>A lane is a request, with the tokens of its prompt and those it got; a column is a forward pass.</p>
+<h1>Which request ran in which forward pass</h1>
+<p>Each lane is a request, labeled with its prompt tokens + output tokens; each column is a forward pass.</p>
 SECTIONS
 </html>
 """
@@ -207,15 +207,15 @@ SECTIONS
 # ---- the staircase
 
 STAIRS = (
-    ("tokens a second", "tokens_per_s", "{:,.0f}", 1),
+    ("tokens per second", "tokens_per_s", "{:,.0f}", 1),
     ("ms to the first token of request 26", "late_ttft_ms", "{:,.0f}", 1),
     ("positions computed", "positions", "{:,}", 1),
-    ("MiB kept for keys and values", "kv_bytes", "{:,.0f}", 2**20),
+    ("MiB reserved for keys and values", "kv_bytes", "{:,.0f}", 2**20),
 )
 
 
 def staircase(found: dict[str, dict]) -> str:
-    """The chapters on one workload: a panel for each quantity, a bar for each chapter."""
+    """The chapters on one workload: one panel per quantity, one bar per chapter."""
     panels = [
         (what, [(name, row[key], form.format(row[key] / unit if unit > 1 else row[key])) for name, row in found.items()])
         for what, key, form, unit in STAIRS
@@ -228,7 +228,7 @@ Bars = tuple[str, list[tuple[str, float, str]]]
 
 
 def bars(panels: list[Bars], title: str, name_room: int, bar_room: int) -> str:
-    """Panels, two beside each other: what it shows, and a bar for each name, with its value and how that is written."""
+    """Panels in two columns; each has a heading and one bar per (name, value, label)."""
     bar, panel_height = 22, 30
     height_of_panel = panel_height + max(len(rows) for _, rows in panels) * bar + 16
     body = []
@@ -246,24 +246,24 @@ def bars(panels: list[Bars], title: str, name_room: int, bar_room: int) -> str:
 
 
 def beside(found: dict[str, dict]) -> str:
-    """The chapters beside Hugging Face: tokens a CPU second, and the share of what the machine allows."""
+    """The chapters beside Hugging Face: tokens per CPU second, and the share of the machine's limit."""
     panels = []
     for model in ("pocket", "smollm2-135m-shape"):
         for what, rows in found[model].items():
             each = []
             for name, row in rows.items():
                 speed = row["tokens_per_cpu_s"]
-                # Of a single token, its time says more than how many there would be in a second.
+                # For a single token, its time says more than a rate.
                 label = f"{row['cpu_ms']:,.0f} ms" if what.startswith("first") else f"{speed:,.0f}"
                 each.append((name, 1 / row["cpu_ms"], f"{label} ({row['share_of_limit']:.0%})"))
             panels.append((f"{'pocket' if model == 'pocket' else 'SmolLM2 shape'}, {what.split(':')[0]}", each))
-    return bars(panels, "Tokens a CPU second of chapters and Hugging Face, and the share of the machine's limit", 84, 130)
+    return bars(panels, "Tokens per CPU second of chapters and Hugging Face, and the share of the machine's limit", 84, 130)
 
 
 # ---- growth
 
 def curves(series: dict[str, dict[int, float]], title: str, across: str, up: str) -> str:
-    """Values over sizes, both on scales of doublings, each series with the exponent of a power that fits it."""
+    """A log-log plot of values over sizes; each series is labeled with the exponent of its power-law fit."""
     width, height, left, top, bottom = 700, 350, 60, 54, 46
     sizes = sorted({size for values in series.values() for size in values})
     every = [value for values in series.values() for value in values.values()]
@@ -301,34 +301,34 @@ def exponent(values: dict[int, float]) -> float:
 
 
 def growth(found: dict[str, dict]) -> str:
-    """Time for a token against the length of its sequence."""
+    """Time per token against the length of its sequence."""
     series = {name: {int(n): row["wall_ms"] for n, row in rows.items() if n.isdigit()} for name, rows in found.items()}
-    return curves(series, "A token costs more, the longer its sequence is: pocket", "tokens in the sequence", "ms for a token")
+    return curves(series, "The longer the sequence, the more a token costs: pocket", "tokens in the sequence", "ms per token")
 
 
 def together(found: dict[str, dict]) -> str:
-    """Time of a pass against the number of requests in it."""
+    """Time of a forward pass against the number of requests in it."""
     series = {
         label: {int(n): row["wall_ms"] for n, row in found["v03"][model].items() if n.isdigit()}
         for model, label in (("pocket", "pocket"), ("smollm2-135m-shape", "SmolLM2"))
     }
-    return curves(series, "A pass costs more, the more requests share it, but not as many times more: v03", "requests in a pass", "ms for a pass")
+    return curves(series, "The cost of a forward pass grows more slowly than the number of requests in it: v03", "requests in the pass", "ms per pass")
 
 
 def alone(found: dict[str, dict]) -> str:
-    """What a token and each position of its sequence take when all of them are computed again."""
+    """Time per token, and per position, when every position is computed again for each token."""
     took = {int(length): row["wall_ms"] for length, row in found["v01"].items() if length.isdigit()}
     panels = [
-        ("ms for a token, by length", [(f"{n:,}", ms, f"{ms:,.0f}") for n, ms in took.items()]),
-        ("microseconds for each position of it", [(f"{n:,}", ms / n, f"{1000 * ms / n:,.0f}") for n, ms in took.items()]),
+        ("ms per token, by length", [(f"{n:,}", ms, f"{ms:,.0f}") for n, ms in took.items()]),
+        ("microseconds per position", [(f"{n:,}", ms / n, f"{1000 * ms / n:,.0f}") for n, ms in took.items()]),
     ]
-    return bars(panels, "v01: what a token takes, and each of the positions computed for it, by the length of the sequence", 44, 220)
+    return bars(panels, "v01: time per token and per position computed for it, by the length of the sequence", 44, 220)
 
 
 # ---- what attention moves
 
-# Whose count of bytes given to attention, how often those move, and what else there is to say.
-# The staircase runs v06 on v05's path; its kernel reads what each sequence would alone, which v02 has counted.
+# For each chapter: the chapter whose count of bytes applies, the times each byte moves, and a note.
+# The staircase runs v06 on v05's path. Its kernel reads each sequence's own keys and values, which is what v02 counted.
 IN_PLACE, COPIED = ("read",), ("read", "write the copy", "read the copy")
 MOVES = {
     "v02": ("v02", IN_PLACE, ""),
@@ -340,8 +340,8 @@ MOVES = {
 
 
 def moved(found: dict[str, dict]) -> str:
-    """Bytes of keys and values between memory and attention on the staircase's workload, the copy's in grey."""
-    title = "GB of keys and values that attention moves, at the least"
+    """Bytes of keys and values between memory and attention on the staircase's workload, the copy's in gray."""
+    title = "GB of keys and values that attention moves, at least"
     there = {name: (found[source]["kv_read_bytes"], *rest) for name, (source, *rest) in MOVES.items() if name in found}
     largest = max((given * len(moves) for given, moves, _ in there.values()), default=1)
     left, lane_height, room = 60, 34, 560
@@ -359,28 +359,28 @@ def moved(found: dict[str, dict]) -> str:
 
 # ---- what a client feels
 
-FELT = (("time to the first token", "ttft_ms", "{:,.0f} ms"), ("time per token after it", "tpot_ms", "{:.1f} ms"))
+FELT = (("time to first token", "ttft_ms", "{:,.0f} ms"), ("time per token after it", "tpot_ms", "{:.1f} ms"))
 POLICIES = {"step by step": "continuous", "in groups": "in_groups"}
 
 
 def felt(found: dict[str, dict]) -> str:
-    """Medians of what clients feel: a row of panels for each number of connections."""
+    """Median latencies that clients measure: one row of panels per number of connections."""
     panels = []
     for connections in found["continuous"]:
         for what, key, form in FELT:
             medians = {name: found[policy][connections][key]["p50"] for name, policy in POLICIES.items()}
             rows = [(name, ms, form.format(ms)) for name, ms in medians.items()]
             panels.append((f"{what}, {connections} connection{'s' if connections != '1' else ''}", rows))
-    return bars(panels, f"{found['chapter']}: median times that a client feels, with continuous batching and in groups", 84, 160)
+    return bars(panels, f"{found['chapter']}: median latencies that clients measure, with continuous batching and in groups", 84, 160)
 
 
 # ---- an engine beside a busy thread
 
 
 def lock(found: dict) -> str:
-    """When steps ended in a part of each window: a line for each way, a mark for each step."""
+    """When steps ended, during part of each window: one line per window and way, one mark per step."""
     left, width, line, top = 150, 700, 34, 54
-    title = f"The ends of the engine's steps in one second, {found['streams']} streams"
+    title = f"When the engine's steps ended during one second, {found['streams']} streams"
     body = [text(16, 22, title, "head")]
     last = max(end for way in ("thread", "process") for window in ("quiet", "busy") for end in found[way][window]["ends_ms"])
     right = width - 90
@@ -399,10 +399,10 @@ def lock(found: dict) -> str:
 
 
 def where(found: dict) -> str:
-    """A bar for each way and number of streams: wall microseconds per token, and below it who computed meanwhile."""
+    """For each way and number of streams: CPU microseconds per token of engine and event loop, and wall time."""
     [measured] = [figures for name, figures in found.items() if name.startswith("v")]
     left, right, line, top = 150, 600, 48, 40
-    title = "CPU time per token of engine and front, beside the wall time"
+    title = "CPU time per token of engine and event loop, beside the wall time"
     body = [text(16, 22, title, "head")]
     y = top
     for streams in (key for key in measured if key.isdigit()):
@@ -413,10 +413,10 @@ def where(found: dict) -> str:
         for way, each in ways.items():
             body.append(text(28, y + 13, way))
             engine, front, wall = (scale * each[name] for name in ("engine", "front", "wall"))
-            # With a thread one follows the other; with a process they run at the same time.
+            # In threads the two take turns; in processes they run at the same time.
             start, below = (left + engine, 0) if way == "thread" else (left, 15)
             body.append(rect(left, y, engine, 13, "owner0", f"engine {each['engine']:,.0f}"))
-            body.append(rect(start, y + below, front, 13, "owner2", f"front {each['front']:,.0f}"))
+            body.append(rect(start, y + below, front, 13, "owner2", f"event loop {each['front']:,.0f}"))
             body.append(f'<path class="waits" d="M{left + wall:g} {y - 3:g}V{y + 31:g}"/>')
             ends = max(left + wall, start + front, left + engine)
             body.append(text(ends + 8, y + 12, f"{each['wall']:,.0f} \u00b5s"))
@@ -425,9 +425,9 @@ def where(found: dict) -> str:
     body.append(rect(16, y, 12, 12, "owner0"))
     body.append(text(34, y + 11, "engine", "small"))
     body.append(rect(96, y, 12, 12, "owner2"))
-    body.append(text(114, y + 11, "front: the rest of the server", "small"))
-    body.append(f'<path class="waits" d="M310 {y - 2:g}V{y + 14:g}"/>')
-    body.append(text(318, y + 11, "wall time; the client computes too", "small"))
+    body.append(text(114, y + 11, "event loop: the rest of the server", "small"))
+    body.append(f'<path class="waits" d="M340 {y - 2:g}V{y + 14:g}"/>')
+    body.append(text(348, y + 11, "wall time; the client computes too", "small"))
     return svg(700, y + 24, title, body)
 
 
@@ -437,7 +437,7 @@ Picture = tuple[str, Callable[[dict], str]]
 
 
 def of_chapter(name: str) -> Callable[[dict], str]:
-    """The chapter's timeline, on the scale of the slowest that takes several requests at once."""
+    """The chapter's timeline, on the scale of the longest one that batches requests."""
 
     def draw(found: dict) -> str:
         together = [len(trace["passes"]) for trace in found.values() if trace["places"] > 1]
@@ -461,12 +461,12 @@ PICTURES: dict[str, Picture] = {
     "v10_where.svg": ("serving.json", where),
 }
 
-# Of these nothing depends on the machine.
+# Pictures in which nothing depends on the machine.
 COUNTED = (moved,)
 
 
 def draw_all(book: Book) -> dict[str, str]:
-    """Every picture whose result is there, by file name; below what depends on the machine, which it was."""
+    """Every picture whose result exists, by file name; pictures of timings name the machine below."""
     drawn = {}
     for name, (file, draw) in PICTURES.items():
         path = book.results / file
@@ -482,7 +482,7 @@ def draw_all(book: Book) -> dict[str, str]:
 
 
 def with_note(picture: str, words: str) -> str:
-    """A picture with a line of small words below it."""
+    """The picture with a line of small text below it."""
     size = re.search(r'viewBox="0 0 (\d+) (\d+)" width="\d+" height="\d+"', picture)
     width, height = int(size[1]), int(size[2])
     taller = f'viewBox="0 0 {width} {height + 20}" width="{width}" height="{height + 20}"'

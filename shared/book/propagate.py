@@ -1,16 +1,16 @@
-"""Carries a change from the chapter it was made in through every later one.
+"""Carry a change from the chapter it was made in through all later ones.
 
     python -m shared.book.propagate v03 [--no-tests]
     python -m shared.book.propagate --continue
     python -m shared.book.propagate --abort
 
-What changed in v03's *.py files since HEAD is merged into v04, what that changed in v04 into v05, and so on:
-each a 3-way merge of `git merge-file` (base: v03 at HEAD; theirs: v03 now; ours: v04). Files that are new,
-gone or renamed are so in the later chapters. Texts are never touched.
+The changes to v03's *.py files since HEAD are merged into v04, the resulting changes to v04 into v05, and so on, each
+with a 3-way `git merge-file` (base: v03 at HEAD; theirs: v03 now; ours: v04). Files added, deleted or renamed in v03 are
+added, deleted or renamed in the later chapters too. Texts are never touched.
 
-At a conflict it stops, with markers in the files it names. Edit them, then --continue; or --abort, which
-gives every later chapter back as it was (v03 keeps its edit). A file that was deleted in v03 and edited in
-v04 is such a conflict too: leave it empty to delete it there as well.
+At a conflict it stops, with conflict markers in the files that it names. Edit them and give --continue, or give --abort,
+which restores every later chapter (v03 keeps its edit). A file that was deleted in v03 and differs in v04 is a conflict
+too: empty it to delete it there as well.
 
 Reads: a chapter's change since HEAD. Writes: the later chapters.
 """
@@ -29,23 +29,23 @@ from shared.chapters import BOOK, Book, Chapter, python_files
 from shared.programs import run
 
 MARKER = re.compile(rb"^(<{7}|\|{7}|={7}|>{7})( |$)", re.MULTILINE)
-SAME_FILE = 0.6  # the share of lines that makes a file that is gone and a new one the same, renamed
+SAME_FILE = 0.6  # a deleted and a new file count as a rename if they are at least this similar
 
 Files = dict[str, bytes]
 Tests = Callable[[Book, tuple[Chapter, ...]], int]
 
 
 class Refused(Exception):
-    """Why it cannot be done."""
+    """Why a propagation cannot start or continue."""
 
 
 @dataclass
 class Progress:
-    """How far a propagation has come; kept under .git until all is done."""
+    """The state of a propagation; stored under .git until it is complete."""
 
     chapter: str  # where the change was made
-    done: int  # how many later chapters have it
-    conflicts: list[str]  # files with markers, from the root
+    done: int  # how many later chapters have been merged
+    conflicts: list[str]  # files with conflict markers, relative to the root
     renames: dict[str, str]
     tests: bool
 
@@ -70,7 +70,7 @@ def git(book: Book, *arguments: str) -> bytes:
 
 
 def at_head(book: Book, chapter: Chapter) -> Files:
-    """A chapter's *.py files as they were committed."""
+    """A chapter's *.py files at HEAD."""
     place = chapter.path.relative_to(book.root).as_posix()
     names = git(book, "ls-tree", "-r", "-z", "--name-only", "HEAD", "--", f"{place}/").decode().split("\0")
     names = [name for name in names if name.endswith(".py")]
@@ -78,26 +78,26 @@ def at_head(book: Book, chapter: Chapter) -> Files:
 
 
 def at_work(chapter: Chapter) -> Files:
-    """A chapter's *.py files as they are."""
+    """A chapter's *.py files in the working tree."""
     return {path.relative_to(chapter.path).as_posix(): path.read_bytes() for path in python_files(chapter.path)}
 
 
 def find_renames(old: Files, new: Files) -> dict[str, str]:
-    """Files that are gone and came back under another name."""
+    """Renamed files, old name to new."""
     renames = {}
     for gone in sorted(old.keys() - new.keys()):
-        likeness = {}
-        for come in sorted(new.keys() - old.keys() - set(renames.values())):
-            lines = old[gone].splitlines(), new[come].splitlines()
-            likeness[come] = SequenceMatcher(None, *lines, autojunk=False).ratio()
-        best = max(likeness, key=likeness.get, default=None)
-        if best and likeness[best] >= SAME_FILE:
+        similarity = {}
+        for added in sorted(new.keys() - old.keys() - set(renames.values())):
+            lines = old[gone].splitlines(), new[added].splitlines()
+            similarity[added] = SequenceMatcher(None, *lines, autojunk=False).ratio()
+        best = max(similarity, key=similarity.get, default=None)
+        if best and similarity[best] >= SAME_FILE:
             renames[gone] = best
     return renames
 
 
 def merge_chapter(book: Book, source: Chapter, target: Chapter, renames: dict[str, str]) -> list[str]:
-    """Carry what changed in source since HEAD into target; the target's files that conflict."""
+    """Merge the source's changes since HEAD into target; the target's files with conflicts."""
     old, new, ours = at_head(book, source), at_work(source), at_work(target)
     conflicts = []
     pairs = [(name, renames.get(name, name)) for name in old]
@@ -107,7 +107,7 @@ def merge_chapter(book: Book, source: Chapter, target: Chapter, renames: dict[st
         if was == now and before == after:
             continue
         if mine is None and was is not None:
-            print(f"{target.id} has no {before}: it keeps being without")
+            print(f"{target.id} has no {before}, and gets none")
             continue
         if now is None and mine == was:
             (target.path / before).unlink()
@@ -129,7 +129,7 @@ def merge(
     source: Chapter,
     target: Chapter,
 ) -> tuple[bytes, bool]:
-    """One file's 3-way merge, and whether it went without conflict; a file that is not there is empty."""
+    """One file's 3-way merge, and whether it has no conflict; a missing file counts as empty."""
     if ours is None and base is None:
         return theirs, True
     labels = (target.id, f"{source.id} at HEAD", source.id)
@@ -148,15 +148,15 @@ def merge(
 
 
 def start(book: Book, chapter: Chapter, tests: Tests | None) -> int:
-    """Begin to carry what changed in a chapter; 0 if all went through, 1 at a conflict or a failed test."""
+    """Propagate a chapter's changes; 0 if that succeeds, 1 at a conflict or a failed test."""
     if load(book):
-        raise Refused("a propagation is under way; give --continue or --abort")
+        raise Refused("a propagation is in progress; give --continue or --abort")
     if not at_head(book, chapter):
-        raise Refused(f"{chapter.id} is not committed yet: there is nothing to compare it with")
+        raise Refused(f"{chapter.id} is not committed yet, so there is nothing to compare it with; commit it first")
     later = book.after(chapter)
     for each in later:
         if git(book, "status", "--porcelain", "--", str(each.path)).strip():
-            raise Refused(f"{each.id} has changes that are not committed; commit or stash them first")
+            raise Refused(f"{each.id} has uncommitted changes; commit or stash them first")
     old, new = at_head(book, chapter), at_work(chapter)
     if old == new:
         print(f"no *.py file of {chapter.id} has changed since HEAD")
@@ -169,7 +169,7 @@ def start(book: Book, chapter: Chapter, tests: Tests | None) -> int:
 
 
 def advance(book: Book, progress: Progress, tests: Tests | None) -> int:
-    """Merge into the later chapters from where it stands, to the end or the next conflict."""
+    """Merge into the remaining chapters, up to the end or the next conflict."""
     first = book.find(progress.chapter)
     chain = (first, *book.after(first))
     while progress.done + 1 < len(chain):
@@ -182,42 +182,42 @@ def advance(book: Book, progress: Progress, tests: Tests | None) -> int:
         if progress.conflicts:
             print(f"conflict between {source.id} and {target.id} in:")
             print(*(f"    {name}" for name in progress.conflicts), sep="\n")
-            print("edit what stands between the markers, then: make propagate ARGS=--continue")
-            print("or give it up:                              make propagate ARGS=--abort")
+            print("resolve the conflict markers, then run: make propagate ARGS=--continue")
+            print("or undo the propagation with:           make propagate ARGS=--abort")
             return 1
         print(f"{target.id} {'unchanged' if at_work(target) == before else 'merged'}")
     state_file(book).unlink(missing_ok=True)
-    print("now `make sync`: texts show what has changed")
+    print("now run `make sync`, since the texts show this code")
     return tests(book, chain) if tests else 0
 
 
 def go_on(book: Book, tests: Tests | None) -> int:
-    """Go on after a conflict has been settled by hand."""
+    """Continue after a conflict has been resolved by hand."""
     progress = load(book)
     if progress is None:
-        raise Refused("no propagation is under way")
+        raise Refused("no propagation is in progress")
     for name in progress.conflicts:
         path = book.root / name
         if path.exists() and MARKER.search(path.read_bytes()):
-            raise Refused(f"{name} still has conflict markers; edit it, then --continue")
+            raise Refused(f"{name} still has conflict markers; resolve them, then give --continue")
         if path.exists() and not path.read_bytes().strip():
             path.unlink()
     return advance(book, progress, tests if progress.tests else None)
 
 
 def abort(book: Book) -> int:
-    """Give every later chapter back as it was."""
+    """Restore every later chapter."""
     progress = load(book)
     if progress is None:
-        raise Refused("no propagation is under way")
+        raise Refused("no propagation is in progress")
     restore(book, book.after(book.find(progress.chapter)))
     state_file(book).unlink()
-    print(f"the chapters after {book.find(progress.chapter).id} are as they were")
+    print(f"the chapters after {book.find(progress.chapter).id} are restored")
     return 0
 
 
 def restore(book: Book, chapters: tuple[Chapter, ...]) -> None:
-    """The chapters' *.py files as they were committed: contents, modes, and none that is new."""
+    """Restore the chapters' *.py files to HEAD, contents and modes, and delete new ones."""
     for chapter in chapters:
         committed = at_head(book, chapter)
         for name in at_work(chapter).keys() - committed.keys():
@@ -230,7 +230,7 @@ def restore(book: Book, chapters: tuple[Chapter, ...]) -> None:
 
 
 def run_tests(book: Book, chapters: tuple[Chapter, ...]) -> int:
-    """The tests of every chapter that was touched; 0 if all pass."""
+    """Run the tests of these chapters; 0 if all pass."""
     options = [option for chapter in chapters for option in ("--chapter", chapter.id)]
     print(f"testing {', '.join(each.id for each in chapters)}", flush=True)
     command = [sys.executable, "-m", "pytest", "tests", "-q", "-n", "logical", "--dist", "worksteal", *options]
@@ -238,10 +238,10 @@ def run_tests(book: Book, chapters: tuple[Chapter, ...]) -> int:
 
 
 def main(argv: list[str], book: Book | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m shared.book.propagate", description="Carry a change forward.")
-    parser.add_argument("chapter", nargs="?", metavar="vNN", help="where the change was made")
-    parser.add_argument("--continue", dest="go_on", action="store_true", help="after a conflict was settled")
-    parser.add_argument("--abort", action="store_true", help="give the later chapters back")
+    parser = argparse.ArgumentParser(prog="python -m shared.book.propagate", description="Carry a change through all later chapters.")
+    parser.add_argument("chapter", nargs="?", metavar="vNN", help="the chapter with the change")
+    parser.add_argument("--continue", dest="go_on", action="store_true", help="continue after resolving a conflict")
+    parser.add_argument("--abort", action="store_true", help="restore the later chapters")
     parser.add_argument("--no-tests", action="store_true", help="do not run the chapters' tests at the end")
     arguments = parser.parse_args(argv)
     book = book or BOOK
@@ -252,7 +252,7 @@ def main(argv: list[str], book: Book | None = None) -> int:
         if arguments.abort:
             return abort(book)
         if not arguments.chapter:
-            parser.error("name the chapter that the change was made in")
+            parser.error("name the chapter with the change")
         return start(book, book.find(arguments.chapter), tests)
     except (Refused, ValueError) as error:
         print(error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Proves the whole book: every stage, whatever becomes of the others, and one table.
+"""Run every check of the book, whether or not earlier ones fail, and print a table of results.
 
     python -m shared.book.prove [STAGE ...]
 """
@@ -20,17 +20,17 @@ BUDGET_MIN = 15
 
 @dataclass(frozen=True)
 class Stage:
-    """One thing that is proven: a command that ends with 0 when it holds."""
+    """One check: a command that exits with 0 if it passes."""
 
     name: str
     proves: str
     command: tuple[str, ...]
-    needs: str = ""  # a pattern; while no file matches there is nothing to prove
-    tells: str = ""  # a pattern of what in its output says how much was proven
+    needs: str = ""  # a file pattern; the stage is skipped if no file matches
+    tells: str = ""  # a pattern for the part of the output that says how much was checked
 
 
 def tests_stage(book: Book) -> Stage:
-    """What `make test` runs, and in full the chapters that full_record picks for this commit."""
+    """The tests that `make test` runs, and all tests of the chapters that full_record picks for this commit."""
     chapters = [chapter.id for chapter in full_record.picked(book, full_record.commit(book.root))]
     also = [argument for chapter in chapters for argument in ("--also", chapter)]
     return Stage(
@@ -45,27 +45,27 @@ STAGES = (
     tests_stage(BOOK),
     Stage(
         name="traps",
-        proves="every seeded bug is killed by the test it names",
+        proves="every seeded bug is caught by the test that it names",
         command=(PYTHON, "-m", "shared.book.traps", "--all"),
         needs="tests/traps/*.toml",
         tells=r"\d+ of \d+ traps killed",
     ),
     Stage(
         name="texts",
-        proves="nothing generated is stale, every change is explained, every number has its source",
+        proves="every generated block is up to date, every change is explained, every number has a source",
         command=(PYTHON, "-m", "shared.book.claims.sync", "--check"),
         tells=r"\d+ changed units explained.*",
     ),
     Stage(
         name="notebooks",
-        proves="every notebook runs from top to bottom, and is what its source says",
+        proves="every notebook runs, and prints what its committed copy shows",
         command=(PYTHON, "-m", "shared.book.notebooks", "check"),
         needs="notebooks/*.py",
         tells=r"\d+ of \d+ notebooks run",
     ),
     Stage(
         name="site",
-        proves="every page is built, every link leads somewhere, and a browser shows it without complaint",
+        proves="every page builds, every link has a target, and a browser shows the pages without errors",
         command=(PYTHON, "-m", "pytest", "tests/site", "-s"),
         needs="mkdocs.yml",
         tells=r"\d+ pages.*",
@@ -75,7 +75,7 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Result:
-    """How a stage ended."""
+    """The result of a stage."""
 
     stage: Stage
     passed: bool
@@ -84,11 +84,11 @@ class Result:
 
 
 def prove(root: Path, stages: tuple[Stage, ...]) -> list[Result]:
-    """Run the stages in order; a failed one does not keep the next from running."""
+    """Run the stages in order, also after a failure."""
     results = []
     for stage in stages:
         if stage.needs and not any(root.glob(stage.needs)):
-            print(f"=== {stage.name}: no {stage.needs} yet", flush=True)
+            print(f"=== {stage.name}: skipped, there is no {stage.needs}", flush=True)
             continue
         print(f"=== {stage.name}: {stage.proves}", flush=True)
         start = time.monotonic()
@@ -99,7 +99,7 @@ def prove(root: Path, stages: tuple[Stage, ...]) -> list[Result]:
 
 
 def run(command: tuple[str, ...], root: Path) -> tuple[int, str]:
-    """Run a command, print what it prints, and return that too."""
+    """Run a command and print its stdout; its exit code and stdout."""
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, errors="replace") as process:
         lines = []
         for line in process.stdout:
@@ -109,15 +109,15 @@ def run(command: tuple[str, ...], root: Path) -> tuple[int, str]:
 
 
 def table(results: list[Result]) -> list[str]:
-    """Every stage with its result and its time, then the count."""
+    """One line per stage with its result and time, then the totals."""
     lines = [
         f"{each.stage.name:12} {'passed' if each.passed else 'FAILED'} {each.seconds:7.1f} s  {each.told or each.stage.proves}"
         for each in results
     ]
     passed = sum(result.passed for result in results)
     total_s = sum(result.seconds for result in results)
-    together = f"{'together':19} {total_s:7.1f} s, on {at_once()} cores; with the installation it may take {BUDGET_MIN} minutes on two idle ones"
-    return [*lines, together, f"{passed} passed, {len(results) - passed} failed"]
+    total = f"{'total':19} {total_s:7.1f} s, on {at_once()} cores; the budget is {BUDGET_MIN} minutes on two idle cores, installation included"
+    return [*lines, total, f"{passed} passed, {len(results) - passed} failed"]
 
 
 def main(argv: list[str], stages: tuple[Stage, ...] = STAGES, root: Path | None = None) -> int:

@@ -1,19 +1,19 @@
-"""Holds shape comments to what they say, while the code runs.
+"""Check shape comments while the code runs.
 
     report = check_shapes(package_dir, run)      # run() exercises the package's engine
     assert report.ok, report
 
-A shape comment is at the end of a line and begins with a shape; words may follow:
+A shape comment is at the end of a line and begins with a shape, which words may follow:
 
     q = self.q_proj(hidden).view(num_tokens, -1, self.head_dim)  # [N, H, D]
     token_ids: Tensor  # [N] all sequences end to end
     return self.lm_head(hidden)  # [R, V]
 
-It is read after an assignment (for each of its targets), at a `return`, at each turn of a `for`, on a
-parameter when its function is entered, and on a class's field when an instance has been made. A statement
-of several lines has it on its last line or its first. What a pointer points to (`q_ptr`) is not looked at.
+It is checked after an assignment (for each target), at a `return`, at each iteration of a `for`, for a parameter when
+its function is entered, and for a class's field when an instance has been created. In a statement of several lines it is
+on the first or the last line. Pointers (`q_ptr`) are not checked.
 
-What a dimension may be is told in `dimensions`.
+`dimensions` explains what a dimension may be.
 """
 import ast
 import io
@@ -37,7 +37,7 @@ BINDS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.For, ast.Return)
 
 @dataclass
 class Report:
-    """What a run showed of a package's shape comments."""
+    """The result of checking a package's shape comments in a run."""
 
     comments: list[Comment] = field(default_factory=list)
     misplaced: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Report:
 
     @property
     def unreached(self) -> list[str]:
-        advice = "was never reached; run what reaches it, or remove the comment"
+        advice = "was never reached; run code that reaches it, or remove the comment"
         return [f"{comment} {advice}" for comment in self.comments if not comment.checked] + self.misplaced
 
     @property
@@ -66,7 +66,7 @@ class Report:
 
 @dataclass
 class File:
-    """A source file's shape comments, by what they hang on."""
+    """A source file's shape comments, by what they are attached to."""
 
     statements: dict[int, list[Comment]] = field(default_factory=dict)  # by id of the statement
     statement_at: dict[int, ast.stmt] = field(default_factory=dict)  # the innermost one, by line
@@ -75,7 +75,7 @@ class File:
 
 
 def read_file(path: Path, name: str, owners: dict[int, str], report: Report) -> File:
-    """Find the shape comments of a file, and what each is about."""
+    """Find a file's shape comments, and the values each describes; all are added to the report."""
     source = path.read_text()
     module, lines, found = ast.parse(source), source.splitlines(), File()
     classes, parameters = {}, {}
@@ -98,7 +98,7 @@ def read_file(path: Path, name: str, owners: dict[int, str], report: Report) -> 
         text, statement = lines[number - 1].strip(), found.statement_at.get(number)
         dims = parse_dims(shape[1])
         if dims is None:
-            report.misplaced.append(f"{where}: `{text}` has no shape in its brackets; begin other comments with a word")
+            report.misplaced.append(f"{where}: `{text}` has no shape in its brackets; start other comments with a word")
             continue
         comment = Comment(where, text, dims, [])
         if number in parameters and isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -114,14 +114,14 @@ def read_file(path: Path, name: str, owners: dict[int, str], report: Report) -> 
             comment.targets = [ast.unparse(target) for target in targets_of(statement)]
             found.statements.setdefault(id(statement), []).append(comment)
         else:
-            report.misplaced.append(f"{where}: `{text}` stands where nothing gets a value; move or remove the comment")
+            report.misplaced.append(f"{where}: `{text}` is on a line that assigns no value; move or remove the comment")
             continue
         report.comments.append(comment)
     return found
 
 
 def walk(node: ast.AST, qualified: str = ""):
-    """Every node, outer ones first, with the qualified name of the class or function that it is or is in."""
+    """Every node, outer ones first, with the qualified name of the innermost class or function, itself included."""
     for child in ast.iter_child_nodes(node):
         name = qualified
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -136,7 +136,7 @@ def last_line(statement: ast.stmt) -> int:
 
 
 def targets_of(statement: ast.stmt) -> list[ast.expr]:
-    """What gets a value in a statement, tuples taken apart."""
+    """The targets of an assignment or loop, with tuples flattened; none for a return."""
     if isinstance(statement, ast.Return):
         return []
     targets = list(statement.targets) if isinstance(statement, ast.Assign) else [statement.target]
@@ -151,7 +151,7 @@ def targets_of(statement: ast.stmt) -> list[ast.expr]:
 
 
 class Tracer:
-    """Follows the frames of a package's own files, and reads each comment when its value is there."""
+    """Traces the frames of a package's own files, and checks each comment once its value exists."""
 
     def __init__(self, package_dir: Path):
         self.report = Report()
@@ -173,14 +173,14 @@ class Tracer:
         return self.files.get(self.real_paths[filename])
 
     def on_call(self, frame, event, _):
-        """The trace function of every new frame: follow those of the package, and constructors."""
+        """The trace function of every new frame: traces those of the package, and generated constructors."""
         code = frame.f_code
         file = self.file_of(code.co_filename)
         if file is None:
-            # What dataclasses and named tuples generate has no file.
+            # Methods generated by dataclasses and named tuples have no file.
             return self.on_made if code.co_filename == "<string>" else None
         if code.co_name.startswith("<") and code.co_name != "<module>":
-            return None  # a comprehension runs on lines that belong to its statement
+            return None  # a comprehension's lines belong to its statement
         letters = Letters(known_in(frame.f_locals))
         for comment in file.parameters.get(code.co_firstlineno, file.parameters.get(frame.f_lineno, [])):
             if frame.f_locals.get(comment.targets[0]) is not None:
@@ -188,14 +188,14 @@ class Tracer:
         return Follower(self, file, letters).on_event
 
     def on_made(self, frame, event, value):
-        """The trace function of a generated constructor: check the fields of what it made."""
+        """The trace function of a generated constructor: checks the new instance's fields."""
         if event == "return":
             first = frame.f_code.co_varnames[:1]
             self.check_fields(frame.f_locals.get(*first) if frame.f_code.co_name == "__init__" else value)
         return self.on_made
 
     def check_fields(self, made) -> None:
-        """Compare the fields of a new instance with the comments in its class and its bases."""
+        """Check the fields of a new instance against the comments in its class and its base classes."""
         letters = None
         for kind in type(made).__mro__:
             module = sys.modules.get(kind.__module__)
@@ -203,14 +203,14 @@ class Tracer:
             for comment in file.fields.get(kind.__qualname__, []) if file else []:
                 letters = letters or Letters(known_in({"self": made}))
                 value = getattr(made, comment.targets[0], None)
-                if value is not None:  # optional, and not there this time
+                if value is not None:  # None: an optional field without a value
                     letters.check(comment, value)
         if letters:
             letters.settle()
 
 
 class Follower:
-    """One frame of the package under way: the statement that runs, until the next one shows that it is done."""
+    """Traces one frame of the package; a statement is complete when the next one starts."""
 
     def __init__(self, tracer: Tracer, file: File, letters: Letters):
         self.tracer = tracer
@@ -235,7 +235,7 @@ class Follower:
         return self.on_event
 
     def finish(self, frame, returned=None) -> None:
-        """Compare the comments of the statement that has run with the values it left."""
+        """Check the comments of the statement that has just run against the values it assigned or returned."""
         statement, self.statement = self.statement, None
         comments = self.file.statements.get(id(statement), [])
         if comments:
@@ -246,14 +246,14 @@ class Follower:
             for target in comment.targets:
                 try:
                     value = eval(target, frame.f_globals, frame.f_locals)
-                except Exception:  # not there: a loop without a turn
+                except Exception:  # no value: a loop without an iteration
                     continue
                 self.letters.check(comment, value)
 
 
 @contextmanager
 def tracing(package_dir: Path):
-    """Check the package's shape comments while the block runs; gives the report, which is complete afterwards."""
+    """Check the package's shape comments while the block runs; yields the report, which is complete afterwards."""
     tracer = Tracer(Path(package_dir))
     before, before_threads = sys.gettrace(), threading.gettrace()
     sys.settrace(tracer.on_call)
@@ -266,7 +266,7 @@ def tracing(package_dir: Path):
 
 
 def check_shapes(package_dir: Path, run: Callable[[], object]) -> Report:
-    """Run something that exercises a package, and hold the package's shape comments to it."""
+    """Call run, which exercises a package, and check the package's shape comments in it."""
     with tracing(package_dir) as report:
         run()
     return report

@@ -1,15 +1,15 @@
-"""A chapter's source as units: functions, methods, classes, and what a module holds besides.
+"""A chapter's source as units: functions, methods, classes, and module bodies.
 
 An *address* names a unit without a line number:
 
-    cache.py                    the module's own body: docstring, constants, what stands outside of the rest
+    cache.py                    the module's own body: docstring, constants, all else outside functions and classes
     cache.py::kv_bytes          a function
     cache.py::KVCache           the class itself: decorators, docstring, fields; not its methods
     cache.py::KVCache.read      a method
 
-A claim may take several at once: `cache.py::KVCache.*` is the class with its methods, `cache.py::*` the
-whole file. Decorators and the comment directly above a unit belong to it. Imports are a part of the
-module's body, and are kept apart, so that "only imports changed" can be told.
+A pattern in a claim names several: `cache.py::KVCache.*` is the class with its methods, `cache.py::*` the whole file.
+Decorators and the comment directly above a unit belong to it. Imports belong to the module's body, but are compared
+separately, to recognize changes of imports only.
 """
 import ast
 import copy
@@ -26,7 +26,7 @@ IMPORTS = (ast.Import, ast.ImportFrom)
 
 @dataclass(frozen=True)
 class Piece:
-    """Adjacent lines of one unit; a unit has several where others stand in between."""
+    """Adjacent lines of one unit; a unit interrupted by others has several pieces."""
 
     address: str
     first_line: int
@@ -38,16 +38,16 @@ class Piece:
 class Unit:
     """A named part of a chapter.
 
-    `tree` is the syntax tree as text, without docstrings: two units that differ in `text` and not in `tree`
-    differ in words only.
+    `tree` is the syntax tree as text, without docstrings. Units that differ in `text` but not in `tree` differ only in
+    comments, docstrings or layout.
     """
 
     address: str
     kind: str  # module, class or function
     pieces: tuple[Piece, ...]
     tree: str
-    imports: str  # of a module: the trees of its imports
-    body: str  # of a module: its lines without imports; of others: text
+    imports: str  # for a module, the trees of its imports
+    body: str  # for a module, its lines without imports; otherwise text
 
     @property
     def text(self) -> str:
@@ -60,10 +60,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one unit from one chapter to the next."""
+    """How one unit differs from one chapter to the next."""
 
     address: str
-    kind: str  # identical, changed, added, removed, imports (only those differ), cosmetic (only words do)
+    kind: str  # identical, changed, added, removed, imports (only these differ), cosmetic (only comments or docstrings do)
     old: Unit | None
     new: Unit | None
 
@@ -73,17 +73,17 @@ class Change:
 
 
 def read_units(directory: Path) -> dict[str, Unit]:
-    """All units of a chapter, or of a copy of one, by address: file after file, each in its own order."""
+    """All units of a chapter or its copy, by address, in the order of files and of lines."""
     units = {}
     for path in python_files(directory):
         file = path.relative_to(directory).as_posix()
         try:
             units |= parse(path.read_text(), file)
         except SyntaxError as error:
-            found = (error.text or error.msg).strip()
-            if found.startswith("<<<<<<<"):
-                found += "; if that is a propagation's, end it first: make propagate ARGS=--continue"
-            raise ValueError(f"{directory.name}/{file}:{error.lineno} is no Python: {found}") from None
+            line = (error.text or error.msg).strip()
+            if line.startswith("<<<<<<<"):
+                line += "; if this is a propagation's conflict, finish that first: make propagate ARGS=--continue"
+            raise ValueError(f"{directory.name}/{file}:{error.lineno} is not valid Python: {line}") from None
     return units
 
 
@@ -100,8 +100,8 @@ def parse(source: str, file: str) -> dict[str, Unit]:
     units = {}
     for address in dict.fromkeys(piece.address for piece in pieces):
         own = tuple(piece for piece in pieces if piece.address == address)
-        found = nodes.get(address, [])
-        kind = "module" if address == file else "class" if isinstance(found[0], ast.ClassDef) else "function"
+        syntax = nodes.get(address, [])
+        kind = "module" if address == file else "class" if isinstance(syntax[0], ast.ClassDef) else "function"
         body = "\n\n".join(piece.text for piece in own)
         if kind == "module":
             body = [n for n, owner in enumerate(owners) if owner == file and n not in import_lines]
@@ -110,7 +110,7 @@ def parse(source: str, file: str) -> dict[str, Unit]:
             address=address,
             kind=kind,
             pieces=own,
-            tree="\n".join(dump(node) for node in found),
+            tree="\n".join(dump(node) for node in syntax),
             imports=imports if kind == "module" else "",
             body=body,
         )
@@ -118,7 +118,7 @@ def parse(source: str, file: str) -> dict[str, Unit]:
 
 
 def find_nodes(module: ast.Module, file: str) -> dict[str, list[ast.AST]]:
-    """The syntax of each unit; several nodes where a name is defined again, as a property's setter is."""
+    """Each unit's syntax nodes; several if a name is defined more than once, like a property with a setter."""
     nodes = {}
     for node in module.body:
         if isinstance(node, FUNCTIONS):
@@ -134,19 +134,19 @@ def find_nodes(module: ast.Module, file: str) -> dict[str, list[ast.AST]]:
 
 
 def span(node: ast.AST) -> range:
-    """The lines of a node, counted from 0, its decorators among them."""
+    """A node's lines, counted from 0, including its decorators."""
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     return range(first - 1, node.end_lineno)
 
 
 def assign_lines(nodes: dict[str, list[ast.AST]], lines: list[str], file: str) -> list[str | None]:
-    """The address that owns each line; None for a blank one."""
+    """The address of each line's unit; None for blank lines."""
     owners = [file] * len(lines)
-    # Methods come after their class, and take their lines from it.
-    for address, found in nodes.items():
+    # Methods follow their class in this order, so their lines are taken from the class.
+    for address, syntax in nodes.items():
         if address == file:
             continue
-        for node in found:
+        for node in syntax:
             lines_of_node = span(node)
             first = lines_of_node.start
             while first and lines[first - 1].lstrip().startswith("#"):
@@ -156,7 +156,7 @@ def assign_lines(nodes: dict[str, list[ast.AST]], lines: list[str], file: str) -
 
 
 def cut(lines: list[str], owners: list[str | None]) -> list[Piece]:
-    """Runs of lines with one owner; blank lines inside a run are part of it."""
+    """Runs of lines with the same owner, including the blank lines inside a run."""
     pieces = []
     filled = [n for n, owner in enumerate(owners) if owner]
     start, before = 0, -1
@@ -183,13 +183,13 @@ def dump(node: ast.AST) -> str:
 
 
 def compare(old: dict[str, Unit], new: dict[str, Unit]) -> list[Change]:
-    """What became of every unit: in the new chapter's order, then what was removed."""
+    """The change of every unit: in the new chapter's order, then the removed ones."""
     changes = [Change(a, kind_of(old.get(a), unit), old.get(a), unit) for a, unit in new.items()]
     return changes + [Change(a, "removed", unit, None) for a, unit in old.items() if a not in new]
 
 
 def kind_of(old: Unit | None, new: Unit) -> str:
-    """The change from one unit to the other, in one word."""
+    """The kind of change from one unit to the other."""
     if old is None:
         return "added"
     if old.body == new.body and old.imports == new.imports:
@@ -200,50 +200,50 @@ def kind_of(old: Unit | None, new: Unit) -> str:
 
 
 def misplaced(old: dict[str, Unit], new: dict[str, Unit]) -> list[str]:
-    """What differs between two chapters outside of every unit: order, and blank lines in between."""
-    found = []
+    """Differences between two chapters outside all units, as messages: in their order, and in the blank lines between them."""
+    messages = []
     for file in dict.fromkeys(address.split("::")[0] for address in new):
         before, after = layout(old, file), layout(new, file)
         kept_before = [key for key in before if key in after]
         kept_after = [key for key in after if key in before]
         for key, expected in zip(kept_after, kept_before):
             if key != expected:
-                found.append(f"{key[0]} stands where {expected[0]} stood before; units keep their order")
+                messages.append(f"{key[0]} is where {expected[0]} was before; units must keep their order")
                 break
         was = dict(zip(zip(before, list(before)[1:]), list(before.values())[1:]))
         for pair, blank_lines in zip(zip(after, list(after)[1:]), list(after.values())[1:]):
             if was.get(pair, blank_lines) != blank_lines:
-                found.append(f"{pair[1][0]} has {blank_lines} blank lines above it, and had {was[pair]}")
-    return found
+                messages.append(f"{pair[1][0]} has {blank_lines} blank lines above it, and had {was[pair]}")
+    return messages
 
 
 def layout(units: dict[str, Unit], file: str) -> dict[tuple, int]:
-    """A file's pieces in order, each with the blank lines above it."""
+    """A file's pieces in order, each with the number of blank lines above it."""
     pieces, seen = [], Counter()
     for unit in units.values():
         if unit.address.split("::")[0] == file:
             pieces += [(piece, unit.kind) for piece in unit.pieces]
-    found = {}
+    blank_lines = {}
     for piece, kind in sorted(pieces, key=lambda pair: pair[0].first_line):
-        # A function is known by its name, whatever it says; what else stands in a file by its text.
+        # Functions are matched by name, even if their text changes; all other pieces by their text.
         key = (piece.address, "" if kind == "function" else piece.text)
         seen[key] += 1
-        found[*key, seen[key]] = piece.blank_lines
-    return found
+        blank_lines[*key, seen[key]] = piece.blank_lines
+    return blank_lines
 
 
 def expand(patterns: str, addresses) -> list[str]:
-    """The addresses that a claim's list names, in the order of the list.
+    """The addresses that match a claim's list of patterns, in the order of the list; ValueError for a pattern without a match.
 
     >>> expand("a.py::B.*", ["a.py", "a.py::B", "a.py::B.c", "a.py::Bd"])
     ['a.py::B', 'a.py::B.c']
     """
     chosen = []
     for pattern in split(patterns):
-        found = [address for address in addresses if matches(pattern, address)]
-        if not found:
+        matching = [address for address in addresses if matches(pattern, address)]
+        if not matching:
             raise ValueError(f"there is no unit {pattern}")
-        chosen += found
+        chosen += matching
     return list(dict.fromkeys(chosen))
 
 

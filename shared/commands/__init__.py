@@ -1,1 +1,1 @@
-"""What `make` calls for a reader."""
+"""The commands behind a reader's make targets."""

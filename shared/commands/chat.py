@@ -1,9 +1,9 @@
-"""A conversation with an OpenAI server in the terminal.
+"""Chat with an OpenAI-compatible server in the terminal.
 
-    make chat                    # with the server of `make serve`
+    make chat                    # with the server that `make serve` started
     python -m shared.commands.chat --url http://127.0.0.1:8000
 
-Ctrl-C ends an answer, /new forgets the conversation, /quit leaves.
+Ctrl-C stops an answer, /new starts a new conversation, /quit quits.
 """
 import argparse
 import sys
@@ -15,12 +15,12 @@ from shared.programs import run, server_url
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m shared.commands.chat", description="Talk to an OpenAI server.")
+    parser = argparse.ArgumentParser(prog="python -m shared.commands.chat", description="Chat with an OpenAI-compatible server.")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--api-key", default="none")
-    parser.add_argument("--model", help="(default: the first that the server lists)")
+    parser.add_argument("--model", help="(default: the first model the server lists)")
     parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--max-tokens", type=int, help="(default: what the context has room for)")
+    parser.add_argument("--max-tokens", type=int, help="(default: the rest of the context)")
     args = parser.parse_args(argv)
     url = server_url(args.url)
     try:
@@ -30,12 +30,12 @@ def main(argv: list[str]) -> int:
         print(f"no server answers at {url}; start one with `make serve` in another terminal", file=sys.stderr)
         return 2
     except openai.APIStatusError as error:
-        print(f"what answers at {url} is no OpenAI server, or wants another --api-key: {error.message}", file=sys.stderr)
+        print(f"{url} is not an OpenAI server, or it requires a different --api-key: {error.message}", file=sys.stderr)
         return 2
     except (ValueError, httpx.InvalidURL) as error:
-        print(f"--url or --api-key cannot be used: {error}", file=sys.stderr)
+        print(f"--url or --api-key is invalid: {error}", file=sys.stderr)
         return 2
-    print(f"talking to {model}; /new forgets the conversation, Ctrl-C ends an answer, /quit leaves")
+    print(f"chatting with {model}; /new starts a new conversation, Ctrl-C stops an answer, /quit quits")
     talk(client, model, args.temperature, args.max_tokens)
     return 0
 
@@ -44,30 +44,30 @@ def talk(client: openai.OpenAI, model: str, temperature: float, max_tokens: int 
     messages = []
     while True:
         try:
-            said = input("\nyou: ").strip()
+            text = input("\nyou: ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if said == "/quit":
+        if text == "/quit":
             return
-        if said == "/new":
+        if text == "/new":
             messages = []
-        elif said:
-            messages.append({"role": "user", "content": said})
+        elif text:
+            messages.append({"role": "user", "content": text})
             try:
                 answer = listen(client, model, messages, temperature, max_tokens)
                 messages.append({"role": "assistant", "content": answer})
             except (openai.APIError, ValueError) as error:
-                print(f"\nerror: {error}; the last message is taken back")
+                print(f"\nerror: {error}; your last message is removed from the conversation")
                 messages.pop()
 
 
 def listen(client: openai.OpenAI, model: str, messages: list[dict], temperature: float, max_tokens: int | None) -> str:
-    """Print an answer as it comes; what there was of it, if Ctrl-C ended it."""
+    """Print an answer as it arrives and return it, or the part that had arrived at Ctrl-C."""
     answer = ""
     print(f"{model}: ", end="", flush=True)
-    asked = dict(model=model, messages=messages, temperature=temperature, max_tokens=max_tokens)
-    with client.chat.completions.create(**asked, stream=True) as stream:
+    body = dict(model=model, messages=messages, temperature=temperature, max_tokens=max_tokens)
+    with client.chat.completions.create(**body, stream=True) as stream:
         try:
             for chunk in stream:
                 piece = chunk.choices[0].delta.content or ""

@@ -1,12 +1,11 @@
-"""A race: chapters answer the same questions on the embedded model, side by side; then all others have to say the same.
+"""Race the chapters through the same questions on the bundled model, then check every token against Hugging Face.
 
     make demo
 
-In the race are those that do this work in another way than the chapter before, and the last.
+Only the chapters that do this work differently from the one before race, and the last one; the others run afterwards.
 
-Each lane has a clock of its own, which runs only while its engine steps; the next step is always taken by
-the lane whose clock is furthest behind. So all lanes are seen as they would be alone on this machine, in
-one process and however few cores there are.
+Each lane has its own clock, which runs only while its engine steps, and the lane whose clock is furthest behind takes
+the next step. So every lane advances as it would if it had the machine to itself, although all share one process.
 
 Reads: shared/models/pocket.
 """
@@ -24,14 +23,14 @@ from shared.programs import run
 from shared.workloads import RACE
 
 MAX_TOKENS = 160
-SHOWN = 3  # answers printed in full
+SHOWN = 1  # answers printed in full
 FRAMES_PER_S = 15
 NAME_WIDTH = max(len(chapter.name) for chapter in CHAPTERS) + 2
 
 
 @dataclass
 class Lane:
-    """One chapter on its way through the questions."""
+    """One chapter working through the questions."""
 
     chapter: Chapter
     package: ModuleType
@@ -39,19 +38,19 @@ class Lane:
     request_ids: list[int] = field(default_factory=list)
     token_ids: list[list[int]] = field(default_factory=list)  # of each answer
     texts: list[str] = field(default_factory=list)
-    finished: set[int] = field(default_factory=set)  # answers that have ended
-    latest: int = 0  # the answer that was written to last
+    finished: set[int] = field(default_factory=set)  # indices of complete answers
+    latest: int = 0  # index of the answer whose text is shown
     clock_s: float = 0.0
 
     def start(self, prompts: list[list[int]]) -> None:
-        """Queue every question; a first token has been computed before, so that nothing is timed cold."""
+        """Queue every question, after generating one token so that nothing is timed cold."""
         self.engine.generate(prompts[:1], self.package.SamplingParams(max_tokens=1))
         params = self.package.SamplingParams(max_tokens=MAX_TOKENS)
         self.request_ids = [self.engine.add_request(prompt_ids, params) for prompt_ids in prompts]
         self.token_ids, self.texts = [[] for _ in prompts], ["" for _ in prompts]
 
     def step(self) -> None:
-        """One step, on this lane's clock."""
+        """Take one step, timed on this lane's clock."""
         start = time.perf_counter()
         outputs = self.engine.step()
         self.clock_s += time.perf_counter() - start
@@ -61,7 +60,7 @@ class Lane:
             self.texts[number] += output.text
             if output.finish_reason:
                 self.finished.add(number)
-        # What is shown stays with one answer until it has ended.
+        # Keep showing one answer until it is complete.
         if outputs and (self.latest in self.finished or not self.texts[self.latest]):
             self.latest = self.request_ids.index(outputs[0].request_id)
 
@@ -74,13 +73,13 @@ class Lane:
         return len(self.finished) == len(self.request_ids)
 
     def line(self) -> str:
-        """Where the lane is: answers, tokens, its own time."""
+        """The lane's progress: complete answers, tokens, seconds on its clock."""
         answers = "\u25cf" * len(self.finished) + "\u25cb" * (len(self.request_ids) - len(self.finished))
         speed = f"{self.num_tokens / self.clock_s:7,.0f} tokens/s" if self.clock_s else ""
         return f"{self.chapter.name:{NAME_WIDTH}}{answers}  {self.num_tokens:4} tokens  {self.clock_s:6.2f} s {speed}"
 
     def tail(self, width: int) -> str:
-        """The end of the answer that is being written; what has gone by is cut off in front."""
+        """The last width characters of the answer that is being generated."""
         if self.done:
             return ""
         text = self.texts[self.latest].replace("\n", " ")
@@ -88,7 +87,7 @@ class Lane:
 
 
 class Screen:
-    """Lines that are drawn over where there is a terminal; elsewhere nothing is shown before a lane is done."""
+    """Redraws the lanes in place on a terminal; elsewhere a lane is printed once, when it is done."""
 
     def __init__(self):
         self.live = sys.stdout.isatty()
@@ -96,7 +95,7 @@ class Screen:
         self.next_frame = 0.0
 
     def show(self, lanes: list[Lane], now: bool = False) -> None:
-        """Draw all lanes, unless the last frame is too fresh."""
+        """Draw all lanes, unless the last frame was drawn less than 1 / FRAMES_PER_S ago."""
         if not self.live or (time.perf_counter() < self.next_frame and not now):
             return
         width = shutil.get_terminal_size().columns
@@ -109,18 +108,18 @@ class Screen:
 
 
 def main() -> int:
-    """Run the race, then hold every answer against Hugging Face's; 1 if one differs."""
-    print("loading PyTorch and the embedded model ...", file=sys.stderr)
+    """Run the race, then compare every answer with Hugging Face's; returns 1 if one differs."""
+    print("loading PyTorch and the bundled model ...", file=sys.stderr)
     import torch
 
     from shared.checkpoints import POCKET
 
-    # For so small a model a second thread brings little, and on a busy machine the two wait for each other.
+    # With a model this small a second thread gains little, and on a busy machine the two wait for each other.
     torch.set_num_threads(1)
     lanes = [open_lane(chapter) for chapter in CHAPTERS if chapter.races or chapter is CHAPTERS[-1]]
     prompts = [chat_ids(lanes[0].engine.tokenizer, question) for question in RACE]
-    print(f"\n{len(RACE)} questions at once to {count(len(lanes), 'engine')}, each in the model's chat template;")
-    print("every lane is timed by itself, as if it had the machine alone\n")
+    print(f"\n{len(RACE)} questions, all queued at once, through {count(len(lanes), 'engine')};")
+    print("each lane is timed as if it had the machine to itself\n")
     race(lanes, prompts)
     print()
     for question, text in list(zip(RACE, lanes[-1].texts))[:SHOWN]:
@@ -138,37 +137,37 @@ def main() -> int:
     everyone = sorted([*lanes, *others], key=lambda lane: lane.chapter.number)
     differ = [lane.chapter.id for lane in everyone if lane.token_ids != expected]
     if differ:
-        where = f"`make test-{differ[0]}` says where"
-        print(f"\n{', '.join(differ)}: other tokens than Hugging Face; {where}", file=sys.stderr)
+        where = f"`make test-{differ[0]}` shows where"
+        print(f"\n{', '.join(differ)}: tokens differ from Hugging Face's; {where}", file=sys.stderr)
         return 1
     first, last = lanes[0], lanes[-1]
     print(f"{count(len(everyone), 'chapter')}, {count(len(RACE), 'answer')} each, all identical to Hugging Face's.")
     if others:
         names = ", ".join(lane.chapter.id for lane in others)
-        print(f"({names}: not in the race, since each does this work as the chapter before it does.)")
+        print(f"({names}: not in the race, because each does this work the way the chapter before it does.)")
     print(f"{last.chapter.name} took {last.clock_s:.2f} s for what took {first.chapter.name} {first.clock_s:.2f} s.")
-    print(f"\nNext: open milestones/{first.chapter.name}/README.md, and ask a question of your own:")
+    print(f"\nNext: open milestones/{first.chapter.name}/README.md, and ask your own question:")
     print(f'    make run-{first.chapter.id} PROMPT="What is a block table?"')
     return 0
 
 
 def open_lane(chapter: Chapter) -> Lane:
-    """The chapter with the embedded model, without its line about what it chose."""
+    """The chapter's engine on the bundled model; what it prints about its choices is dropped."""
     from shared.checkpoints import POCKET
 
     package = chapter.load()
     with contextlib.redirect_stderr(io.StringIO()):
-        # Where Hugging Face is asked, also if there is a GPU: there, Triton's compiler would be timed.
+        # On the CPU, like the Hugging Face reference, even if there is a GPU: there, the race would time Triton's compiler.
         return Lane(chapter, package, package.Engine(POCKET, device="cpu"))
 
 
 def race(lanes: list[Lane], prompts: list[list[int]]) -> None:
-    """Let the lane that is furthest behind take the next step, until all are done."""
+    """Step the lane whose clock is furthest behind, until all are done."""
     for lane in lanes:
         lane.start(prompts)
     screen = Screen()
     while running := [lane for lane in lanes if not lane.done]:
-        lane = min(running, key=lambda each: each.clock_s)
+        lane = min(running, key=lambda lane: lane.clock_s)
         lane.step()
         screen.show(lanes)
         if lane.done and not screen.live:
@@ -181,7 +180,7 @@ def count(number: int, noun: str) -> str:
 
 
 def chat_ids(tokenizer, question: str) -> list[int]:
-    """A question as one user turn in the checkpoint's template."""
+    """Token ids of a question as one user turn in the checkpoint's chat template."""
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
     )

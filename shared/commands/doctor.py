@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, device, memory, and what is optional and missing."""
+"""Print what a bug report needs: versions, devices, memory, and missing packages."""
 import importlib
 import importlib.metadata
 import os
@@ -18,7 +18,7 @@ OPTIONAL = {
 
 
 def version(package: str) -> str | None:
-    """The installed version, None if it is missing."""
+    """The package's installed version; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -26,7 +26,7 @@ def version(package: str) -> str | None:
 
 
 def free_memory() -> str:
-    """Memory that a process could still take, where the system says so."""
+    """Available memory, as the operating system reports it."""
     info = Path("/proc/meminfo")
     if not info.exists():
         return "unknown on this system"
@@ -35,7 +35,7 @@ def free_memory() -> str:
 
 
 def device_lines() -> list[str]:
-    """The devices PyTorch sees."""
+    """One line for each device that PyTorch sees."""
     import torch
 
     if not torch.cuda.is_available():
@@ -51,7 +51,7 @@ def interpreter_fault() -> str | None:
     """Why Triton's interpreter cannot run the kernels here; None if it can."""
     triton, numpy = version("triton"), version("numpy")
     if triton is None:
-        return "Triton is not installed; it exists for Linux only"
+        return "Triton is not installed; it is available for Linux only"
     if release(triton) < (3, 7) and release(numpy) >= (2, 4):
         return f"the interpreter of Triton {triton} fails with NumPy {numpy}; install numpy below 2.4, or triton 3.7"
     return None
@@ -67,11 +67,11 @@ def release(text: str) -> tuple[int, ...]:
 
 
 def triton_mode() -> str:
-    """How a Triton kernel would run here."""
+    """How Triton kernels run on this machine."""
     import torch
 
     if version("triton") is None:
-        return "missing: the torch path is taken"
+        return "not installed: attention uses torch"
     if interpreter_fault() and not torch.cuda.is_available():
         return interpreter_fault()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -94,7 +94,7 @@ def main() -> int:
         for line in device_lines():
             row("device", line)
         row("triton runs", triton_mode())
-    row("model", os.environ.get("STEPSERVE_MODEL") or "the embedded one")
+    row("model", os.environ.get("STEPSERVE_MODEL") or "the bundled model")
     row("HF_TOKEN", "set" if os.environ.get("HF_TOKEN") else "not set (only gated models need it)")
     return 1 if missing else 0
 

@@ -1,11 +1,11 @@
-"""Make .venv with everything the tests need: what `make setup` runs, with any Python, before anything is installed.
+"""Create .venv with everything the tests need: what `make setup` runs. It needs only Python itself.
 
     python3 shared/commands/install.py         # .venv
-    python3 shared/commands/install.py book    # and what notebooks and the site need beside it
-    python3 shared/commands/install.py here    # what the engines and notebooks need, into this Python, as it is on Colab
+    python3 shared/commands/install.py book    # adds what the notebooks and the site need
+    python3 shared/commands/install.py here    # installs what the engines and notebooks need into this Python, as on Colab
 
-The versions are those of constraints.txt. PyTorch comes from its own index of CPU builds where no
-NVIDIA GPU is seen: the default index would bring gigabytes of CUDA. TORCH_INDEX names another one.
+The versions are those of constraints.txt. Without an NVIDIA GPU, PyTorch is installed from its index of CPU
+builds, because the default index would add gigabytes of CUDA libraries. Set TORCH_INDEX to use another index.
 
 Reads: pyproject.toml, constraints.txt. Writes: .venv.
 """
@@ -26,30 +26,30 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 def main(argv: list[str]) -> int:
     python = VENV / "bin" / "python"
     if argv not in ([], ["book"], ["here"]):
-        print(f"setup: {' '.join(argv)} is none of: (nothing), book, here", file=sys.stderr)
+        print(f"setup: the argument must be book, here or none, got {' '.join(argv)}", file=sys.stderr)
         return 2
     try:
         if argv == ["here"]:
             run([sys.executable, "-m", "pip", "install", "--quiet", *requirements()])
             return 0
         if argv == ["book"]:
-            say("installing what notebooks and the site need: a minute or so, without a word")
+            say("installing what the notebooks and the site need; this takes about a minute and prints nothing")
             pip(python, *requirements("book"), "--quiet")
             (VENV / ".ready-book").touch()
             say("done")
             return 0
         if not python.exists():
-            say(f"making .venv with Python {sys.version.split()[0]}")
+            say(f"creating .venv with Python {sys.version.split()[0]}")
             run([sys.executable, "-m", "venv", str(VENV)])
         index = torch_index()
         say("installing PyTorch" + (f" from {index}" if index else " from the default index"))
         pip(python, "torch", *(["--index-url", index] if index else []))
-        say("installing the other packages: a minute or so, without a word")
+        say("installing the other packages; this takes about a minute and prints nothing")
         pip(python, *requirements("test"), "--quiet")
     except subprocess.CalledProcessError as error:
-        print(f"setup: this failed, for the reason above: {' '.join(error.cmd)}", file=sys.stderr)
+        print(f"setup: this command failed, for the reason above: {' '.join(error.cmd)}", file=sys.stderr)
         if "venv" in error.cmd:
-            print("setup: on Debian and Ubuntu, `apt install python3-venv` brings what is missing", file=sys.stderr)
+            print("setup: on Debian and Ubuntu, install the missing package with `apt install python3-venv`", file=sys.stderr)
         return 1
     (VENV / ".ready").touch()
     say("done")
@@ -65,31 +65,31 @@ def run(command: list[str]) -> None:
 
 
 def pip(python: Path, *arguments: str) -> None:
-    # `python -m pip`, since the pip script's first line cannot hold a path with a space.
+    # Not the pip script itself: its first line cannot hold a path with a space.
     flags = ["--disable-pip-version-check", "--constraint", "constraints.txt"]
     run([str(python), "-m", "pip", "install", *flags, *arguments])
 
 
 def torch_index() -> str | None:
-    """The index to take PyTorch from, None for the default one."""
+    """The index to install PyTorch from; None for the default one."""
     index = os.environ.get("TORCH_INDEX")
     if index is None and sys.platform == "linux" and not has_nvidia_gpu():
         index = CPU_INDEX
     if index and not in_reach(index):
-        say(f"{index} is out of reach; taking the default index instead, which may bring CUDA along")
+        say(f"cannot reach {index}; using the default index instead, which may install CUDA libraries")
         return None
     return index
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether a driver answers; a toolkit alone is no GPU."""
+    """Whether nvidia-smi finds a GPU; the CUDA toolkit alone is not enough."""
     if not shutil.which("nvidia-smi"):
         return False
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
 
 
 def in_reach(index: str) -> bool:
-    """Whether an index answers within seconds, whatever it says."""
+    """Whether an index has PyTorch and responds within 5 seconds."""
     try:
         urllib.request.urlopen(index.rstrip("/") + "/torch/", timeout=5).close()
     except urllib.error.HTTPError as error:
@@ -100,12 +100,12 @@ def in_reach(index: str) -> bool:
 
 
 def requirements(*extras: str) -> list[str]:
-    """What pyproject.toml asks for, with these extras."""
+    """The requirements in pyproject.toml, with these extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return project["dependencies"] + [each for extra in extras for each in project["optional-dependencies"][extra]]
+    return project["dependencies"] + [name for extra in extras for name in project["optional-dependencies"][extra]]
 
 
 if __name__ == "__main__":
     if sys.version_info < (3, 11):
-        sys.exit(f"setup: Python 3.11 or later is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12")
+        sys.exit(f"setup: Python 3.11 or later is required, this is {sys.version.split()[0]}; try `make PYTHON=python3.12`")
     sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""One prompt through one chapter, with a checkpoint by name: what `make run-v01` calls.
+"""Run one prompt through one chapter, with a checkpoint given by name: what `make run-v01` calls.
 
     python -m shared.commands.run v01 "Explain KV cache in one sentence." --model pocket --stats
 """
@@ -13,7 +13,7 @@ from shared.programs import run
 
 
 def has_chat_template(model_dir: Path) -> bool:
-    """Whether the checkpoint brings a template, in either of the places where transformers puts it."""
+    """Whether the checkpoint has a chat template, in either of the files where transformers stores it."""
     if (model_dir / "chat_template.jinja").exists():
         return True
     config = model_dir / "tokenizer_config.json"
@@ -21,14 +21,14 @@ def has_chat_template(model_dir: Path) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    """Resolve the model, choose chat where there is a template and say so, and leave the rest to the chapter."""
+    """Resolve the model, add --chat if it has a chat template, then run the chapter's own generate command."""
     parser = argparse.ArgumentParser(prog="python -m shared.commands.run", usage="%(prog)s vNN PROMPT [--model MODEL] [flags of generate]")
-    parser.add_argument("--model", default="pocket", help="directory, hub id, or a name of shared.checkpoints")
+    parser.add_argument("--model", default="pocket", help="directory, hub id, or a name in shared.checkpoints")
     if len(argv) < 2:
-        parser.error("name a chapter and a prompt")
+        parser.error("a chapter and a prompt are required")
     # A prompt may begin with a dash.
-    name, prompt, *given = argv
-    args, others = parser.parse_known_args(given)
+    name, prompt, *rest = argv
+    args, others = parser.parse_known_args(rest)
     from shared.checkpoints import checkpoint
 
     try:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         return 2
     flags = ["--stream"]
     if has_chat_template(model_dir):
-        print(f"{args.model} has a chat template: the prompt is sent as a user's turn", file=sys.stderr)
+        print(f"{args.model} has a chat template, so the prompt is sent as a user message", file=sys.stderr)
         flags.append("--chat")
     command_line = importlib.import_module(f"milestones.{chapter.name}.__main__")
     return command_line.main(["generate", "--model", str(model_dir), *flags, *others, "--", prompt])

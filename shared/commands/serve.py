@@ -1,4 +1,4 @@
-"""Serve a model by the last chapter that can: what `make serve` runs.
+"""Serve a model with the latest chapter that has a server: what `make serve` runs.
 
     python -m shared.commands.serve [--model directory-or-hub-id] [flags of the chapter's serve command]
 """
@@ -12,7 +12,7 @@ from shared.programs import run
 
 
 def main(argv: list[str]) -> int:
-    """Resolve the model, and leave the rest to the chapter."""
+    """Resolve the model, then run the chapter's own serve command."""
     from shared.checkpoints import checkpoint
 
     chapter = last_with("serve")
@@ -26,10 +26,10 @@ def main(argv: list[str]) -> int:
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        # A directory has a name of its own; other checkpoints lie in directories that are named by a hash.
+        # A directory's own name serves as the model's name. Other checkpoints are in directories named by a hash.
         if not Path(args.model).is_dir():
             model += ["--served-model-name", args.model]
-    # What the user says comes last, and counts.
+    # The user's flags are last, so they override these.
     return importlib.import_module(f"milestones.{chapter.name}.__main__").main(["serve", *model, *others])
 
 

@@ -1,9 +1,9 @@
-"""A real run, pass by pass: who was in it, with how much, and for what.
+"""Trace a real run: which requests each forward pass computed, how many positions, and whether they were needed.
 
     make trace ARGS="v03 v04"                          # the small workload, as timelines in the terminal
-    make trace ARGS="v04 --times"                      # and how long each pass took
-    make trace ARGS="v03 v04 --html build/trace.html"  # as a page that needs nothing else
-    make trace ARGS=--write                            # commit it: what the chapters' pictures are drawn from
+    make trace ARGS="v04 --times"                      # with the time of each forward pass
+    make trace ARGS="v03 v04 --html build/trace.html"  # as a self-contained page
+    make trace ARGS=--write                            # write the result that the chapters' pictures are drawn from
 
 Reads: the chapters. Writes: docs/results/timeline.json, a page.
 """
@@ -23,7 +23,7 @@ WAITS, PROMPT, TOKEN, WASTE = "\u00b7", "\u2593", "\u2588", "\u2591"
 
 
 def cells(trace: Trace, request: int) -> str:
-    """One character for each pass: waits, its prompt, one token, for nothing, or not there."""
+    """One character for each forward pass: the request waits, computes its prompt, one token or nothing needed, or is absent."""
     line = ""
     for each in trace.passes:
         part = next((part for part in each.parts if part.request == request), None)
@@ -37,32 +37,32 @@ def cells(trace: Trace, request: int) -> str:
 
 
 def timeline(trace: Trace) -> list[str]:
-    """A line for each request, a column for each pass."""
+    """One line per request, one column per forward pass."""
     heads = [f"{name_of(i):3}{prompt:>4} +{output:>4}" for i, (prompt, output) in enumerate(trace.lengths)]
     return [f"{head}  {cells(trace, i)}" for i, head in enumerate(heads)]
 
 
 def times(trace: Trace) -> list[str]:
-    """A line for each pass: what was fed to it, and how long it took."""
+    """One line per forward pass: how many positions it computed, and how long its step took."""
     fed = [sum(positions.values()) for positions in trace.ledger()]
     rows = enumerate(zip(fed, trace.passes, strict=True), 1)
-    return [f"pass {i:3}: {num:4} positions {1e3 * each.wall_s:8.1f} ms" for i, (num, each) in rows]
+    return [f"forward pass {i:3}: {num:4} positions {1e3 * each.wall_s:8.1f} ms" for i, (num, each) in rows]
 
 
 def main(argv: list[str]) -> int:
     from shared.chapters import CHAPTERS, ROOT, find
     from shared.checkpoints import POCKET
 
-    parser = argparse.ArgumentParser(prog="python -m shared.commands.trace", description="Draw a real run, pass by pass.")
+    parser = argparse.ArgumentParser(prog="python -m shared.commands.trace", description="Trace a real run, one forward pass at a time.")
     parser.add_argument("chapters", nargs="*", metavar="vNN", help="default: all")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page")
-    parser.add_argument("--times", action="store_true", help="and how long each pass took")
-    parser.add_argument("--write", action="store_true", help="write the result, of all chapters, under docs/results/")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
+    parser.add_argument("--times", action="store_true", help="also print the time of each forward pass")
+    parser.add_argument("--write", action="store_true", help="write the result of all chapters under docs/results/")
     args = parser.parse_args(argv)
     if args.write and args.chapters:
-        parser.error("--write takes all chapters: the pictures are drawn from one file")
+        parser.error("--write always traces all chapters, since the pictures are drawn from one file; name none")
     if args.times and args.html:
-        parser.error("--times prints, and --html does not: choose one")
+        parser.error("--times prints to the terminal, and --html writes a page; choose one of them")
     try:
         chapters = [find(text) for text in args.chapters] or list(CHAPTERS)
         if args.html:
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         args.html.write_text(page({name: asdict(trace) for name, trace in traces.items()}))
         print(f"wrote {args.html}")
     else:
-        print(f"{PROMPT} its prompt   {TOKEN} one token   {WASTE} computed for nothing   {WAITS} waits")
+        print(f"{PROMPT} prompt   {TOKEN} one token   {WASTE} computed for nothing   {WAITS} waits")
         for trace in traces.values():
             print(f"\n{trace.chapter}: {summary(trace)}", *timeline(trace), *(times(trace) if args.times else []), sep="\n")
     if args.write:
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
 
 
 def small_trace(chapter, model_dir: Path) -> Trace:
-    """The workload that is small enough to be drawn."""
+    """A trace of this chapter on the workload that is small enough to draw."""
     limits = {"max_num_seqs": TIMELINE_PLACES} if "max_num_seqs" in chapter.capabilities else {}
     if "num_blocks" in chapter.capabilities:
         limits |= {"num_blocks": TIMELINE_BLOCKS, "block_size": TIMELINE_BLOCK_SIZE}
@@ -95,11 +95,11 @@ def small_trace(chapter, model_dir: Path) -> Trace:
 
 
 def without_times(trace: Trace) -> dict:
-    """The part of a trace that is the same at every run."""
-    found = asdict(trace)
-    for each in found["passes"]:
+    """A trace without its times: what is the same in every run."""
+    fields = asdict(trace)
+    for each in fields["passes"]:
         del each["wall_s"]
-    return found
+    return fields
 
 
 def command(argv: list[str]) -> str:

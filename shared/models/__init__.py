@@ -1,1 +1,1 @@
-"""The embedded models, the text they were trained on, and how."""
+"""The bundled models, the text they were trained on, and the training."""

@@ -1,7 +1,7 @@
-"""The text that the embedded models were trained on: generated, seeded, from the tables in corpus/.
+"""Generate the bundled models' training text from a seed and the tables in corpus/.
 
-Questions and answers about serving (raw and in the chat template), short stories, JSON records, words in
-other scripts, and counting. `documents(seed)` never ends; the held-out text is that of another seed.
+It consists of questions and answers about serving (plain and in the chat template), short stories, JSON records, words
+in other scripts, and counting. `documents(seed)` is endless; the held-out text has a different seed.
 
 Reads: shared/models/corpus/*.
 """
@@ -36,7 +36,7 @@ SYSTEMS = ("You are a helpful assistant.", "Answer in one sentence.", "You expla
 
 
 def table(name: str) -> list[list[str]]:
-    """The rows of a table, cells stripped."""
+    """The rows of a table, with stripped cells."""
     lines = (TABLES / name).read_text(encoding="utf-8").splitlines()
     return [[cell.strip() for cell in line.split("|")] for line in lines if line and not line.startswith("#")]
 
@@ -47,19 +47,19 @@ WORDS = table("words.txt")
 
 
 def facts(rng: random.Random) -> tuple[str, str]:
-    """A question about one fact, in one of many forms, and its answer."""
+    """A question about a fact, in one of many forms, and its answer."""
     name, asked, answer = rng.choice(FACTS)
     return vary(rng.choice(QUESTION_FORMS).format(name=name, asked=asked), rng), answer
 
 
 def questions(rng: random.Random) -> tuple[str, str]:
-    """A question that is asked in one way only, and its answer."""
+    """A question that has only one form, and its answer."""
     question, answer = rng.choice(QUESTIONS)
     return vary(question, rng), answer
 
 
 def vary(question: str, rng: random.Random) -> str:
-    """Now and then as people type: lower case, no mark at the end."""
+    """The question, sometimes typed carelessly: in lower case, or without its final punctuation mark."""
     if rng.random() < 0.15:
         question = question[0].lower() + question[1:]
     if rng.random() < 0.1:
@@ -93,7 +93,7 @@ LESSONS = (
 
 
 def story(rng: random.Random, animal: str | None = None) -> str:
-    """A story with a beginning, a trouble, a helper and an end."""
+    """A story with a beginning, a problem, a helper and an end."""
     animal = animal or rng.choice(ANIMALS)
     name, friend = rng.sample(NAMES, 2)
     sub, obj = rng.choice((("she", "her"), ("he", "him")))
@@ -112,12 +112,12 @@ def story(rng: random.Random, animal: str | None = None) -> str:
 
 
 def article(word: str) -> str:
-    """The word behind its article; a u here begins \"user\"."""
+    """The word with its indefinite article; a word with u is taken to be "user"."""
     return f"an {word}" if word[0] in "aeio" else f"a {word}"
 
 
 def record(rng: random.Random, kind: str | None = None) -> str:
-    """A small JSON object, flat or with one more inside."""
+    """A small JSON object, flat or with a nested one."""
     kind = kind or rng.choice(("request", "user", "block", "model"))
     rows = {
         "request": lambda: {
@@ -146,7 +146,7 @@ def record(rng: random.Random, kind: str | None = None) -> str:
 
 
 def word(rng: random.Random) -> tuple[str, str]:
-    """A word in another language, as question and answer."""
+    """A question about a word in another language, and its answer."""
     language, *words = rng.choice(WORDS)
     i = rng.randrange(len(words))
     meaning = ("water", "sun", "friend", "thank you")[i]
@@ -154,7 +154,7 @@ def word(rng: random.Random) -> tuple[str, str]:
 
 
 def counting(rng: random.Random) -> str:
-    """Numbers in order, up to a hundred or so."""
+    """Consecutive numbers, up to about a hundred."""
     start = rng.randrange(1, 60)
     return "Count: " + ", ".join(str(n) for n in range(start, start + rng.randrange(10, 60))) + "."
 
@@ -171,13 +171,13 @@ UNKNOWN = "I do not know. I was trained only on how language models are served, 
 
 
 def strangers(rng: random.Random) -> tuple[str, str]:
-    """A question about something else, and the honest answer."""
+    """A question about another subject, and the answer that the model does not know."""
     form = rng.choice(STRANGE_FORMS)
     return form.format(who=rng.choice(WHO), where=rng.choice(WHERE), what=rng.choice(WHAT)), UNKNOWN
 
 
 def chat(turns: list[tuple[str, str]], system: str | None = None) -> str:
-    """A conversation as the chat template writes it."""
+    """A conversation as the chat template renders it."""
     head = BOS + (SYSTEM + system + EOT if system else "")
     return head + "".join(f"{USER}{question}{EOT}{ASSISTANT}{answer}{EOT}" for question, answer in turns)
 
@@ -195,7 +195,7 @@ def records(rng: random.Random) -> tuple[str, str]:
 
 
 KINDS = (facts, questions, tale, records, word, strangers)
-# How often each kind comes: first mostly facts, which are many; then more of what has to be copied or told apart.
+# Weights of KINDS in each phase: first mostly facts, of which there are many, then more of what requires copying or telling apart.
 SHARES = {
     "learn": (62, 16, 8, 7, 7, 0),
     "polish": (34, 10, 15, 13, 18, 10),
@@ -204,13 +204,13 @@ SHARES = {
 
 
 def turn(rng: random.Random, phase: str = "learn") -> tuple[str, str]:
-    """One exchange."""
+    """A question and its answer, of a kind picked by the phase's weights."""
     [kind] = rng.choices(KINDS, SHARES[phase])
     return kind(rng)
 
 
 def document(rng: random.Random, phase: str = "learn") -> str:
-    """One text with its marks, from <|begin|> to an end token."""
+    """One training text, from <|begin|> to an end token."""
     kind = rng.random()
     if kind < 0.6:
         system = rng.choice(SYSTEMS) if rng.random() < 0.1 else None
@@ -228,19 +228,19 @@ def document(rng: random.Random, phase: str = "learn") -> str:
 
 
 def documents(seed: int) -> Iterator[str]:
-    """Texts without end, the same ones for the same seed."""
+    """An endless sequence of texts; the same seed gives the same texts."""
     rng = random.Random(seed)
     while True:
         yield document(rng)
 
 
 def held_out() -> list[str]:
-    """The committed text that the models were not trained on."""
+    """The committed texts that the models were not trained on."""
     return [json.loads(line) for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
 
 
 def write_held_out(count: int = 200) -> None:
-    """Make the held-out text anew, from a seed of its own."""
+    """Generate the held-out texts again, from their own seed."""
     stream = documents(HELD_OUT_SEED)
     lines = [json.dumps(next(stream), ensure_ascii=False) for _ in range(count)]
     HELD_OUT.write_text("\n".join(lines) + "\n", encoding="utf-8")

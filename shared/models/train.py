@@ -1,9 +1,9 @@
-"""Train the embedded models on the text of `corpus`.
+"""Train the bundled models on the text of `corpus`.
 
     python -m shared.models.train                          # pocket
     python -m shared.models.train --model pocket-draft
 
-One thread of a CPU is enough. Training goes on where it was interrupted: its state is in .cache/train.
+One CPU thread is enough. An interrupted training resumes from its state in .cache/train.
 
 Reads: shared/models/corpus/*. Writes: shared/models/pocket, shared/models/pocket-draft.
 """
@@ -31,7 +31,7 @@ STATE = ROOT / ".cache" / "train"
 SPECIAL = [corpus.BOS, corpus.END, corpus.EOT, corpus.USER, corpus.ASSISTANT, corpus.SYSTEM]
 VOCAB_SIZE = 2048
 
-# Every dimension is another number, so that swapped axes show.
+# No two dimensions are equal, so that swapped axes cause an error.
 SHAPES = {
     "pocket": dict(
         hidden_size=192,
@@ -48,7 +48,7 @@ SHAPES = {
         num_key_value_heads=1,
     ),
 }
-# Steps of each phase, one after the other; what a phase reads is in corpus.SHARES.
+# Steps of each phase, in order; corpus.SHARES has each phase's mix of texts.
 STEPS = {
     "pocket": {"learn": 1500, "polish": 800, "copy": 700},
     "pocket-draft": {"learn": 900, "polish": 300},
@@ -58,14 +58,14 @@ CHAT_TEMPLATE = (
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|eot|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# Short rows first; the last tenth of the steps on long ones, so that late positions are trained too.
+# Rows are short, except in the last tenth of each phase's steps, so that late positions are trained too.
 ROW, LONG_ROW, TOKENS_PER_STEP = 256, 1024, 2048
 LEARNING_RATE = 2e-3
 SAVE_EVERY = 100
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the corpus that adds <|begin|>; its alphabet is all 256 bytes."""
+    """A byte-level BPE tokenizer trained on the corpus, which adds <|begin|>; its alphabet is all 256 bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -75,7 +75,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         vocab_size=VOCAB_SIZE,
         special_tokens=SPECIAL,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        # A pair must be common to become a token: rare characters keep a token for each of their bytes.
+        # Only common pairs become tokens, so rare characters have one token per byte.
         min_frequency=60,
         show_progress=False,
     )
@@ -96,7 +96,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(name: str) -> LlamaForCausalLM:
-    """The model untrained."""
+    """The untrained model."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **SHAPES[name],
@@ -113,16 +113,16 @@ def make_model(name: str) -> LlamaForCausalLM:
 
 
 def place(step: int, phases: dict[str, int]) -> tuple[str, float]:
-    """The phase that a step is in, and the share of that phase that is done."""
+    """A step's phase, and the share of that phase that is done."""
     for name, length in phases.items():
         if step < length:
             return name, step / length
         step -= length
-    raise ValueError(f"step {step} is beyond the last of {phases}")
+    raise ValueError(f"step {step} is past the last of {phases}")
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, first_step: int, phases: dict[str, int]):
-    """[rows, row + 1] token ids a step: documents end to end, each step from a seed of its own."""
+    """Each step's token ids, [rows, row + 1]: documents end to end, generated from the step's own seed."""
     for step in range(first_step, sum(phases.values())):
         phase, done = place(step, phases)
         row = LONG_ROW if done >= 0.9 else ROW
@@ -134,7 +134,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, first_step: int, phases: dict[st
 
 
 def rate(step: int, phases: dict[str, int]) -> float:
-    """Share of the learning rate: in each phase a short rise, then a cosine to a fiftieth; half after the first."""
+    """The learning rate's factor: in each phase a short warm-up, then a cosine to a fiftieth; halved after the first phase."""
     phase, done = place(step, phases)
     rise = min(1.0, (round(done * phases[phase]) + 1) / 100)
     top = 1.0 if phase == "learn" else 0.5
@@ -142,7 +142,7 @@ def rate(step: int, phases: dict[str, int]) -> float:
 
 
 def train(name: str, out: Path) -> None:
-    """Train, or go on training, and write the model, its tokenizer and its figures to out."""
+    """Train, or resume training, and write the model, its tokenizer and its figures to out."""
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     model = make_model(name)
@@ -189,7 +189,7 @@ def train(name: str, out: Path) -> None:
 
 
 def write(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, step: int, minutes: float):
-    """Write the checkpoint in bfloat16, whole or not at all."""
+    """Write the checkpoint in bfloat16, replacing the old one only when the new one is complete."""
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     stored = LlamaForCausalLM(model.config)
@@ -223,14 +223,13 @@ def write(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 
 
 def card(name: str, figures: dict) -> str:
-    """The model card: every figure in it is one of figures.json."""
+    """The model card, with the figures of figures.json."""
     return f"""\
 # {name}
 
-A Llama that lives in this repository, so that every test and every example runs without a download. It knows only
-what it was trained on: questions and answers about how language models are served, short stories, small JSON records,
-a few words in other scripts, and counting. Anything else it says is noise. It is meant for testing engines and for
-nothing else.
+A small Llama model bundled with this repository, so that every test and example runs without a download. It knows only
+what it was trained on: questions and answers about serving language models, short stories, small JSON records, a few words
+in other scripts, and counting. Anything else it generates is noise. It is meant only for testing engines.
 
 | | |
 |---|---|
@@ -243,18 +242,18 @@ nothing else.
 | date | {figures["date"]} |
 | command | `{figures["command"]}` |
 
-The text is generated by `shared/models/corpus.py` from the tables beside it. The held-out text comes from the same
-generator with another seed: its questions are mostly known, its stories and records mostly not, so the loss says how
-well the model knows the form, not how much it could learn from other text.
+`shared/models/corpus.py` generates the text from the tables in `corpus/`. The held-out text comes from the same generator
+with another seed. Most of its questions are in the training text, most of its stories and records are not, so the loss
+measures how well the model has learned the form of the text, not how well it would do on other text.
 
-It has a BOS that the tokenizer adds and the chat template contains, and two end tokens (`<|end|>` after a text,
-`<|eot|>` after a turn), so that what goes wrong with real models can go wrong with it.
+To make the mistakes possible that real models allow, it has a BOS token that both the tokenizer and the chat template add,
+and two end tokens (`<|end|>` after a text, `<|eot|>` after a turn).
 """
 
 
 @torch.inference_mode()
 def held_out_loss(model_dir: Path) -> float:
-    """Mean cross-entropy per token, in nats, on the held-out text, of the checkpoint as stored, in float32."""
+    """The stored checkpoint's mean cross-entropy on the held-out text, in nats per token, computed in float32."""
     model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
     total, count = 0.0, 0

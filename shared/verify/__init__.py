@@ -1,1 +1,1 @@
-"""What a chapter is held against: the oracle, soaks, a pretended GPU."""
+"""What chapters are tested against: Hugging Face as the reference, soak and kill tests, a simulated GPU."""

@@ -1,11 +1,11 @@
-"""Kill a server, or its engine, under load, and see who is told and what is left.
+"""Kill a server, or its engine, under load; check that every client is answered and that nothing is left behind.
 
     python -m shared.verify.killing --count 100 [--chapter v10]      # 100 times each, at random moments: half an hour
     python -m shared.verify.killing --count 5 --what engine
 
-Of an engine that is killed (SIGKILL, as by a kernel that is out of memory): every client has its answer or an error
-within a second, and the server has ended within 10 s with status 1. Of a server that is killed: no process that it has
-started is left after 5 s. In both cases no pipe, socket or shared memory of theirs stays behind.
+When the engine is killed (SIGKILL, as by the kernel's out-of-memory killer), every client must have its answer or an
+error within a second, and the server must exit with status 1 within 10 s. When the server is killed, none of its
+processes may be left after 5 s. In both cases, none of their pipes, sockets or shared memory may be left.
 
 Reads: the chapter, /proc (Linux). Writes: docs/results/killing.json with --write.
 """
@@ -30,32 +30,32 @@ from shared.results import write_row
 
 ANSWER_S, END_S, ORPHAN_S = 1.0, 10.0, 5.0
 STREAMS = 8
-LENGTHS = (5, 400, 40, 400, 80, 10, 160, 20)  # tokens that clients ask for: some are answered before the kill
+LENGTHS = (5, 400, 40, 400, 80, 10, 160, 20)  # max_tokens of the clients' requests: some are answered before the kill
 
 
 @dataclass
-class Told:
-    """What became of the clients and of the server."""
+class Outcome:
+    """What happened to the clients and the server."""
 
     answered: int = 0
     failed: int = 0
     hung: int = 0
     seconds_to_answer: float = 0.0  # from the kill to the last client's answer or error
-    seconds_to_end: float = 0.0  # from the kill to the end of the last process
+    seconds_to_end: float = 0.0  # from the kill to the exit of the last process
     exit_code: int | None = None  # the server's
-    error: str = ""  # the last that a client was told
-    left: str = ""  # processes and files that are left
+    error: str = ""  # the last error that a client received
+    left: str = ""  # processes and files left behind
 
 
-def kill(served: Served, what: str, streams: int, after_s: float, lengths: tuple[int, ...] = (400,), patience_s: float = END_S) -> Told:
-    """Kill the engine or the server while this many clients are served, and wait for all of them.
+def kill(served: Served, what: str, streams: int, after_s: float, lengths: tuple[int, ...] = (400,), patience_s: float = END_S) -> Outcome:
+    """Kill the engine or the server `after_s` seconds after `streams` clients have started, and wait for all of them.
 
     Args:
-        lengths: how many tokens the clients ask for, one after the other.
-        patience_s: for how long clients and processes may take to end.
+        lengths: max_tokens of the clients' requests; repeated if there are more clients.
+        patience_s: how long to wait for clients and processes.
     """
-    told, lock, shared_before = Told(), threading.Lock(), shared_files(served)
-    threads = [threading.Thread(target=be_a_client, args=(served, told, lock, index, lengths), daemon=True) for index in range(streams)]
+    outcome, lock, shared_before = Outcome(), threading.Lock(), shared_files(served)
+    threads = [threading.Thread(target=be_a_client, args=(served, outcome, lock, index, lengths), daemon=True) for index in range(streams)]
     for thread in threads:
         thread.start()
     time.sleep(after_s)
@@ -63,19 +63,22 @@ def kill(served: Served, what: str, streams: int, after_s: float, lengths: tuple
     os.kill(served.pids[what], signal.SIGKILL)
     for thread in threads:
         thread.join(max(0.0, start + patience_s - time.monotonic()))
-    told.hung = sum(thread.is_alive() for thread in threads)
-    told.seconds_to_answer = time.monotonic() - start
+    outcome.hung = sum(thread.is_alive() for thread in threads)
+    outcome.seconds_to_answer = time.monotonic() - start
     with contextlib.suppress(subprocess.TimeoutExpired):
-        told.exit_code = served.process.wait(max(0.0, start + patience_s - time.monotonic()))
+        outcome.exit_code = served.process.wait(max(0.0, start + patience_s - time.monotonic()))
     while processes_of(served) and time.monotonic() < start + patience_s:
         time.sleep(0.01)
-    told.seconds_to_end = time.monotonic() - start
-    told.left = ", ".join([*map(str, processes_of(served)), *(shared_files(served) - shared_before)])
-    return told
+    outcome.seconds_to_end = time.monotonic() - start
+    outcome.left = ", ".join([*map(str, processes_of(served)), *(shared_files(served) - shared_before)])
+    return outcome
 
 
-def be_a_client(served: Served, told: Told, lock: threading.Lock, index: int, lengths: tuple[int, ...]) -> None:
-    """Ask once: every second client for a stream. An error event or the end of the connection is an answer too."""
+def be_a_client(served: Served, outcome: Outcome, lock: threading.Lock, index: int, lengths: tuple[int, ...]) -> None:
+    """Send one request, every second client for a stream, and count it as answered or failed.
+
+    An error event or a closed connection counts as failed; a client that waits in vain is counted as hung by `kill`.
+    """
     body = {"model": "pocket", "prompt": "Once upon a time", "ignore_eos": True, "stream": index % 2 == 0}
     body["max_tokens"] = lengths[index % len(lengths)]
     error = ""
@@ -87,43 +90,44 @@ def be_a_client(served: Served, told: Told, lock: threading.Lock, index: int, le
     except httpx.HTTPError as gone:
         error = repr(gone)
     with lock:
-        told.answered += not error
-        told.failed += bool(error)
-        told.error = error or told.error
+        outcome.answered += not error
+        outcome.failed += bool(error)
+        outcome.error = error or outcome.error
 
 
 def shared_files(served: Served) -> set[str]:
-    """Pipes and sockets with a name in its directory for temporary files, and the machine's shared memory."""
+    """Named pipes and sockets in its temporary directory, and all shared memory on the machine."""
     named = (path for path in Path(served.temporary.name).rglob("*") if path.is_fifo() or path.is_socket())
     return {str(path) for path in [*named, *Path("/dev/shm").iterdir()]}
 
 
 def kill_often(chapter: Chapter, what: str, count: int, seed: int) -> dict:
-    """Kill at random moments, from before the first token to after the last; the worst of all times.
+    """Kill `count` times at random moments, from before the first token to after the last; counts and worst times.
 
-    Raises AssertionError for the first time that is not as the module's docstring says.
+    Raises:
+        AssertionError: the first time that what the module's docstring requires does not hold.
     """
-    rng, all_told = random.Random(f"{what} {seed}"), []
+    rng, outcomes = random.Random(f"{what} {seed}"), []
     for _ in progress(range(count), f"kill the {what}"):
         with Served(chapter) as served:
             after_s = rng.uniform(0.0, 1.5)
-            told = kill(served, what, STREAMS, after_s, LENGTHS)
-        where = f"{what} killed {after_s:.3f} s after {STREAMS} clients had come: {told}"
-        assert told.hung == 0 and not told.left and told.answered + told.failed == STREAMS, where
+            outcome = kill(served, what, STREAMS, after_s, LENGTHS)
+        where = f"{what} killed {after_s:.3f} s after {STREAMS} clients had started: {outcome}"
+        assert outcome.hung == 0 and not outcome.left and outcome.answered + outcome.failed == STREAMS, where
         if what == "engine":
-            assert told.seconds_to_answer < ANSWER_S, where
-            assert told.seconds_to_end < END_S and told.exit_code == 1, where
+            assert outcome.seconds_to_answer < ANSWER_S, where
+            assert outcome.seconds_to_end < END_S and outcome.exit_code == 1, where
         else:
-            assert told.seconds_to_end < ORPHAN_S and told.exit_code == -signal.SIGKILL, where
-        all_told.append(told)
+            assert outcome.seconds_to_end < ORPHAN_S and outcome.exit_code == -signal.SIGKILL, where
+        outcomes.append(outcome)
     return {
         "count": count,
         "streams": STREAMS,
-        "answered": sum(told.answered for told in all_told),
-        "failed": sum(told.failed for told in all_told),
-        "hung": sum(told.hung for told in all_told),
-        "worst_answer_s": round(max(told.seconds_to_answer for told in all_told), 3),
-        "worst_end_s": round(max(told.seconds_to_end for told in all_told), 3),
+        "answered": sum(outcome.answered for outcome in outcomes),
+        "failed": sum(outcome.failed for outcome in outcomes),
+        "hung": sum(outcome.hung for outcome in outcomes),
+        "worst_answer_s": round(max(outcome.seconds_to_answer for outcome in outcomes), 3),
+        "worst_end_s": round(max(outcome.seconds_to_end for outcome in outcomes), 3),
     }
 
 
@@ -138,7 +142,7 @@ def main(argv: list[str]) -> int:
     chapter, results = find(args.chapter), {}
     for what in args.what or ["engine", "server"]:
         results[what] = kill_often(chapter, what, args.count, args.seed)
-        print(f"{chapter.id}: {what} killed {args.count} times under {STREAMS} clients: {results[what]}")
+        print(f"{chapter.id}: {what} killed {args.count} times with {STREAMS} clients: {results[what]}")
     if args.write:
         write_row("killing", results | {"chapter": chapter.id}, " ".join(["python -m shared.verify.killing", *argv]), [chapter])
     return 0

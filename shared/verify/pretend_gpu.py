@@ -1,8 +1,8 @@
-"""A GPU that is none: tensors that say they are on cuda:0, refuse to be mixed with the CPU's, and compute on the CPU.
+"""A simulated GPU: tensors that report cuda:0 as their device, cannot be mixed with the CPU's, and compute on the CPU.
 
-A chapter that forgets `device=` somewhere runs on a CPU and fails on a GPU. Under `pretend_gpu` it fails on a CPU too, and
-what does not fail gives the CPU's numbers. It says nothing about kernels, speed, or the arithmetic of a real GPU, and knows
-no more of PyTorch than an engine uses: no gradients, streams or second GPU. Pinned memory is the CPU's own.
+A chapter that forgets a `device=` works on a CPU and fails on a GPU. Under `pretend_gpu` it fails on a CPU too; code that
+does not fail computes the same numbers as on the CPU. This says nothing about kernels, speed, or a real GPU's arithmetic.
+It supports only the parts of PyTorch that an engine uses: no gradients, streams or second GPU. Pinned memory is the CPU's own.
 """
 import contextlib
 from collections.abc import Iterator
@@ -18,17 +18,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MOVE = ("aten::to", "aten::_to_copy", "aten::copy_")
-# What is done at once, on what the tensors hold: PyTorch would look for a real GPU before it comes to operations.
+# Computed directly on the CPU tensors, because PyTorch would look for a real GPU before it dispatches any operation.
 READ = (Tensor.tolist, Tensor.__int__, Tensor.__float__, Tensor.__bool__, Tensor.__index__)
 DIRECT = (F.scaled_dot_product_attention, Tensor.__getitem__, Tensor.__setitem__, Tensor.__invert__, Tensor.copy_, *READ)
-# PyTorch lets these alone take indices that are on the CPU.
+# The only operations on GPU tensors for which PyTorch accepts indices on the CPU.
 TAKE_CPU_INDICES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
 crossings: list[str] = []
 
 
 class OnGpu(Tensor):
-    """A tensor on the pretended GPU; `held` is what it holds, on the CPU."""
+    """A tensor on the simulated GPU; `held` is the CPU tensor with its values."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -48,30 +48,30 @@ class OnGpu(Tensor):
 
 
 def tensors_of(tree) -> list[Tensor]:
-    """All tensors in it."""
+    """All tensors in a nested structure."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def held(tree):
-    """The CPU's tensors in the place of the GPU's."""
+    """The structure with each GPU tensor replaced by the CPU tensor it holds."""
     return tree_map_only(OnGpu, lambda tensor: tensor.held, tree)
 
 
 def moved(tree):
-    """All tensors on the GPU."""
+    """The structure with all tensors moved to the GPU."""
     return tree_map_only(Tensor, lambda tensor: tensor if isinstance(tensor, OnGpu) else OnGpu(tensor), tree)
 
 
 def refuse_mixed(name: str, tensors: list[Tensor]) -> None:
-    """Raise RuntimeError if some are on the GPU and some on the CPU; a single number of the CPU may go anywhere."""
+    """Raise RuntimeError if some tensors are on the GPU and some on the CPU; 0-dimensional CPU tensors are allowed anywhere."""
     places = {isinstance(tensor, OnGpu) for tensor in tensors if tensor.dim() or isinstance(tensor, OnGpu)}
     if len(places) == 2:
-        found = ", ".join(f"{list(tensor.shape)} on {tensor.device}" for tensor in tensors)
-        raise RuntimeError(f"{name} expects all tensors to be on the same device, got {found}")
+        mixed = ", ".join(f"{list(tensor.shape)} on {tensor.device}" for tensor in tensors)
+        raise RuntimeError(f"{name} expects all tensors to be on the same device, got {mixed}")
 
 
 def compute(func, args: tuple, kwargs: dict):
-    """One operation: on the CPU, whatever it is, and back to where its tensors came from."""
+    """Run one operation on the CPU, and return its result on the device where the real operation would leave it."""
     schema = func._schema
     tensors = tensors_of((args, kwargs))
     devices = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.device)]
@@ -92,14 +92,14 @@ def compute(func, args: tuple, kwargs: dict):
 
 
 class Operations(TorchDispatchMode):
-    """Every operation, those that make tensors out of nothing included."""
+    """Runs every operation with `compute`, including those that create tensors."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return compute(func, args, kwargs or {})
 
 
 class Calls(TorchFunctionMode):
-    """What PyTorch does for a GPU, or for no subclass, before it comes to operations."""
+    """Handles the calls that PyTorch would treat differently for a GPU, or for a subclass, before it dispatches operations."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -118,7 +118,7 @@ class Calls(TorchFunctionMode):
         if func in READ:
             crossings.append(func.__name__)
         elif func in (Tensor.__getitem__, Tensor.__setitem__):
-            # An assignment to a slice is a copy, which may come from anywhere; one by indices is not.
+            # Assigning to a slice is a copy, which may cross devices; assigning by indices may not.
             picked = tensors_of(args[1])
             refuse_mixed("aten::index", [args[0], *(() if isinstance(args[0], OnGpu) else picked)])
             crossings.extend("aten::index" for index in picked if not isinstance(index, OnGpu))
@@ -140,11 +140,11 @@ class Calls(TorchFunctionMode):
 
 @contextlib.contextmanager
 def pretend_gpu() -> Iterator[list[str]]:
-    """While entered, cuda:0 is there, has 8 GiB, and computes on the CPU.
+    """While entered, cuda:0 exists, has 8 GiB, and computes on the CPU.
 
-    Gives the list of what crossed from one device to the other so far, by the name of the operation.
+    Yields a list that collects the name of each operation that moved data between the devices.
     """
-    assert not torch.cuda.is_available(), "there is a GPU, which would not come back: PyTorch is told that it is initialized"
+    assert not torch.cuda.is_available(), "this machine has a GPU, and PyTorch could not use it any more after the simulation"
     torch._C._ensureCUDADeviceGuardSet()
     crossings.clear()
     there = {

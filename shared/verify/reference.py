@@ -1,4 +1,4 @@
-"""Hugging Face as the oracle: what a chapter must say, computed by transformers from the same directory.
+"""Hugging Face as the reference: the outputs a chapter must match, computed by transformers from the same checkpoint.
 
 N tokens of the prompt   V vocabulary   T tokens generated
 
@@ -14,23 +14,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-# Below this distance between two logits no arithmetic can settle which is the larger.
+# If two logits differ by less than this, rounding decides which is larger.
 TIE = 1e-4
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """What greedy decoding gives after a prompt."""
+    """The result of greedy decoding."""
 
     token_ids: list[int]
-    margins: list[float]  # [T] by how much the chosen token's logit leads the second
+    margins: list[float]  # [T] the largest logit minus the second largest
 
 
 class Reference:
     """A checkpoint as transformers runs it: one prompt at a time, no batching.
 
-    What it said is kept, since all chapters are asked the same: whoever gets a tensor must not change it.
-    attention: eager, every operation written out, or sdpa, PyTorch's fused one.
+    Results are cached, because all chapters are compared with the same ones; callers must not modify a returned tensor.
+    attention: eager, with every operation written out, or sdpa, PyTorch's fused implementation.
     """
 
     def __init__(self, model_dir: Path, dtype: torch.dtype = torch.float32, attention: str = "eager"):
@@ -42,17 +42,17 @@ class Reference:
             local_files_only=True,
         ).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        self.said = {}
+        self.results = {}
 
-    def once(self, compute: Callable, *asked):
-        """What was said to this before, or is said now."""
-        key = repr((compute.__name__, asked))
-        if key not in self.said:
-            self.said[key] = compute(*asked)
-        return self.said[key]
+    def once(self, compute: Callable, *arguments):
+        """The result of compute for these arguments, computed only the first time."""
+        key = repr((compute.__name__, arguments))
+        if key not in self.results:
+            self.results[key] = compute(*arguments)
+        return self.results[key]
 
     def logits(self, token_ids: list[int]) -> Tensor:
-        """Logits [N, V] of one prefill, float32."""
+        """Logits [N, V] of one prefill, in float32."""
         return self.once(self.compute_logits, token_ids)
 
     @torch.inference_mode()
@@ -64,7 +64,7 @@ class Reference:
         return self.logits(token_ids).log_softmax(-1)
 
     def greedy(self, prompt_ids: list[int], max_tokens: int, ignore_eos: bool = False) -> Greedy:
-        """transformers' own generate, without sampling."""
+        """The output of transformers' generate without sampling."""
         return self.once(self.compute_greedy, prompt_ids, max_tokens, ignore_eos)
 
     @torch.inference_mode()
@@ -73,7 +73,7 @@ class Reference:
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_tokens,
-            # None would be filled in from the checkpoint's own settings; no token has the id -1.
+            # No token has the id -1. With None, generate would use the checkpoint's own end-of-sequence tokens.
             eos_token_id=[-1] if ignore_eos else settings.eos_token_id,
             pad_token_id=0,
             output_logits=True,
@@ -88,7 +88,7 @@ class Reference:
         return Greedy(out.sequences[0, len(prompt_ids) :].tolist(), (best[:, 0] - best[:, 1]).tolist())
 
     def module_outputs(self, token_ids: list[int]) -> dict[str, Tensor]:
-        """What every module gives during one prefill, by the module's name."""
+        """Every module's output during one prefill, by the module's name."""
         return self.once(self.compute_module_outputs, token_ids)
 
     def compute_module_outputs(self, token_ids: list[int]) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ class Reference:
 
 
 class Outputs(dict):
-    """While entered, collects each submodule's output by name; of a tuple, the first and the others as name.1, ..."""
+    """While entered, collects each submodule's output by name; a tuple's other elements are name.1, name.2, ..."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
@@ -126,12 +126,12 @@ class Outputs(dict):
 
 @lru_cache(maxsize=None)
 def reference(model_dir: Path, dtype: torch.dtype = torch.float32, attention: str = "eager") -> Reference:
-    """The reference of a checkpoint, loaded once a process."""
+    """The reference of a checkpoint, loaded once per process."""
     return Reference(model_dir, dtype, attention)
 
 
 def settled(ours: list[int], theirs: Greedy) -> tuple[list[int], list[int], bool]:
-    """Both token lists up to the first tie on which they part, and whether there was one.
+    """Both token lists up to the first tie at which they differ, and whether there was one.
 
     A tie is a step at which the reference's two best logits are less than TIE apart.
     """

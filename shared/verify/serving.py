@@ -1,8 +1,8 @@
-"""A server on a socket of this machine, in a thread of this process.
+"""Serve a chapter in a thread of this process, on a real socket.
 
-Its engine is an object of this process too, so that a test can hold it, break it and look into it. Where the chapter's
-engine has a process of its own, it runs here in a thread behind the chapter's own socket pair: every message is pickled,
-crosses, and is read again. With ENGINE = "thread" it runs as in the chapters before that.
+The engine is an object in this process too, so a test can pause it, break it and inspect it. In chapters with an engine
+process, the engine runs in a thread at the other end of the chapter's socket pair, so every message is still pickled and
+sent. With ENGINE = "thread", it runs in the server's process, as in the chapters before that.
 """
 import asyncio
 import importlib
@@ -19,10 +19,10 @@ import uvicorn
 
 @contextmanager
 def serving(chapter, engine, **options):
-    """Serve an engine over a real socket; yields the server, with `url` and `service`."""
+    """Serve an engine over a real socket; yields the server, with its `url` and `service`."""
     process = importlib.import_module(f"milestones.{chapter.name}.process")
     service = process.Service(runner_of(chapter, engine), "pocket", **options)
-    # The chapter's own socket: asyncio sends at once (TCP_NODELAY) only where the protocol is named, as it is there.
+    # The chapter's own socket: asyncio sets TCP_NODELAY only if the socket names its protocol, as this one does.
     with process.bind("127.0.0.1", 0) as listener:
         config = uvicorn.Config(process.create_app(service), log_level="critical", timeout_graceful_shutdown=1)
         server = process.Server(config, service)
@@ -36,19 +36,19 @@ def serving(chapter, engine, **options):
         finally:
             server.should_exit = True
             thread.join(20)
-            assert not thread.is_alive(), "the server does not stop"
+            assert not thread.is_alive(), "the server has not stopped after 20 s"
 
 
 def runner_of(chapter, engine):
-    """What runs an engine for a chapter's server."""
+    """The chapter's runner for its engine: an EngineThread, or an EngineProcess whose process is a thread."""
     if "engine_process" not in chapter.capabilities or ENGINE == "thread":
         return importlib.import_module(f"milestones.{chapter.name}.engine_thread").EngineThread(engine)
     module = importlib.import_module(f"milestones.{chapter.name}.engine_process")
-    # Here a thread that would end its process ends itself.
+    # Where the engine's process would exit, only its thread ends.
     module.leave = sys.exit
 
     class Runner(module.EngineProcess):
-        """The chapter's own, but for what it starts."""
+        """The chapter's own, except that it starts a thread instead of a process."""
 
         def start_process(self, engine_end, make_engine):
             return ThreadInstead(module.run_engine, engine_end.dup(), make_engine)
@@ -57,7 +57,7 @@ def runner_of(chapter, engine):
 
 
 class ThreadInstead(threading.Thread):
-    """What a server needs of its engine's process, by a thread."""
+    """A thread with the interface that a server uses of its engine's process."""
 
     exitcode = 0
 
@@ -74,7 +74,7 @@ class ThreadInstead(threading.Thread):
             self.kill()
 
     def kill(self):
-        """Close its end, as the system does for a process that has ended; the thread ends when it finds out."""
+        """Close its end of the socket pair, as the system does when a process exits; the thread ends when it notices."""
         self.ended.set()
         with suppress(OSError):
             self.end.shutdown(socket.SHUT_RDWR)
@@ -84,8 +84,8 @@ class ThreadInstead(threading.Thread):
 
 
 def wait_until(condition, seconds=20.0):
-    """Poll until a condition holds; AssertionError if it does not in time."""
+    """Poll until a condition holds; AssertionError if it does not hold in time."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, f"the condition did not hold within {seconds:g} s"
         time.sleep(0.005)

@@ -1,6 +1,6 @@
-"""Thousands of requests, some of them aborted, on a cache that is too small for all: nothing leaks, nothing is lost.
+"""Run thousands of requests, some of them aborted, on a small cache; check that no block leaks and no request is lost.
 
-    make soak                                  # every chapter that hands memory out
+    make soak                                  # every chapter with a block pool
     make soak ARGS="v05 --requests 5000"
 """
 import argparse
@@ -17,26 +17,27 @@ from shared.workloads import random_ids
 
 
 def audit(engine) -> None:
-    """Every block is free or has one owner, and owners hold what their tokens need, no more; AssertionError if not."""
+    """AssertionError unless every block is free or has exactly one owner, and owners hold only the blocks their tokens need."""
     pool, running = engine.pool, engine.scheduler.running
     held = Counter(block_id for seq in running for block_id in seq.block_table)
-    everyone = held + Counter(list(pool.free_ids))
-    twice = [block_id for block_id, count in everyone.items() if count > 1]
-    assert not twice, f"blocks {twice} have several owners, or are held and free"
-    assert everyone.keys() == set(range(pool.num_blocks)), f"{pool.num_blocks - len(everyone)} blocks are lost"
+    held_or_free = held + Counter(list(pool.free_ids))
+    twice = [block_id for block_id, count in held_or_free.items() if count > 1]
+    assert not twice, f"blocks {twice} have several owners, or are both held and free"
+    assert held_or_free.keys() == set(range(pool.num_blocks)), f"{pool.num_blocks - len(held_or_free)} blocks are lost"
     for seq in running:
         size = len(seq.block_table)
-        assert pool.blocks_for(seq.num_computed) <= size <= pool.blocks_for(seq.num_tokens), f"{seq.seq_id} holds {size}"
+        needs = pool.blocks_for(seq.num_computed), pool.blocks_for(seq.num_tokens)
+        assert needs[0] <= size <= needs[1], f"sequence {seq.seq_id} holds {size} blocks, and needs {needs[0]} to {needs[1]}"
     reserved = sum(engine.scheduler.reserved(seq) for seq in running)
     assert reserved <= pool.num_blocks, f"{reserved} of {pool.num_blocks} blocks are reserved"
     for seq in engine.scheduler.waiting:
-        assert not seq.block_table, f"{seq.seq_id} waits and holds {seq.block_table}"
+        assert not seq.block_table, f"sequence {seq.seq_id} is waiting and holds blocks {seq.block_table}"
 
 
 def soak(chapter, engine, num_requests: int, seed: int = 0) -> Counter:
-    """Run random requests to their ends, several at a time, with an audit at every step; how they ended.
+    """Run random requests, several at a time, with an audit after every step; the number of each finish reason.
 
-    Whatever was not aborted must be what the request says alone; every hundredth is tried.
+    Every hundredth request, unless aborted, must generate the same tokens when it runs alone; AssertionError if not.
     """
     rng, package = random.Random(seed), chapter.load()
     ended, tokens, tried = Counter(), {}, {}
@@ -67,21 +68,21 @@ def soak(chapter, engine, num_requests: int, seed: int = 0) -> Counter:
             tokens[output.request_id].append(output.token_id)
             if output.finish_reason:
                 ended[output.finish_reason] += 1
-                found = tokens.pop(output.request_id)
+                token_ids = tokens.pop(output.request_id)
                 if output.request_id in tried:
-                    tried[output.request_id] += (found,)
+                    tried[output.request_id] += (token_ids,)
         audit(engine)
-    assert not tokens, f"requests {list(tokens)} never ended"
+    assert not tokens, f"requests {list(tokens)} never finished"
     assert engine.pool.num_free == engine.pool.num_blocks
-    for prompt_ids, params, found in tried.values():
+    for prompt_ids, params, token_ids in tried.values():
         [alone] = engine.generate([prompt_ids], params)
-        assert alone.token_ids == found, f"{prompt_ids} says something else alone"
+        assert alone.token_ids == token_ids, f"{prompt_ids} generates other tokens when it runs alone"
     return ended
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.verify.soak")
-    parser.add_argument("chapters", nargs="*", metavar="vNN", help="default: all that hand memory out")
+    parser.add_argument("chapters", nargs="*", metavar="vNN", help="default: all with a block pool")
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -93,8 +94,8 @@ def main(argv: list[str]) -> int:
         with contextlib.redirect_stderr(io.StringIO()):
             engine = chapter.load().Engine(checkpoint("llama"), device="cpu", max_num_seqs=20, num_blocks=97, block_size=7)
         ended = soak(chapter, engine, args.requests, args.seed)
-        print(f"{chapter.name}: {sum(ended.values())} requests in {engine.num_steps} passes, every block is back;", end=" ")
-        print(", ".join(f"{count} ended by {reason}" for reason, count in ended.items()))
+        print(f"{chapter.name}: {sum(ended.values())} requests in {engine.num_steps} steps, every block is free again;", end=" ")
+        print("finish reasons:", ", ".join(f"{reason} {count}" for reason, count in ended.items()))
     return 0
 
 

@@ -1,6 +1,6 @@
-"""A server under clients that come in crowds, leave when they like, and keep coming.
+"""Test a server with many clients at once, with clients that disconnect, and with thousands of requests.
 
-    python -m shared.verify.soak_server       # the last chapter that serves: minutes
+    python -m shared.verify.soak_server       # the last chapter with a server: minutes
 """
 import asyncio
 import gc
@@ -20,36 +20,37 @@ CHAT = [{"role": "user", "content": "What is a KV cache?"}]
 
 
 def is_idle(server) -> bool:
-    """Whether the server says that nothing runs or waits, and that every block is free."""
+    """Whether /health reports that no request is running or waiting and that every block is free."""
     state = httpx.get(f"{server.url}/health", timeout=5).json()
     return not state["running"] and not state["waiting"] and state["free_blocks"] == state["total_blocks"]
 
 
 def audit(server, engine) -> None:
-    """AssertionError if anything of any request is left, in the server or in the engine; waits for what is being cleared."""
+    """Wait until the server is idle; AssertionError if it does not become idle, or if server or engine still hold a request."""
     service = server.service
     wait_until(lambda: is_idle(server) and not getattr(service, "num_active", 0))
     assert not engine.has_unfinished_requests()
     assert not service.async_engine.active_generations
-    # The engine's side is out of reach where its engine has a process of its own.
+    # With an engine process, the engine loop is not in this process.
     engine_loop = getattr(service.async_engine.runner, "engine_loop", None)
     assert engine_loop is None or not engine_loop.owners
     assert not getattr(service.async_engine, "unanswered", None)
 
 
 def crowd(chapter, engine, count: int, max_tokens: int = 30) -> int:
-    """So many streams at once say what each of their prompts says alone; the number of tokens.
+    """Run `count` streams at once; the number of tokens.
 
-    Raises AssertionError for the first that does not.
+    Raises:
+        AssertionError: if a stream's text differs from what its prompt generates alone.
     """
     prompts = [f"{NAMES[i % 8]} was a {ANIMALS[i // 8 % 8]}" for i in range(count)]
     Params = chapter.load().SamplingParams
-    each = [Params(max_tokens=max_tokens, seed=i, temperature=0.8) for i in range(count)]
-    wanted = [engine.generate([prompt], params)[0] for prompt, params in zip(prompts, each)]
+    all_params = [Params(max_tokens=max_tokens, seed=i, temperature=0.8) for i in range(count)]
+    expected = [engine.generate([prompt], params)[0] for prompt, params in zip(prompts, all_params)]
 
     async def text_of(client, i):
-        asked = {"model": "pocket", "prompt": prompts[i], "max_tokens": max_tokens, "seed": i, "temperature": 0.8}
-        stream = await client.completions.create(**asked, stream=True)
+        body = {"model": "pocket", "prompt": prompts[i], "max_tokens": max_tokens, "seed": i, "temperature": 0.8}
+        stream = await client.completions.create(**body, stream=True)
         return "".join([chunk.choices[0].text async for chunk in stream])
 
     async def all_of_them(url):
@@ -59,16 +60,17 @@ def crowd(chapter, engine, count: int, max_tokens: int = 30) -> int:
             return await asyncio.gather(*(text_of(client, i) for i in range(count)))
 
     with serving(chapter, engine) as server:
-        for prompt, got, want in zip(prompts, asyncio.run(all_of_them(server.url)), wanted, strict=True):
-            assert got == want.text, f"{prompt!r} in a crowd: {got!r}, alone: {want.text!r}"
+        for prompt, got, alone in zip(prompts, asyncio.run(all_of_them(server.url)), expected, strict=True):
+            assert got == alone.text, f"{prompt!r} among {count} streams: {got!r}, alone: {alone.text!r}"
         audit(server, engine)
-    return sum(len(want.token_ids) for want in wanted)
+    return sum(len(alone.token_ids) for alone in expected)
 
 
 def leave(chapter, engine, count: int, seed: int) -> dict[str, int]:
-    """So many clients ask for all kinds of things, and many hang up at a random moment; how many did.
+    """Run `count` clients with different kinds of requests, many of which disconnect at a random moment; how many left and stayed.
 
-    Raises AssertionError if anything is left of them.
+    Raises:
+        AssertionError: if server or engine still hold any of their requests afterwards.
     """
     rng, how, doors = random.Random(seed), {"left": 0, "stayed": 0}, asyncio.Semaphore(12)
 
@@ -103,13 +105,13 @@ def leave(chapter, engine, count: int, seed: int) -> dict[str, int]:
 
 
 def resident_mib() -> float:
-    """Memory of this process, in MiB; Linux only."""
+    """This process's resident memory, in MiB; Linux only."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 / 2**20
 
 
 def keep_coming(chapter, engine, count: int) -> list[float]:
-    """So many requests, a few at a time; the memory of the process after each tenth of them, in MiB."""
+    """Send `count` requests, a few at a time; the memory of the process after each tenth of them, in MiB."""
     memory = []
 
     more = {"logprobs": 2} if "openai" in chapter.capabilities else {}
@@ -139,13 +141,13 @@ def main() -> int:
     chapter = last_with("serve")
     engine = chapter.load().Engine(checkpoint("pocket"), device="cpu", max_num_seqs=64, max_model_len=512)
     start = time.perf_counter()
-    print(f"{chapter.id}: 64 streams at once say what each says alone: {crowd(chapter, engine, 64)} tokens")
-    print(f"{chapter.id}: 500 clients, many of whom hang up, leave nothing behind: {leave(chapter, engine, 500, seed=1)}")
+    print(f"{chapter.id}: 64 streams at once generate the same text as alone: {crowd(chapter, engine, 64)} tokens")
+    print(f"{chapter.id}: 500 clients, many of which disconnect, leave no request behind: {leave(chapter, engine, 500, seed=1)}")
     memory = keep_coming(chapter, engine, 2000)
     print(f"{chapter.id}: memory of the process in MiB over 2,000 requests: {memory}")
-    # The first tenth fills pools and caches.
+    # Pools and caches fill during the first tenth.
     grown = memory[-1] - memory[1]
-    print(f"{chapter.id}: {grown:+.1f} MiB since the second tenth; {time.perf_counter() - start:.0f} s together")
+    print(f"{chapter.id}: {grown:+.1f} MiB since the second tenth; {time.perf_counter() - start:.0f} s in total")
     return 0 if grown < 8 else 1
 
 

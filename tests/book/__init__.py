@@ -1,1 +1,1 @@
-"""The book's tools, each held to what it promises on small books made for the purpose."""
+"""Tests of the book's tools, on small books made for the purpose."""

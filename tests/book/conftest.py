@@ -1,4 +1,4 @@
-"""Small books to point the tools at."""
+"""Small books on which the tools run."""
 import subprocess
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def write(directory: Path, files: dict[str, str]) -> None:
 
 @pytest.fixture
 def first():
-    """A chapter's files, to be varied."""
+    """A chapter's files, for a test to vary."""
     return dict(FIRST)
 
 
@@ -73,6 +73,6 @@ def commit():
 
 
 def row(figures: dict, kind: str = "avx512", date: str = "2000-01-01", code: dict = {}) -> dict:
-    """A result file with one row, of figures that were measured on this kind of machine."""
+    """A result file with one row, measured on this kind of machine."""
     about = {"command": "measure", "machine": f"{kind} machine, Python 3", "date": date, "code": code}
     return {kind: about | figures}

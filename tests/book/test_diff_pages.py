@@ -1,4 +1,4 @@
-"""The explained diffs: words beside code, what names held, what is folded."""
+"""The explained diffs: text beside code, the values that names held, what is folded."""
 import re
 
 import pytest
@@ -50,8 +50,8 @@ def test_words_stand_with_the_change_they_are_about():
     first, second = diff_pages.sections(TEXT)
     assert first.heading == ["### Remembering"] and second.heading == ["### Forgetting"]
     assert (first.claims[0].before, first.claims[0].after) == ("Why it is remembered.", "What follows from it.")
-    assert second.claims[0].before == "Why it is forgotten.", "the list of traps stands beside the code"
-    assert second.claims[0].after == "```python\n## no heading\n```", "a comment in code is no heading"
+    assert second.claims[0].before == "Why it is forgotten.", "the list of traps is beside the code"
+    assert second.claims[0].after == "```python\n## no heading\n```", "a comment in code is not a heading"
 
 
 def test_a_page_has_each_changed_line_once_and_folds_what_is_far_from_a_change(make_book, first):
@@ -80,9 +80,9 @@ def names_shown(text, held):
     return re.findall('data-held="([^&]*)&#10;v01, step 1  0"[^>]*>([^<]*)<', diff_pages.code_html(line))
 
 
-def test_a_chain_of_attributes_is_told_from_its_parts():
+def test_a_chain_of_attributes_is_distinguished_from_its_parts():
     assert names_shown("a.b.c = d", ["a.b.c", "b", "d"]) == [("a.b.c", "c"), ("d", "d")]
-    assert names_shown("x[0].d = f().d + d", ["d"]) == [("d", "d")], "whose attribute it is after a bracket, nobody knows"
+    assert names_shown("x[0].d = f().d + d", ["d"]) == [("d", "d")], "the owner of an attribute after a bracket is unknown"
 
 
 TRAPS = """
@@ -114,10 +114,10 @@ def test_traps_stand_with_their_unit_and_the_others_at_the_end(make_book, first)
     says = {"v02/free": {"same": True}, "v02/forgets": {"question": "q", "answer": "<a>"}}
     page = diff_pages.page(book, book.chapters[1], {}, says)
     cost, rest = page.split("### All")
-    assert "<b>free</b>: All is &lt;free&gt;." in cost and "same as ever" in cost and "forgets" not in cost
-    shown, end = rest.split("### What did not change")
+    assert "<b>free</b>: All is &lt;free&gt;." in cost and "The model gives the same answers." in cost and "forgets" not in cost
+    shown, end = rest.split("### Bugs in unchanged code")
     assert "<b>" not in shown and "<b>forgets</b>" in end and "q \u2192 &lt;a&gt;" in end
-    # What is gone is looked up where it was; what is new, where it is.
+    # Removed lines are looked up in the old chapter, new lines in the new one.
     assert 'href="../../v01_a/files/cache/#L14"' in shown and 'href="../../v02_b/files/cache/#L14"' in shown
     removed = re.findall(r"<summary>.*?</summary>", shown)
     assert '<span class="plus">+0</span> <span class="minus">\u22122</span>' in removed[0]
@@ -141,12 +141,12 @@ def test_values_are_those_of_the_first_two_steps():
     values = line_values.record(CHAPTERS[-1])
     source = (CHAPTERS[-1].path / "batch.py").read_text().splitlines()
     [line] = [n for n, text in enumerate(source, 1) if text.strip() == "token_ids += new_ids"]
-    # The questions have 11 and 10 tokens; then each brings one.
+    # The questions have 11 and 10 tokens; then each feeds one token per step.
     held = values["batch.py", line]["new_ids"]
     assert set(held) == {1, 2}
     assert re.fullmatch(r"list of 11: 0 3 \d+ \d+ \.\.\.", held[1]) and re.fullmatch(r"list of 1: \d+", held[2])
     assert all(set(steps) <= {0, 1, 2} for names in values.values() for steps in names.values())
-    # A statement that ends its function has been looked at too.
+    # A statement that ends its function is recorded too.
     returns = [n for n, text in enumerate((CHAPTERS[-1].path / "cache.py").read_text().splitlines(), 1) if text.strip() == "return block_ids"]
     assert values["cache.py", returns[0]]["block_ids"][1] == "list of 1: 0"
 
@@ -170,14 +170,14 @@ def test_a_link_that_leads_nowhere_stops_the_site(make_book, first, tmp_path):
     assert "nothing.md" in build.for_site(book, text, tmp_path / "pages"), "code is left alone"
 
 
-def test_dead_links_of_a_built_site_are_told(tmp_path):
+def test_dead_links_of_a_built_site_are_reported(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "index.html").write_text('<a href="b/">1</a><a href="b/#here">2</a><a href="b/#there">3</a><img src="c.png"><a href="mailto:d">')
     (tmp_path / "b" / "index.html").write_text('<p id="here"></p><a href="..">4</a><a href="#nowhere">5</a>')
     assert build.dead_links(tmp_path) == [
-        "b/index.html: #nowhere has no such place in it",
-        "index.html: b/#there has no such place in it",
-        "index.html: c.png is not there",
+        "b/index.html: #nowhere has no such anchor",
+        "index.html: b/#there has no such anchor",
+        "index.html: c.png does not exist",
     ]
 
 
@@ -194,7 +194,7 @@ def test_an_answer_belongs_to_one_bug():
     assert answers.told(sound, "(KeyError: 2)")["answer"] == "(KeyError: 2)"
 
 
-def test_an_answer_that_is_missing_or_of_another_bug_is_told(make_book, first):
+def test_an_answer_that_is_missing_or_of_another_bug_is_reported(make_book, first):
     trap = '[[trap]]\nname = "n"\nfile = "cache.py"\nunit = "cost"\nfind = "n * SIZE"\nreplace = "n"\ntest = "t"\nsees = "s"\n'
     book = make_book(first, beside={"tests/traps/v01.toml": trap, f"docs/results/{answers.FILE}": '{"answers": {"v01/gone": {"key": "x"}}}'})
     assert answers.stale(book) == ["v01/n", "v01/gone"]

@@ -1,4 +1,4 @@
-"""The record of which chapters have had all of their tests."""
+"""The record of the chapters for which all tests have run."""
 import json
 import subprocess
 
@@ -10,7 +10,7 @@ from shared.book.full_record import counted, main, picked, record, stale
 
 @pytest.fixture
 def book(make_book, first):
-    """Five chapters, and what their tests see."""
+    """Five chapters, and the files that their tests read."""
     beside = {"shared/tool.py": "X = 1\n", "tests/test_a.py": "def test(): pass\n", "shared/models/small/a.json": "{}", "shared/models/small/b.bin": "b"}
     return make_book(first, first, first, first, first, beside=beside)
 
@@ -55,7 +55,7 @@ def test_files_count_that_are_the_repositorys_own(book, tmp_path):
     ]
     (book.root / "README.md").touch()
     (book.root / full_record.FILE).write_text("{}")
-    # Of a model all files count: some are opened by what is no Python.
+    # All files of a model count, because some are opened by code other than Python.
     assert counted(paths, book.root) == ["shared/models/small/a.json", "shared/models/small/b.bin", "shared/tool.py"]
 
 
@@ -71,17 +71,17 @@ def test_the_last_one_by_chance_and_the_first_that_do_not_hold_are_run_in_full(b
 
 
 def test_the_command_says_whose_record_holds_and_what_git_says_has_changed(book, commit, capsys):
-    with pytest.raises(ValueError, match="git says nothing"):
+    with pytest.raises(ValueError, match="`git status` failed"):
         full_record.changes(book.root)
     commit(book)
     assert full_record.changes(book.root) == ""
     record(book, book.chapters[0], seen(book, book.chapters[0]))
-    assert full_record.changes(book.root) == "", "the record itself is no change"
+    assert full_record.changes(book.root) == "", "the record itself does not count as a change"
     (book.root / "shared" / "tool.py").write_text("X = 2\n")
     assert "tool.py" in full_record.changes(book.root)
     assert main([], book) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0] == "v01  does not hold: `make test-v01`"
+    assert told[0] == "v01  missing or stale; run `make test-v01`"
     assert main(["pick"], book) == 0
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=book.root, capture_output=True, text=True).stdout.strip()
     assert capsys.readouterr().out.split() == [chapter.id for chapter in picked(book, head)]

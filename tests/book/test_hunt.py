@@ -1,4 +1,4 @@
-"""A bug to be found: it is planted, it can be seen, and it is told."""
+"""The bug hunt: a bug is planted, shows itself, and is revealed."""
 import random
 import subprocess
 import sys
@@ -15,17 +15,17 @@ TRAP = '[[trap]]\nname = "costs nothing"\nfile = "cache.py"\nunit = "cost"\nfind
 def test_a_bug_is_planted_in_a_copy_and_revealed(make_book, first, capsys):
     book = make_book(first | {"README.md": "# One\n"}, beside={"tests/traps/v01.toml": TRAP})
     assert hunt.main(["break", "v01"], book) == 0
-    assert "There is a bug in build/hunt/v01_a" in capsys.readouterr().out
+    assert "There is one bug in build/hunt/v01_a" in capsys.readouterr().out
     copy = book.root / "build" / "hunt" / "v01_a"
     assert "n * 0" in (copy / "cache.py").read_text() and not (copy / "README.md").exists()
-    assert "n * SIZE" in (book.chapters[0].path / "cache.py").read_text(), "the chapter is as it was"
+    assert "n * SIZE" in (book.chapters[0].path / "cache.py").read_text(), "the chapter is unchanged"
     assert hunt.main(["reveal"], book) == 0
     told = capsys.readouterr().out
     for part in ("costs nothing, in cache.py::cost", "-    return n * SIZE", "+    return n * 0", "All is free.", "tests/t.py"):
         assert part in told
 
 
-def test_who_mends_the_copy_or_throws_it_away_is_told_all_the_same(make_book, first):
+def test_the_bug_is_revealed_even_if_the_copy_was_mended_or_deleted(make_book, first):
     book = make_book(first, beside={"tests/traps/v01.toml": TRAP})
     copy = hunt.begin(book, book.chapters[0], random.Random(0))
     (copy / "cache.py").write_text((book.chapters[0].path / "cache.py").read_text())
@@ -37,7 +37,7 @@ def test_who_mends_the_copy_or_throws_it_away_is_told_all_the_same(make_book, fi
 def test_without_a_hunt_nothing_is_revealed(make_book, first, capsys):
     book = make_book(first)
     assert hunt.main(["reveal"], book) == 2
-    assert "nothing is planted; begin with `make break-v05`" in capsys.readouterr().err
+    assert "no bug is planted; start with `make break-v05`" in capsys.readouterr().err
     assert hunt.main(["break", "v01"], book) == 2
     assert "v01 has no traps" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -53,7 +53,7 @@ def test_chance_finds_every_trap_and_a_seed_the_same():
 
 
 def test_the_copy_is_what_is_asked(tmp_path):
-    """In a process that has no chapter yet, the answer is the copy's."""
+    """The answer comes from the copy, in a process that has not imported the chapter."""
     code = f"""
 import random
 from pathlib import Path
@@ -72,12 +72,12 @@ print(milestones.v01_naive.__file__.startswith({str(tmp_path)!r}))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     answer, copied = done.stdout.strip().rsplit("\n", 1)
     assert copied == "True"
-    assert answer and "nothing is recomputed" not in answer, "the sound chapter says that"
+    assert answer and "nothing is recomputed" not in answer, "the chapter without the bug generates that"
 
 
 def test_a_hunt_for_a_bug_that_was_renamed_says_so(make_book, first):
     book = make_book(first, beside={"tests/traps/v01.toml": TRAP})
     hunt.begin(book, book.chapters[0], random.Random(0))
     book.chapters[0].traps.write_text(TRAP.replace("costs nothing", "is free"))
-    with pytest.raises(hunt.NoHunt, match="no trap 'costs nothing' any more"):
+    with pytest.raises(hunt.NoHunt, match="no longer has the trap 'costs nothing'"):
         hunt.reveal(book)

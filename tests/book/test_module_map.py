@@ -1,4 +1,4 @@
-"""The map: a row for each module, from what it says of itself and who calls it; and commands that texts name."""
+"""The module map: a row per module, from its docstring and its callers; and the commands that texts name."""
 import re
 
 from shared.book.claims.module_map import make_targets, module_map

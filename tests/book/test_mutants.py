@@ -1,4 +1,4 @@
-"""Random damage: each kind is done, only where it does something, and who survives is told."""
+"""Mutants: each kind of damage is done, only where it has an effect, and survivors are reported."""
 import ast
 import functools
 
@@ -94,7 +94,7 @@ def test_what_is_recorded_is_kept_when_another_chapter_is(survivor):
     assert mutants.recorded(survivor)["v02"]["command"] == "another"
 
 
-def test_a_survivor_wants_a_reason_and_a_reason_its_survivor(survivor):
+def test_a_survivor_needs_a_reason_and_a_reason_its_survivor(survivor):
     assert [line.split(" survived")[0] for line in mutants.unexplained(survivor)] == ["cache.py: `x = 1`: `1` becomes `2`"]
     explain(survivor, ("x = 1", " "))
     assert len(mutants.unexplained(survivor)) == 1

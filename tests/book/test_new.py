@@ -1,4 +1,4 @@
-"""A new chapter: a copy of the last one, with all that a chapter has."""
+"""A new chapter: a copy of the last one, with everything that a chapter needs."""
 import ast
 
 import pytest
@@ -46,8 +46,8 @@ def test_a_new_chapter_has_all_that_a_chapter_has(book):
     "arguments, why",
     [
         (["v04", "paging"], "the chapter after v02_b is v03, not v04"),
-        (["v03", "Paging"], "NAME is 'Paging'"),
-        (["v03", "paging!"], "NAME is 'paging!'"),
+        (["v03", "Paging"], "got 'Paging'"),
+        (["v03", "paging!"], "got 'paging!'"),
         (["v03"], "usage:"),
     ],
 )
@@ -63,5 +63,5 @@ def test_nothing_is_written_over(book, capsys):
     path.parent.mkdir(parents=True)
     path.write_text("mine\n")
     assert main(["v03", "paging"], book) == 2
-    assert "tests/claims/test_v03.py is there already" in capsys.readouterr().err
+    assert "tests/claims/test_v03.py already exists" in capsys.readouterr().err
     assert path.read_text() == "mine\n" and not (book.root / "milestones" / "v03_paging").exists()

@@ -1,4 +1,4 @@
-"""Propagation: a change made in one chapter reaches all later ones, or nothing happens to them."""
+"""Propagation: a change made in one chapter reaches all later ones, or leaves them unchanged."""
 import subprocess
 
 import pytest
@@ -12,7 +12,7 @@ ENGINE = "A = 1\nB = 2\n\nC = 3\nD = 4\n\nE = 5\nF = 6\n"
 
 @pytest.fixture
 def book(make_book, commit):
-    """Three chapters: each adds to the engine, none touches the layer."""
+    """Three chapters: each adds to the engine, and none changes the layer."""
     book = make_book(
         {"layer.py": LAYER, "engine.py": ENGINE, "README.md": "one\n"},
         {"layer.py": LAYER, "engine.py": ENGINE + "\nG = 7\n", "README.md": "two\n"},
@@ -28,7 +28,7 @@ def book(make_book, commit):
 
 
 def read(book):
-    """Every file of every later chapter, and what git says of them."""
+    """Every file of every later chapter, and their git status."""
     files = {path: path.read_bytes() for chapter in book.chapters[1:] for path in chapter.path.rglob("*") if path.is_file()}
     status = subprocess.run(
         ["git", "status", "--porcelain", *(str(chapter.path) for chapter in book.chapters[1:])], cwd=book.root, capture_output=True, text=True
@@ -117,7 +117,7 @@ def test_a_file_that_a_later_chapter_dropped_stays_dropped(book, commit, capsys)
 
 @pytest.fixture
 def conflict(book, commit, capsys):
-    """A change that the second chapter made differently, and the third the same as the second."""
+    """A change to lines that the second chapter changed differently, and the third as the second did."""
     for chapter in book.chapters[1:]:
         edit(chapter, "engine.py", "A = 1", "A = 2")
     commit(book)
@@ -145,7 +145,7 @@ def test_it_goes_on_once_the_markers_are_gone(conflict, capsys):
     assert (book.chapters[2].path / "engine.py").read_text() == ENGINE.replace("A = 1", "A = 12") + "\nG = 7\nH = 8\n"
     assert (book.chapters[2].path / "new.py").exists()
     assert main(["--continue"], book) == 2
-    assert "no propagation is under way" in capsys.readouterr().err
+    assert "no propagation is in progress" in capsys.readouterr().err
 
 
 def test_abort_gives_every_later_chapter_back_and_keeps_the_edit(conflict):
@@ -170,7 +170,7 @@ def test_abort_after_a_second_conflict_gives_all_back(conflict):
 def test_a_second_propagation_waits_for_the_first(conflict, capsys):
     book, *_ = conflict
     assert main(["v01", "--no-tests"], book) == 2
-    assert "a propagation is under way; give --continue or --abort" in capsys.readouterr().err
+    assert "a propagation is in progress; give --continue or --abort" in capsys.readouterr().err
 
 
 def test_a_file_deleted_here_and_edited_there_is_a_conflict(book, commit):
@@ -190,7 +190,7 @@ def test_it_refuses_while_a_later_chapter_has_changes(book, name, capsys):
     (book.chapters[2].path / name).write_text("X = 1\n")
     before = read(book)
     assert main(["v01", "--no-tests"], book) == 2
-    assert "v03 has changes that are not committed" in capsys.readouterr().err
+    assert "v03 has uncommitted changes" in capsys.readouterr().err
     assert read(book) == before
 
 

@@ -1,4 +1,4 @@
-"""The proof and its stages; and the examples in docstrings."""
+"""The proof, its stages, and the examples in docstrings."""
 import sys
 
 from shared.book.doctests import check_package
@@ -43,7 +43,7 @@ def test_tests_traps_and_texts_are_stages():
     assert [stage.name for stage in STAGES][:3] == ["tests", "traps", "texts"]
 
 
-def test_examples_in_docstrings_are_run_and_false_ones_told(tmp_path, monkeypatch):
+def test_examples_in_docstrings_are_run_and_false_ones_reported(tmp_path, monkeypatch):
     package = tmp_path / "examples_of_the_book" / "inner"
     package.mkdir(parents=True)
     (package.parent / "__init__.py").write_text('"""\n>>> 1 + 1\n2\n"""\n')

@@ -1,4 +1,4 @@
-"""Results: a row for each kind of machine, and what becomes of it when the measured code changes."""
+"""Results: a row for each kind of machine, and what happens to it when the measured code changes."""
 import json
 
 import pytest
@@ -18,7 +18,7 @@ def book(make_book, first):
 
 @pytest.fixture
 def measured_on(monkeypatch):
-    """A function that makes this machine one of a kind."""
+    """A function that pretends that this machine is of a given kind."""
 
     def measured_on(kind, date):
         monkeypatch.setattr(machine, "kind", lambda gpu: "gpu" if gpu else kind)
@@ -45,7 +45,7 @@ def test_a_measurement_replaces_the_row_of_its_kind_and_leaves_the_others(book, 
     assert rows["avx2"]["code"] == {"v01": results.code_hash(book.chapters[0].path)}
     assert results.cited(rows) is rows["avx512"], "the newest"
     assert read_result(book, "speed.json#v01.tok_s") == "2" and read_result(book, "speed.json@gpu#v01.tok_s") == "4"
-    with pytest.raises(ValueError, match="has no row of arm; it has avx512, avx2, gpu"):
+    with pytest.raises(ValueError, match="has no row for arm; it has avx512, avx2, gpu"):
         read_result(book, "speed.json@arm#v01.tok_s")
 
 
@@ -62,7 +62,7 @@ def test_a_figure_is_old_when_the_code_of_its_chapter_has_changed_and_words_do_n
     change(book.chapters[0], '"""Bytes of n entries."""', '"""What n entries take."""  # in bytes\n')
     assert shown() == ["7", "7", "9", "5", "3", "2000-01-01"]
     change(book.chapters[0], "n * SIZE", "n * SIZE + 1")
-    # What is counted is counted again by a test; what stands under no chapter's name is about both.
+    # A test repeats the counts. Results without a chapter's name are about both.
     assert shown() == ["7 (old)", "7", "9", "5", "3 (old)", "2000-01-01"]
     change(book.chapters[0], "n * SIZE + 1", "n * SIZE")
     assert shown() == ["7", "7", "9", "5", "3", "2000-01-01"]
@@ -134,7 +134,7 @@ def test_the_tables_of_a_server_name_the_chapter_where_it_is_not_the_texts_own(b
         f"| *AVX512: avx512 machine, 2000-01-01; {old}* | | | | | | | | |",
         f"| thread, 1 stream | {cells}",
         f"| thread, 16 streams | {cells}",
-    ], "a chapter without a process of its own has no use for the other way"
+    ], "a chapter without an engine process has only one way to run it"
     assert serving(book, book.chapters[0])[3] == f"| v02, thread, 1 stream | {cells}" == serving(book, None)[3]
     assert serving(book, None)[4] == "| v02, process, 1 stream | 2,000 | 1,500 | 75% (68% to 82%) | 500 | 600 | 200 | 30 | 700 |"
     assert serving_profile(book, book.chapters[1])[2:] == [

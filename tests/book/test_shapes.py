@@ -1,4 +1,4 @@
-"""Shape comments: what is true passes, what is false or never reached is told."""
+"""Shape comments: true ones pass; false ones and those never reached are reported."""
 import importlib.util
 import sys
 from itertools import count
@@ -38,7 +38,7 @@ def test_a_true_comment_passes(shapes):
     assert report.ok and len(report.checked) == 2, report
 
 
-def test_a_false_comment_is_told_with_what_is_true(shapes):
+def test_a_false_comment_is_reported_with_what_is_true(shapes):
     report = shapes(body("q = torch.zeros(5, 6, 16)  # [N, H, D]", "k = torch.zeros(5, 16, 2)  # [N, KV, D]"))
     [message] = report.false
     assert "::run line 7: `k = torch.zeros(5, 16, 2)  # [N, KV, D]` is [5, 16, 2] where N = 5, H = 6, D = 16" in message
@@ -76,7 +76,7 @@ def test_a_false_comment_is_told_with_what_is_true(shapes):
         "x = torch.zeros(7)  # [D // 2]\n    D = torch.zeros(13)  # [D]\n    y = torch.zeros(13)  # [D]",
     ],
 )
-def test_each_way_of_being_false_is_told(shapes, line):
+def test_each_way_of_being_false_is_reported(shapes, line):
     report = shapes(body(*line.split("\n    ")) if "\n" not in line else f"def run():\n    {line}\n")
     assert len(report.false) == 1, report
 
@@ -111,7 +111,7 @@ def test_what_is_true_in_an_unusual_way_passes(shapes, line):
     assert not report.false, report
 
 
-def test_a_comment_that_is_never_reached_is_told(shapes):
+def test_a_comment_that_is_never_reached_is_reported(shapes):
     lines = ("if torch.zeros(1).sum() > 1:", "    x = torch.zeros(3)  # [N]", "for row in []:  # [N]", "    pass")
     report = shapes(body(*lines))
     assert [message.split("`")[1] for message in report.unreached] == [lines[1].strip(), lines[2]]
@@ -121,14 +121,14 @@ def test_a_comment_that_is_never_reached_is_told(shapes):
 @pytest.mark.parametrize(
     "line, why",
     [
-        ("print(1)  # [N]", "nothing gets a value"),
-        ("x = dict(\n        a=1,  # [N]\n        b=2,\n    )", "nothing gets a value"),
+        ("print(1)  # [N]", "assigns no value"),
+        ("x = dict(\n        a=1,  # [N]\n        b=2,\n    )", "assigns no value"),
         ("x = 1  # [this is no shape]", "no shape in its brackets"),
         ("x = 1  # [f(x)]", "no shape in its brackets"),
         ("x = 1  # [n for n in x]", "no shape in its brackets"),
     ],
 )
-def test_a_comment_that_stands_on_nothing_is_told(shapes, line, why):
+def test_a_comment_that_stands_on_nothing_is_reported(shapes, line, why):
     report = shapes(f"def run():\n    {line}\n")
     assert len(report.unreached) == 1 and why in report.unreached[0]
 

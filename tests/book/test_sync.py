@@ -1,4 +1,4 @@
-"""Texts: what is generated is written and kept, and what is untrue is told."""
+"""Texts: generated parts are written and kept up to date, and untrue ones are reported."""
 import json
 
 import pytest
@@ -97,7 +97,7 @@ def test_two_claims_may_stand_one_above_the_other():
 
 
 def test_an_end_below_a_paragraph_by_hand_is_not_taken_for_the_claim_s():
-    with pytest.raises(TextError, match="this end belongs to no claim"):
+    with pytest.raises(TextError, match="this `end` belongs to no claim"):
         find_claims("<!-- code: a.py -->\n\nBy hand.\n<!-- end -->\n")
 
 
@@ -106,7 +106,7 @@ def test_claims_in_code_are_no_claims():
     assert find_claims(f"````\n```\n{claim}````\n~~~\n```\n{claim}~~~\n") == []
 
 
-def test_a_stale_block_is_told(book):
+def test_a_stale_block_is_reported(book):
     source = book.chapters[0].path / "cache.py"
     source.write_text(source.read_text().replace("self.numbers = {}", "self.numbers = dict()"))
     [message] = told(book)
@@ -115,12 +115,12 @@ def test_a_stale_block_is_told(book):
     assert told(book) == []
 
 
-def test_a_block_edited_by_hand_is_told(book):
+def test_a_block_edited_by_hand_is_reported(book):
     edit(book, "numbers = {}", "numbers = { }")
     assert "is stale" in told(book)[0]
 
 
-def test_a_claim_without_a_unit_is_told_and_its_block_left(book):
+def test_a_claim_without_a_unit_is_reported_and_its_block_left(book):
     edit(book, "code: cache.py::Cache.*", "code: cache.py::Cash.*")
     before = (book.chapters[0].path / "README.md").read_text()
     assert "README.md:5: code: cache.py::Cash.*: there is no unit cache.py::Cash.*" in told(book)[0]
@@ -128,20 +128,20 @@ def test_a_claim_without_a_unit_is_told_and_its_block_left(book):
     assert (book.chapters[0].path / "README.md").read_text() == before
 
 
-def test_an_unknown_claim_is_told(book):
+def test_an_unknown_claim_is_reported(book):
     edit(book, "Then it ends.", "Then it ends.\n\n<!-- coed: cache.py -->")
-    assert "there is no claim called 'coed'" in told(book)[0]
+    assert "there is no claim named 'coed'" in told(book)[0]
 
 
-def test_an_end_without_a_claim_is_told(book):
+def test_an_end_without_a_claim_is_reported(book):
     edit(book, "Then it ends.", "Then it ends.\n\n<!-- end -->")
-    assert "this end belongs to no claim" in told(book)[0]
+    assert "this `end` belongs to no claim" in told(book)[0]
 
 
 def test_every_unit_of_the_first_chapter_is_shown_once(book):
     source = book.chapters[0].path / "cache.py"
     source.write_text(source.read_text() + "\n\ndef late():\n    pass\n")
-    assert any("cache.py::late is shown nowhere" in message for message in told(book))
+    assert any("cache.py::late is not shown" in message for message in told(book))
     edit(book, "cache.py::cost -->", "cache.py::cost, cache.py::late, cache.py::Cache -->")
     assert any("cache.py::Cache is shown 2 times" in message for message in told(book))
 
@@ -172,7 +172,7 @@ DIFF = "# Second\n\nIt costs one more.\n\n<!-- diff: cache.py::cost -->\n"
 def test_a_changed_unit_has_a_home(two, first):
     book = two("# Second\n", cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
     [message] = told(book)
-    assert "cache.py::cost is changed since v01 and no text claims it; claim it with diff:" in message
+    assert "cache.py::cost is changed since v01 and no text claims it; claim it with `diff:`" in message
     book = two(DIFF, cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
     assert told(book) == []
     text = (book.chapters[1].path / "README.md").read_text()
@@ -185,13 +185,13 @@ def test_a_file_that_is_no_python_is_named(two, first, capsys):
     (book.chapters[1].path / "cache.py").write_text("<<<<<<< v02\n" + first["cache.py"])
     assert main(["--check"], book) == 1
     [line] = capsys.readouterr().out.splitlines()
-    assert "/cache.py:1 is no Python: <<<<<<< v02; if that is a propagation's, end it first" in line
+    assert "/cache.py:1 is not valid Python: <<<<<<< v02; if this is a propagation's conflict, finish that first" in line
 
 
 def test_a_changed_unit_has_one_home_and_may_be_seen_again(two, first):
     changed = first["cache.py"].replace("    return n * SIZE", CHANGED)
     book = two(DIFF + "\nAgain.\n\n<!-- diff: cache.py::cost -->\n", cache_py=changed)
-    assert ["cache.py::cost has 2 homes" in message for message in told(book)] == [True]
+    assert ["cache.py::cost is claimed 2 times" in message for message in told(book)] == [True]
     book = two(DIFF + "\nAgain.\n\n<!-- see: cache.py::cost -->\n", cache_py=changed)
     assert told(book) == []
 
@@ -199,13 +199,13 @@ def test_a_changed_unit_has_one_home_and_may_be_seen_again(two, first):
 def test_a_home_stands_under_a_paragraph(two, first):
     text = DIFF.replace("It costs one more.\n", "")
     book = two(text, cache_py=first["cache.py"].replace("    return n * SIZE", CHANGED))
-    assert ["stands under no paragraph" in message for message in told(book)] == [True]
+    assert ["has no paragraph directly above it" in message for message in told(book)] == [True]
 
 
-def test_a_claim_of_what_did_not_change_is_told(two):
+def test_a_claim_of_what_did_not_change_is_reported(two):
     for kind in ("diff", "see", "words"):
         [message, *_] = told(two(f"# Second\n\nWhy.\n\n<!-- {kind}: cache.py::cost -->\n\nBecause.\n"))
-        assert "cache.py::cost is what it was in v01" in message
+        assert "cache.py::cost is the same as in v01" in message
 
 
 def test_added_and_removed_units_and_files_need_homes_and_imports_do_not(two, first):
@@ -222,13 +222,13 @@ def test_added_and_removed_units_and_files_need_homes_and_imports_do_not(two, fi
 
 def test_a_change_of_words_alone_is_refused_without_a_reason(two, first):
     source = first["cache.py"].replace("Bytes of n entries", "Octets of n entries")
-    assert "only words of cache.py::cost differ from v01; undo it" in told(two("# Second\n", cache_py=source))[0]
-    assert "claim it with words:" in told(two(DIFF, cache_py=source))[0]
+    assert "only comments or docstrings of cache.py::cost differ from v01; undo it" in told(two("# Second\n", cache_py=source))[0]
+    assert "claim it with `words:`" in told(two(DIFF, cache_py=source))[0]
     words = DIFF.replace("diff:", "words:")
     assert "has no reason" in told(two(words, cache_py=source))[0]
     assert told(two(words + "\nBytes have become a lie.\n", cache_py=source)) == []
     changed = first["cache.py"].replace("    return n * SIZE", CHANGED)
-    assert "more than words of cache.py::cost differs" in told(two(words + "\nA lie.\n", cache_py=changed))[0]
+    assert "cache.py::cost differs from v01 in more than comments and docstrings" in told(two(words + "\nA lie.\n", cache_py=changed))[0]
 
 
 def test_a_new_unit_may_be_left_to_its_file_with_a_reason_and_a_changed_one_may_not(two, first):
@@ -237,22 +237,22 @@ def test_a_new_unit_may_be_left_to_its_file_with_a_reason_and_a_changed_one_may_
     assert told(two(text, cache_py=source)) == []
     assert "has no reason" in told(two(text.replace("`late` is read in its file.", ""), cache_py=source))[0]
     [message] = told(two(text.replace("late", "cost")))
-    assert "cache.py::cost is identical since v01, not new" in message
+    assert "cache.py::cost is not new but identical since v01" in message
     changed = first["cache.py"].replace("    return n * SIZE", CHANGED)
-    assert "cache.py::cost is changed since v01, not new" in told(two(text.replace("late", "cost"), cache_py=changed))[0]
+    assert "cache.py::cost is not new but changed since v01" in told(two(text.replace("late", "cost"), cache_py=changed))[0]
     assert "there is no unit cache.py::lost" in told(two(text.replace("late", "lost"), cache_py=source))[0]
 
 
-def test_units_in_another_order_are_told(two, first):
+def test_units_in_another_order_are_reported(two, first):
     head, _, cost = first["cache.py"].partition("\n\ndef cost")
     cost = f"def cost{cost}"
     moved = head.replace("# The oldest", f"{cost}\n\n# The oldest")
     messages = told(two("# Second\n", cache_py=moved))
-    assert any("units keep their order (v01); put it back" in message for message in messages)
+    assert any("units must keep their order (in v01); change it back" in message for message in messages)
 
 
-def test_a_chapter_without_a_text_is_told(make_book, first):
-    assert told(make_book(first)) == ["milestones/v01_a/README.md:1: is missing; a chapter has a text"]
+def test_a_chapter_without_a_text_is_reported(make_book, first):
+    assert told(make_book(first)) == ["milestones/v01_a/README.md:1: is missing; every chapter has a text"]
 
 
 RESULTS = {"docs/results/speed.json": json.dumps(row({"v01": {"tok_s": 41.678, "a.b": [1, {"c": 12345}]}, "note": "warm"}))}
@@ -279,12 +279,12 @@ def test_results_are_filled_from_committed_files(make_book, first):
     "token, why",
     [
         ("speed.json#v02.tok_s", "docs/results/speed.json has no v02.tok_s"),
-        ("sped.json#v01", "names no file under docs/results/"),
-        ("speed.json", "names no file under docs/results/"),
+        ("sped.json#v01", "does not name a file in docs/results/"),
+        ("speed.json", "does not name a file in docs/results/"),
         ("speed.json#note .1f", "Unknown format code"),
     ],
 )
-def test_a_result_that_is_not_there_is_told(make_book, first, token, why):
+def test_a_result_that_is_not_there_is_reported(make_book, first, token, why):
     tokens = f"<!-- result: {token} --> ms, <!-- result: speed.json#note --> and\nb <!-- result: {token} -->."
     book = make_book(first | {"README.md": FIRST_TEXT.replace("here.", tokens)}, beside=RESULTS)
     sync(book)
@@ -293,7 +293,7 @@ def test_a_result_that_is_not_there_is_told(make_book, first, token, why):
     assert "-->warm<!-- / -->" in (book.chapters[0].path / "README.md").read_text()
 
 
-def test_a_result_at_the_start_of_a_line_is_told(make_book, first):
+def test_a_result_at_the_start_of_a_line_is_reported(make_book, first):
     text = FIRST_TEXT.replace("It begins here.", "It takes\n<!-- result: speed.json#v01.tok_s --> ms")
     book = make_book(first | {"README.md": text}, beside=RESULTS)
     assert any("ends the paragraph on GitHub" in message for message in told(book))
@@ -307,7 +307,7 @@ def test_a_result_at_the_start_of_a_line_is_told(make_book, first):
         *("3x", "2.5\u00d7", "2 x faster", "3 times faster", "80 %", "80%"),
     ],
 )
-def test_a_bare_measured_number_is_told(number):
+def test_a_bare_measured_number_is_reported(number):
     assert len(bare_numbers(f"It takes {number}, or so.\n")) == 1, number
 
 
@@ -338,7 +338,7 @@ def test_each_number_needs_a_source_of_its_own():
 def test_a_bare_number_fails_the_check(book):
     edit(book, "It begins here.", "It takes 12 ms.")
     [message] = told(book)
-    assert message.startswith("milestones/v01_a/README.md:3: where does '12 ms' come from? make it a result token, or ")
+    assert message.startswith("milestones/v01_a/README.md:3: '12 ms' has no source; make it a result token, or ")
 
 
 def test_traps_are_listed_from_their_file(make_book, first):
@@ -358,7 +358,7 @@ def test_traps_are_listed_from_their_file(make_book, first):
 def test_tables_are_functions_by_name(book, monkeypatch):
     monkeypatch.setitem(generators.TABLES, "squares", lambda book, chapter: ["| n | n n |", "|---|---|", "| 3 | 9 |"])
     edit(book, "Then it ends.", "<!-- table: squares -->")
-    assert "is not there yet; run `make sync`" in told(book)[0]
+    assert "is missing; run `make sync`" in told(book)[0]
     sync(book)
     assert told(book) == []
     text = (book.chapters[0].path / "README.md").read_text()
@@ -376,7 +376,7 @@ def test_texts_beside_the_chapters_are_kept_too(two, first):
     sync(book)
     assert "    return n * SIZE\n```" in page.read_text() and "+    return n * SIZE + 1\n```" in page.read_text()
     messages = told(book)
-    assert len(messages) == 2 and "should name one chapter" in messages[0] and "'2 MB'" in messages[1]
+    assert len(messages) == 2 and "must name exactly one chapter" in messages[0] and "'2 MB'" in messages[1]
 
 
 def test_code_that_contains_a_fence_gets_a_longer_one(make_book):
@@ -421,7 +421,7 @@ def test_a_picture_is_what_its_result_draws(book):
     book.results.mkdir(parents=True, exist_ok=True)
     (book.results / "timeline.json").write_text(json.dumps({"command": "c", "date": "today", "v03": RUN, "v04": RUN, "v05": RUN}))
     assert told(book) == [
-        f"docs/pictures/{name}.svg:1: is not what its result draws; run `make sync`"
+        f"docs/pictures/{name}.svg:1: does not match its result; run `make sync`"
         for name in ("v03_timeline", "v04_timeline", "v05_blocks")
     ]
     changed, problems = sync(book)
@@ -429,7 +429,7 @@ def test_a_picture_is_what_its_result_draws(book):
     assert not told(book)
     path = book.root / "docs" / "pictures" / "v03_timeline.svg"
     path.write_text(path.read_text().replace("one token", "two tokens"))
-    assert told(book) == ["docs/pictures/v03_timeline.svg:1: is not what its result draws; run `make sync`"]
+    assert told(book) == ["docs/pictures/v03_timeline.svg:1: does not match its result; run `make sync`"]
 
 
 def stairs(**changes):
@@ -465,12 +465,22 @@ def test_a_cost_card_shows_what_changed_in_bold(two):
     lines = (book.chapters[1].path / "README.md").read_text().splitlines()
     assert "| 3 requests to pocket, 1,200 tokens | v01 | v02 |" in lines
     assert "| forward passes | 1,000 | **900** |" in lines
-    # What is the same in both is no cost of this chapter.
-    assert not any(line.startswith(("| positions computed", "| memory kept")) for line in lines)
-    assert "| lines of Python, blank ones too | | 2 added, 1 removed |" in lines
-    assert "request 2 of 3, 4 + 2 tokens; a character is 2 ms or less" in lines
+    # What is the same in both is not a cost of this chapter.
+    assert not any(line.startswith(("| positions computed", "| memory reserved")) for line in lines)
+    assert "| lines of Python | | 2 added, 1 removed |" in lines
+    assert "request 2 of 3, 4 + 2 tokens; one character is at most 2 ms" in lines
     assert f"v01  {'·' * 32}{'░' * 16}{'█' * 16}" in lines
     assert f"v02  {'·' * 4}{'█' * 4}" in lines
+
+
+def test_a_card_of_a_chapter_that_changes_no_count_shows_no_speed(two):
+    book = two("# Next\n\n<!-- table: cost -->\n")
+    book.results.mkdir(parents=True, exist_ok=True)
+    (book.results / "staircase.json").write_text(json.dumps(row({"v01": stairs(), "v02": stairs(tokens_per_s=500.0)})))
+    sync(book)
+    card = (book.chapters[1].path / "README.md").read_text().partition("|---|")[2]
+    assert [line.split(" | ")[0] for line in card.splitlines()[1:3]] == ["| forward passes, positions, bytes", "| lines of Python"]
+    assert "tokens per second" not in card
 
 
 def test_a_card_has_no_row_and_no_column_of_nothing_but_zeros(two):
@@ -483,7 +493,7 @@ def test_a_card_has_no_row_and_no_column_of_nothing_but_zeros(two):
         (book.results / "staircase.json").write_text(json.dumps(row(rows)))
         sync(book)
         text = (book.chapters[1].path / "README.md").read_text()
-        assert ("memory kept" in text) == ("then rides along" in text) == shown
+        assert ("memory reserved" in text) == ("then rides along" in text) == shown
 
 
 def test_the_staircase_in_a_text_of_no_chapter(two):

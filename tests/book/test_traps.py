@@ -1,4 +1,4 @@
-"""The trap runner: a caught bug is a kill, and all else is an error."""
+"""The trap runner: a bug that its test catches is killed; everything else is an error."""
 import json
 import subprocess
 import sys
@@ -72,15 +72,15 @@ TRAP = dict(
 
 COST = "tests/test_a.py::test_cost"
 
-# name: what is different in it, the result, and a part of the detail
+# by name: what differs from TRAP, the result, and part of the detail
 CASES = {
     "forgets": ({}, "killed", "test_write: AssertionError"),
     "module body": (dict(unit=None, find="SIZE = 4", replace="SIZE = 5", test=COST), "killed", "test_cost"),
     "two tests": (dict(test=[COST, "tests/test_a.py::test_write"]), "killed", "test_write"),
-    "survivor": (dict(test=COST), "survived", "make it see the bug"),
-    "absent": (dict(find="[name] = nummer"), "error", "`find` stands 0 times in cache.py::Cache.write"),
-    "twice": (dict(find="name"), "error", "`find` stands 2 times"),
-    "elsewhere": (dict(find="return n * SIZE"), "error", "`find` stands 0 times"),
+    "survivor": (dict(test=COST), "survived", "make it catch the bug"),
+    "absent": (dict(find="[name] = nummer"), "error", "`find` occurs 0 times in cache.py::Cache.write"),
+    "twice": (dict(find="name"), "error", "`find` occurs 2 times"),
+    "elsewhere": (dict(find="return n * SIZE"), "error", "`find` occurs 0 times"),
     "no unit": (dict(unit="Cache.put"), "error", "there is no unit cache.py::Cache.put"),
     "no change": (dict(replace="[name] = number"), "error", "nothing was planted"),
     "no python": (dict(replace="[name] = ="), "error", "does not parse"),
@@ -88,17 +88,17 @@ CASES = {
     "fixture": (dict(test="tests/test_a.py::test_full"), "error", "its fixture failed"),
     "already wrong": (dict(test="tests/test_a.py::test_wrong"), "error", "test_a.py::test_wrong fails: assert 1 == 2"),
     "skipped": (dict(test="tests/test_a.py::test_skipped"), "error", "does not pass: it is skipped"),
-    "ends the process": (dict(replace="[name] = __import__('os')._exit(0)"), "error", "ended with 0 before pytest did"),
+    "ends the process": (dict(replace="[name] = __import__('os')._exit(0)"), "error", "exited with 0 before pytest was done"),
     "crashes": (
         dict(replace="[name] = __import__('os').abort()", crashes=True), "killed", "test_write: the process died of signal 6"
     ),
-    "crashes unannounced": (dict(replace="[name] = __import__('os').abort()"), "error", "ended with -6 before pytest did"),
-    "ends, and was to crash": (dict(replace="[name] = __import__('os')._exit(0)", crashes=True), "error", "ended with 0"),
-    "hangs": (dict(find="self.numbers[name] = number", replace="while True: pass"), "error", "no answer after 2 s"),
+    "crashes unannounced": (dict(replace="[name] = __import__('os').abort()"), "error", "exited with -6 before pytest was done"),
+    "ends, and was to crash": (dict(replace="[name] = __import__('os')._exit(0)", crashes=True), "error", "exited with 0"),
+    "hangs": (dict(find="self.numbers[name] = number", replace="while True: pass"), "error", "not done after 2 s"),
 }
 
 
-# The machine's own line takes as long to import as all the rest.
+# The module that describes the machine takes as long to import as everything else.
 RUN = """\
 import os
 import sys
@@ -140,7 +140,7 @@ def make_repository(root, rows):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What became of every case, by name."""
+    """The outcome of every case, by name."""
     root = tmp_path_factory.mktemp("a book")
     command = make_repository(root, [TRAP | {"name": name} | changes for name, (changes, *_) in CASES.items()])
     return {outcome.trap: outcome for outcome in run_in_process("v01", command, root)}
@@ -158,18 +158,18 @@ def test_the_command_fails_unless_every_trap_is_killed(tmp_path):
     source = (tmp_path / "milestones/v01_a/cache.py").read_text()
     done = subprocess.run([*command, "v01"], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    assert done.stdout.splitlines()[-1] == "1 of 2 traps killed by the test they name"
+    assert done.stdout.splitlines()[-1] == "1 of 2 traps killed by a test that they name"
     done = subprocess.run([*command, "--all", "--only", "forgets"], capture_output=True, text=True)
     assert (done.returncode, "1 of 1 traps killed" in done.stdout) == (0, True), done.stdout
     done = subprocess.run([*command, "v01", "--only", "forget"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "v01 has no trap called 'forget'\n")
+    assert (done.returncode, done.stderr) == (2, "v01 has no trap named 'forget'\n")
     assert (tmp_path / "milestones/v01_a/cache.py").read_text() == source
 
 
 def test_a_chapter_without_traps_is_an_error(tmp_path):
     command = make_repository(tmp_path, [])
     done = subprocess.run([*command, "--all"], capture_output=True, text=True)
-    assert (done.returncode, "there are none in tests/traps/v01.toml" in done.stdout) == (1, True)
+    assert (done.returncode, "tests/traps/v01.toml has no traps" in done.stdout) == (1, True)
 
 
 def test_the_matrix_says_which_tests_of_the_suite_see_a_bug(tmp_path):
@@ -184,8 +184,8 @@ def test_the_matrix_says_which_tests_of_the_suite_see_a_bug(tmp_path):
 @pytest.mark.parametrize(
     "row, why",
     [
-        ({"sees": None}, "'forgets' lacks or does not know: sees"),
-        ({"seas": "nought"}, "'forgets' lacks or does not know: seas"),
+        ({"sees": None}, "'forgets' has missing or unknown keys: sees"),
+        ({"seas": "nought"}, "'forgets' has missing or unknown keys: seas"),
     ],
 )
 def test_a_trap_with_a_key_too_few_or_too_many_is_refused(tmp_path, row, why):
@@ -198,7 +198,7 @@ def test_a_trap_with_a_key_too_few_or_too_many_is_refused(tmp_path, row, why):
 def test_two_traps_of_one_name_are_refused(tmp_path):
     path = tmp_path / "v01.toml"
     path.write_text(toml([TRAP, TRAP]))
-    with pytest.raises(ValueError, match="two traps are called 'forgets'"):
+    with pytest.raises(ValueError, match="two traps are named 'forgets'"):
         read_traps(path)
 
 
@@ -209,13 +209,13 @@ def test_a_bug_is_planted_where_it_should_be_and_nowhere_else(make_book, first):
     assert (chapter.path / "cache.py").read_text() == first["cache.py"].replace("n * SIZE", "n")
 
 
-def test_a_test_s_name_is_not_the_beginning_of_another_s():
+def test_one_tests_name_is_not_mistaken_for_a_longer_one():
     assert belongs("tests/test_a.py::test_b[v01]", ("tests/test_a.py::test_b",))
     assert belongs("tests/test_a.py::test_b", ("tests/test_a.py",))
     assert not belongs("tests/test_a.py::test_bc", ("tests/test_a.py::test_b",))
 
 
-def test_where_a_bug_shipped_is_told_with_it(tmp_path):
+def test_where_a_bug_shipped_is_shown_with_it(tmp_path):
     path = tmp_path / "v01.toml"
     path.write_text(toml([TRAP | {"seen": "vllm #43810"}, TRAP | {"name": "other"}]))
     assert [trap.told for trap in read_traps(path)] == ["nought (This shipped: vllm #43810.)", "nought"]

@@ -1,4 +1,4 @@
-"""Units: a chapter taken apart, and two chapters compared."""
+"""Units: a chapter split into its units, and two chapters compared."""
 import pytest
 
 from shared.book.diff import changes_of, count, diff_lines, main, show
@@ -73,7 +73,7 @@ def test_every_line_belongs_to_one_unit():
     assert sorted(owned) == sorted(line for line in SOURCE.splitlines() if line)
 
 
-def test_each_kind_of_change_is_told_from_the_others():
+def test_each_kind_of_change_is_distinguished_from_the_others():
     assert varied("n * SIZE", "n + SIZE") == {"a.py::cost": "changed"}
     assert varied("field: int = 3", "field: int = 4") == {"a.py::Cache": "changed"}
     assert varied("SIZE = 4", "SIZE = 5") == {"a.py": "changed"}
@@ -103,16 +103,16 @@ def test_a_string_that_is_not_a_docstring_is_code():
     assert varied("return self._size\n", 'return "a"\n') == {"a.py::Cache.size": "changed"}
 
 
-def test_units_that_changed_places_are_told():
+def test_units_that_changed_places_are_reported():
     old = "def a():\n    pass\n\n\ndef b():\n    pass\n"
     new = "def b():\n    pass\n\n\ndef a():\n    pass\n"
     assert kinds(old, new) == {}
     assert misplaced(parse(old, "a.py"), parse(new, "a.py")) == [
-        "a.py::b stands where a.py::a stood before; units keep their order"
+        "a.py::b is where a.py::a was before; units must keep their order"
     ]
 
 
-def test_blank_lines_between_units_are_told():
+def test_blank_lines_between_units_are_reported():
     old, new = "def a():\n    pass\n\n\ndef b():\n    pass\n", "def a():\n    pass\n\ndef b():\n    pass\n"
     assert misplaced(parse(old, "a.py"), parse(new, "a.py")) == ["a.py::b has 1 blank lines above it, and had 2"]
 
@@ -129,7 +129,7 @@ def test_a_constant_between_two_functions_moves_no_later_one():
     assert misplaced(parse(old, "a.py"), parse(new, "a.py")) == []
 
 
-def test_a_class_s_words_are_told_from_its_methods_code():
+def test_a_class_s_words_are_distinguished_from_its_methods_code():
     new = SOURCE.replace('"""Numbers by name."""', '"""Numbers."""').replace("self._size = value", "self._size = 0")
     assert kinds(SOURCE, new) == {"a.py::Cache": "cosmetic", "a.py::Cache.size": "changed"}
 
@@ -160,7 +160,7 @@ def test_a_diff_names_units_and_folds_what_is_unchanged(make_book, first):
     assert count(changes["cache.py::cost"]) == (1, 1)
     lines = show(book.chapters[1])
     assert "@@ cache.py::Cache @@" not in lines
-    assert lines[-2].split() == "together +4 -1 units: 1 changed, 2 added, 0 removed; 5 lines".split()
+    assert lines[-2].split() == "total +4 -1 units: 1 changed, 2 added, 0 removed; 5 lines".split()
     # One blank line between the class and its method, two between units, and a page that is new.
     assert lines[-1].split()[:4] == ["as", "diff", "-u", "counts"]
 
@@ -176,6 +176,6 @@ def test_far_apart_changes_are_two_hunks_of_one_unit(make_book):
 def test_the_first_chapter_has_no_diff(make_book, first, capsys):
     book = make_book(first)
     assert main(["v01"], book) == 0
-    assert capsys.readouterr().out == "v01 is the first chapter: it has no predecessor to differ from\n"
+    assert capsys.readouterr().out == "v01 is the first chapter, so there is nothing to compare it with\n"
     assert main(["v09"], book) == 2
     assert "there is no chapter 'v09'; the chapters are v01" in capsys.readouterr().err

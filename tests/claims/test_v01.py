@@ -16,7 +16,7 @@ def test_every_token_recomputes_the_whole_sequence(make_engine, tokens_per_pass,
     assert counts == [5, 6, 7, 8, 9, 10, 11]
 
 
-def test_the_engine_counts_its_passes_and_positions(make_engine, tokens_per_pass, Params):
+def test_the_engine_counts_its_steps_and_positions(make_engine, tokens_per_pass, Params):
     engine = make_engine("llama")
     before = engine.num_steps, engine.num_positions
     counts = tokens_per_pass(engine, lambda: engine.generate([[9, 10]], Params(max_tokens=6, ignore_eos=True)))
@@ -35,7 +35,7 @@ def test_requests_run_one_after_the_other_in_the_order_they_came(make_engine, Pa
 
 
 def test_one_row_of_logits_is_computed_per_token_wanted(make_engine, Params, rng):
-    """The head is the largest matrix of a small model: a prompt must not pay for it at every position."""
+    """The head is the largest matrix of a small model, so a prompt must not multiply it at every position."""
     engine = make_engine("llama")
     rows = []
     hook = engine.model.lm_head.register_forward_hook(lambda _module, _args, out: rows.append(len(out)))
@@ -45,14 +45,14 @@ def test_one_row_of_logits_is_computed_per_token_wanted(make_engine, Params, rng
 
 
 def test_the_weights_are_loaded_once_and_untouched(make_engine, Params):
-    """Nothing in a run may write into a parameter; a tied head is the embedding itself, not a copy."""
+    """A run never writes into a parameter, and a tied head is the embedding itself, not a copy."""
     engine = make_engine("qwen2")
     assert engine.model.lm_head.weight.data_ptr() == engine.model.model.embed_tokens.weight.data_ptr()
     before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
     engine.generate([[9, 10, 11]], Params(max_tokens=4, temperature=1.0, logprobs=1))
     for name, tensor in engine.model.state_dict().items():
         assert tensor.equal(before[name]), name
-    assert not any(parameter.requires_grad for parameter in engine.model.parameters()), "nothing here is trained"
+    assert not any(parameter.requires_grad for parameter in engine.model.parameters()), "no parameter is trained"
 
 
 def test_max_model_len_limits_prompt_and_output_together(chapter, Params):
@@ -75,5 +75,5 @@ def test_a_window_that_max_model_len_stays_within_is_accepted(chapter, tmp_path)
     config = json.loads((path / "config.json").read_text()) | {"sliding_window": 100}
     (path / "config.json").write_text(json.dumps(config))
     chapter.load().Engine(path, max_model_len=100)
-    with pytest.raises(ValueError, match="sliding_window is 100, below the 101 tokens"):
+    with pytest.raises(ValueError, match="sliding_window is 100, below max_model_len = 101"):
         chapter.load().Engine(path, max_model_len=101)

@@ -25,10 +25,10 @@ def test_the_cache_takes_the_bytes_that_the_formula_says(chapter, module):
 
 
 def test_a_cache_that_no_memory_holds_is_refused_with_both_numbers(module):
-    """Before it is allocated: a CPU's memory is promised freely, and missed when it is touched."""
+    """Before it is allocated: an operating system grants memory that it lacks, and fails when it is used."""
     check = module("cache").check_memory
     check(2**20, torch.device("cpu"), "")
-    with pytest.raises(ValueError, match=r"would take 1048576.0 GiB of memory, cpu has \d+.\d GiB; lower max_x"):
+    with pytest.raises(ValueError, match=r"needs 1048576.0 GiB of memory, but cpu has \d+.\d GiB; lower max_x"):
         check(2**50, torch.device("cpu"), "lower max_x")
 
 
@@ -38,14 +38,14 @@ def test_a_length_that_no_memory_holds_is_refused(chapter, tmp_path):
     shutil.copytree(checkpoint("llama"), path)
     config = json.loads((path / "config.json").read_text()) | {"max_position_embeddings": 2**40}
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="the cache would take .* lower max_model_len"):
+    with pytest.raises(ValueError, match="the cache needs .* lower max_model_len"):
         chapter.load().Engine(path, max_model_len=2**40)
 
 
 @pytest.mark.until("v03")
 @pytest.mark.parametrize("length", [1, 2, 40])
-def test_what_others_left_in_the_cache_changes_nothing(make_engine, Params, rng, length):
-    """1e30 and not NaN: a key that is masked after it was read still makes a NaN of a NaN."""
+def test_what_other_requests_left_in_the_cache_changes_nothing(make_engine, Params, rng, length):
+    """The cache is filled with 1e30, because later chapters mask a key after reading it: a weight of 0 times NaN is NaN."""
     engine = make_engine("qwen3")
     prompt_ids = random_ids(length, engine.config.vocab_size, rng)
     [clean] = engine.generate([prompt_ids], Params(max_tokens=9, seed=0))
@@ -80,6 +80,6 @@ def test_what_the_cache_costs_is_said(chapter, capsys):
 
 @pytest.mark.until("v03")
 def test_only_attention_learns_of_the_cache(chapter):
-    """The lesson is small: what sees one token at a time is, byte for byte, what it was."""
+    """The change is small: layers that see one token at a time are unchanged, byte for byte."""
     for name in ("layers.py", "model.py", "loader.py", "config.py", "sampling.py", "text.py", "scheduler.py"):
         assert (chapter.path / name).read_bytes() == (chapter.previous.path / name).read_bytes(), name

@@ -1,4 +1,4 @@
-"""v03: one pass reads every weight, whether it serves one request or sixteen. Fill a rectangle."""
+"""v03: a forward pass reads every weight, whether it serves one request or sixteen."""
 import pytest
 import torch
 
@@ -6,7 +6,7 @@ from shared.bench.recorder import record
 from shared.checkpoints import checkpoint
 from shared.workloads import Request, fixed, ragged, random_ids, staircase
 
-# Five requests for two places: prompt, output.
+# Five requests for two rows: prompt length, output length.
 LENGTHS = [(3, 4), (5, 2), (2, 3), (1, 1), (4, 2)]
 
 
@@ -15,16 +15,16 @@ def trace_of(chapter, engine, requests):
     return trace
 
 
-def test_requests_that_run_together_take_as_many_passes_as_the_longest(chapter, make_engine):
+def test_requests_that_run_together_take_as_many_steps_as_the_longest(chapter, make_engine):
     engine = make_engine("llama", max_num_seqs=8)
     before = engine.num_steps
     trace = trace_of(chapter, engine, fixed([(9, 7), (2, 11), (5, 3)], 401))
-    assert len(trace.passes) == engine.num_steps - before == 11  # the largest of 7, 11, 3, and not their sum
+    assert len(trace.passes) == engine.num_steps - before == 11  # the largest of 7, 11 and 3, not their sum
 
 
 @pytest.mark.until("v04")
 def test_a_group_is_one_rectangle_until_the_last_of_it_ends(chapter, make_engine):
-    """Who was in each pass, with how many positions: pads and finished rows are computed too."""
+    """The requests in each step, and its positions: pads and finished rows are computed too."""
     trace = trace_of(chapter, make_engine("llama", max_num_seqs=2), fixed(LENGTHS, 401))
     assert trace.ledger() == [
         {0: 5, 1: 5},
@@ -61,8 +61,8 @@ def test_what_is_read_is_a_view_of_the_slab(make_engine, Params):
 
 
 @pytest.mark.until("v04")
-def test_who_comes_while_a_group_runs_waits_for_the_whole_of_it(chapter, make_engine):
-    """Head-of-line blocking: there is a free place from the start, and the newcomer does not get it."""
+def test_a_request_that_arrives_while_a_group_runs_waits_for_all_of_it(chapter, make_engine):
+    """Head-of-line blocking: a row is free from the start, but the new request does not get it."""
     requests = [Request([9, 10], 6), Request([11], 1, arrival_step=1), Request([12], 1, arrival_step=2)]
     trace = trace_of(chapter, make_engine("llama", max_num_seqs=3), requests)
     assert trace.ledger() == [{0: 2}, *[{0: 1}] * 5, {1: 1, 2: 1}]
@@ -70,7 +70,7 @@ def test_who_comes_while_a_group_runs_waits_for_the_whole_of_it(chapter, make_en
 
 
 @pytest.mark.until("v04")
-def test_an_aborted_row_rides_along_and_says_nothing(chapter, make_engine):
+def test_an_aborted_row_rides_along_and_generates_nothing(chapter, make_engine):
     requests = [Request([9, 10], 5), Request([11], 5, abort_step=2), Request([12], 2)]
     trace = trace_of(chapter, make_engine("llama", max_num_seqs=2), requests)
     assert trace.ledger() == [{0: 2, 1: 2}, *[{0: 1, 1: 1}] * 4, {2: 1}, {2: 1}]
@@ -85,16 +85,16 @@ def test_a_group_of_which_all_are_aborted_is_over(chapter, make_engine):
 
 
 @pytest.mark.until("v04")
-def test_the_share_of_useful_places_is_what_the_lengths_say(chapter, make_engine):
-    """Written down by hand: in each group of eight, every place is held for as long as the longest output."""
+def test_the_share_of_useful_rows_follows_from_the_lengths(chapter, make_engine):
+    """Computed by hand: in each group of eight, every row is held until the longest output has finished."""
     requests = staircase(401)
     trace = trace_of(chapter, make_engine("llama", max_num_seqs=8), requests)
     outputs = [request.max_tokens for request in requests]
     groups = [outputs[first : first + 8] for first in range(0, 32, 8)]
-    # While the last group runs, nobody waits.
+    # While the last group runs, no request waits.
     held = sum(8 * max(group) for group in groups[:3])
     useful = sum(sum(group) for group in groups[:3])
-    # In a group's own first pass the next groups wait as well; in the last one's first pass, it does itself.
+    # In a group's own first step, the next groups wait as well; in the last group's first step, so does that group.
     assert trace.useful_share() == (useful + 8) / (held + 8)
     assert trace.useful_share() < 0.65
 
@@ -117,20 +117,20 @@ def test_a_slab_takes_the_bytes_that_the_formula_says(chapter, module):
 
 @pytest.mark.until("v05")
 def test_a_slab_that_no_memory_holds_is_refused(chapter):
-    with pytest.raises(ValueError, match="would take .* GiB; lower max_num_seqs or max_model_len"):
+    with pytest.raises(ValueError, match="needs .* GiB; lower max_num_seqs or max_model_len"):
         chapter.load().Engine(checkpoint("llama"), max_num_seqs=2**40)
 
 
 @pytest.mark.until("v05")
 @pytest.mark.parametrize("length", [1, 2, 40])
-def test_what_others_left_in_the_slab_changes_nothing(make_engine, Params, rng, length):
-    """Nor what neighbours have further on: 1e30 wherever nobody of the batch has written."""
+def test_what_other_requests_left_in_the_slab_changes_nothing(make_engine, Params, rng, length):
+    """Nor what neighbors have at later positions: 1e30 wherever no request of the batch has written."""
     engine = make_engine("qwen3")
     prompts = [random_ids(n, engine.config.vocab_size, rng) for n in (length, 7, 23)]
     clean = engine.generate(prompts, Params(max_tokens=9, seed=0))
     engine.cache.k.fill_(1e30)
     engine.cache.v.fill_(1e30)
-    # So that a slab clears nothing, and only the mask keeps it out.
+    # The slab then clears nothing, so only the mask keeps the values out.
     engine.cache.num_used = 0
     assert engine.generate(prompts, Params(max_tokens=9, seed=0)) == clean
     engine.cache.k.zero_()

@@ -6,7 +6,7 @@ from shared.bench.recorder import record
 from shared.checkpoints import checkpoint
 from shared.workloads import Request, fixed, ragged, random_ids
 
-# Five requests for two places: prompt, output.
+# Five requests, two at once: prompt length, output length.
 LENGTHS = [(3, 4), (5, 2), (2, 3), (1, 1), (4, 2)]
 BS = 4
 
@@ -16,8 +16,8 @@ def trace_of(chapter, engine, requests):
     return trace
 
 
-def test_blocks_are_taken_as_tokens_come_and_reused_the_longest_free_first(chapter):
-    """Who held which blocks in each pass, literally. A table's last block is the first to be handed out again."""
+def test_blocks_are_taken_as_tokens_arrive_and_the_longest_free_is_reused_first(chapter):
+    """The exact blocks of each request in each step. A table's last block is the first to be reused."""
     engine = chapter.load().Engine(checkpoint("qwen2"), max_num_seqs=2, num_blocks=6, block_size=BS)
     trace = trace_of(chapter, engine, fixed(LENGTHS, 401))
     assert [{part.request: part.rows for part in each.parts} for each in trace.passes] == [
@@ -45,7 +45,7 @@ def test_the_pool_gives_all_or_nothing(module):
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 400])
-def test_any_block_size_says_the_same(make_engine, Params, block_size):
+def test_any_block_size_gives_the_same_tokens(make_engine, Params, block_size):
     requests = ragged(7, 401, prompt_len=(1, 50), output_len=(1, 40), seed=3)
     prompts, params = [r.prompt_ids for r in requests], [Params(max_tokens=r.max_tokens, seed=0) for r in requests]
     engine = make_engine("qwen3", block_size=block_size, kv_bytes=2**20)
@@ -53,8 +53,8 @@ def test_any_block_size_says_the_same(make_engine, Params, block_size):
 
 
 @pytest.mark.parametrize("length", [1, BS - 1, BS, BS + 1, 2 * BS, 23])
-def test_what_others_left_in_a_block_changes_nothing(chapter, make_engine, Params, rng, length):
-    """The last block beyond its sequence's end, blocks behind the end of a shorter table, blocks of the last owner."""
+def test_what_other_requests_left_in_a_block_changes_nothing(chapter, make_engine, Params, rng, length):
+    """In the last block past the sequence's end, past a shorter table's end, or from a block's last owner."""
     engine = make_engine("qwen3", num_blocks=40, block_size=BS)
     prompts = [random_ids(n, engine.config.vocab_size, rng) for n in (length, 7, 18)]
     clean = make_engine("qwen3").generate(prompts, Params(max_tokens=9, seed=0))
@@ -74,10 +74,10 @@ def test_a_sequence_holds_less_than_a_block_that_is_empty(chapter):
             assert 0 <= BS * len(part.rows) - reached[part.request] < BS
 
 
-def test_at_equal_bytes_more_run_together_by_what_they_do_not_reserve(chapter):
-    """v04 reserves max_model_len for each; v05 reserves prompt + max_tokens, rounded up to blocks.
+def test_at_equal_bytes_more_requests_run_because_they_reserve_less(chapter):
+    """v04 reserves max_model_len for each; v05 reserves prompt + max_tokens - 1, rounded up to blocks.
 
-    Those who run longer are met more often: the mean reservation is one over passes, and not over requests.
+    Longer requests run in more steps, so the mean reservation is taken over steps, not over requests.
     """
     max_model_len, places, block_size = 512, 8, 16
     requests = ragged(240, 401, prompt_len=(4, 60), output_len=(1, 120), seed=6)
@@ -98,7 +98,7 @@ def test_at_equal_bytes_more_run_together_by_what_they_do_not_reserve(chapter):
 
 
 def test_when_blocks_are_short_requests_wait_in_order(chapter):
-    """The third would fit at once; but it came later than the second, which does not."""
+    """The third would fit at once, but it arrived after the second, which does not."""
     engine = chapter.load().Engine(checkpoint("llama"), num_blocks=6, block_size=BS)
     requests = [Request([9] * 6, 12), Request([10] * 5, 4), Request([11], 2)]  # 5, 2 and 1 blocks of 6
     trace = trace_of(chapter, engine, requests)
@@ -108,9 +108,9 @@ def test_when_blocks_are_short_requests_wait_in_order(chapter):
 
 def test_a_request_that_can_never_fit_is_refused_at_once_with_both_numbers(chapter, Params):
     engine = chapter.load().Engine(checkpoint("llama"), num_blocks=6, block_size=BS, max_model_len=100)
-    # 24 positions: the last token is not held.
+    # 24 positions: the last token is not cached.
     assert len(engine.generate([[9] * 15], Params(max_tokens=10, ignore_eos=True))[0].token_ids) == 10
-    with pytest.raises(ValueError, match=r"prompt and its output may take 7 blocks of 4 tokens, but num_blocks is 6; shorten"):
+    with pytest.raises(ValueError, match=r"prompt and its output may need 7 blocks of 4 tokens, but num_blocks is 6; shorten"):
         engine.add_request([9] * 16, Params(max_tokens=10))
     assert not engine.has_unfinished_requests()
 
@@ -128,7 +128,7 @@ def test_the_cache_takes_the_bytes_that_were_asked_for(chapter, module):
     engine = chapter.load().Engine(checkpoint("mistral"), kv_bytes=41 * per_block + 7, **options)
     assert engine.pool.num_blocks == 41
     assert engine.cache.k.nbytes + engine.cache.v.nbytes == engine.cache.kv_bytes == 41 * per_block
-    with pytest.raises(ValueError, match=f"kv_bytes is {per_block - 1}, one block takes {per_block}; raise kv_bytes"):
+    with pytest.raises(ValueError, match=f"kv_bytes is {per_block - 1}, but a block takes {per_block}; raise kv_bytes"):
         chapter.load().Engine(checkpoint("mistral"), kv_bytes=per_block - 1, **options)
     choose = module("engine").choose_blocks
     assert choose(None, None, per_block, 10**9, torch.device("cpu")) == 2**30 // per_block
@@ -150,15 +150,15 @@ def test_sizes_out_of_range_are_refused(chapter, option, value):
 
 
 def test_two_sizes_at_once_are_refused(chapter):
-    with pytest.raises(ValueError, match="num_blocks is 5 and kv_bytes 9; both size the cache, give one of them"):
+    with pytest.raises(ValueError, match="num_blocks is 5 and kv_bytes 9; both size the cache, so give only one"):
         chapter.load().Engine(checkpoint("llama"), num_blocks=5, kv_bytes=9)
 
 
 def test_a_pool_that_no_memory_holds_is_refused(chapter):
-    """At once: a list of its free blocks would fill the memory by itself."""
-    with pytest.raises(ValueError, match="would take .* GiB; lower kv_bytes, or num_blocks or block_size"):
+    """Before the pool is built: the list of its free blocks alone would fill the memory."""
+    with pytest.raises(ValueError, match="needs .* GiB; lower kv_bytes, num_blocks or block_size"):
         chapter.load().Engine(checkpoint("llama"), kv_bytes=10**15)
-    with pytest.raises(ValueError, match="would take .* GiB; lower kv_bytes, or num_blocks or block_size"):
+    with pytest.raises(ValueError, match="needs .* GiB; lower kv_bytes, num_blocks or block_size"):
         chapter.load().Engine(checkpoint("llama"), num_blocks=10, block_size=2**50)
 
 
@@ -192,8 +192,8 @@ def test_blocks_and_reservations_come_back(make_engine, Params):
     assert (engine.pool.num_free, engine.scheduler.running) == (40, [])
 
 
-def test_who_cannot_be_given_blocks_is_told_so_and_holds_what_it_held(chapter, module, Params):
-    """Admission keeps this from happening; `grow` does not rely on it."""
+def test_grow_returns_false_and_takes_nothing_if_blocks_are_short(chapter, module, Params):
+    """Admission prevents this, but `grow` does not rely on it."""
     engine = chapter.load().Engine(checkpoint("llama"), num_blocks=5, block_size=4)
     seq = engine.make_sequence([9] * 11, Params(max_tokens=1), name="prompt")
     others = engine.pool.allocate(3)

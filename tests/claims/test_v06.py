@@ -1,4 +1,4 @@
-"""v06: attention reads the blocks where they lie. The kernels run through the interpreter; with --gpu, compiled."""
+"""v06: attention reads the blocks in place. The kernels are interpreted; with --gpu, compiled."""
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -20,13 +20,13 @@ from shared.commands.doctor import interpreter_fault
 from shared.verify.pretend_gpu import pretend_gpu
 from shared.workloads import random_ids
 
-# Without --gpu none is to be seen.
+# Without --gpu, no GPU is visible.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAULT = interpreter_fault() if DEVICE.type == "cpu" or importlib.util.find_spec("triton") is None else None
 needs_triton = pytest.mark.skipif(FAULT is not None, reason=str(FAULT))
 
 
-# What a program can have of shared memory; CUDA C++ Programming Guide, technical specifications per compute capability.
+# A program's most shared memory; CUDA C++ Programming Guide, technical specifications per compute capability.
 SHARED_KIB = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_90": 227}
 
 
@@ -37,11 +37,11 @@ def kernels(module):
 
 
 def paged(lengths, num_heads, num_kv_heads, head_dim, block_size, dtype=torch.float32):
-    """Random arguments of paged_attention; whatever nobody may read is NaN. lengths: (queries, context) a sequence."""
+    """Random arguments of paged_attention, NaN wherever it must not read. lengths: (queries, context) per sequence."""
     generator = torch.Generator().manual_seed(1)
     needed = [-(-context // block_size) for _, context in lengths]
     num_blocks = sum(needed) + 3
-    free = torch.randperm(num_blocks - 1, generator=generator).add(1).tolist()  # block 0 is nobody's
+    free = torch.randperm(num_blocks - 1, generator=generator).add(1).tolist()  # block 0 belongs to no sequence
     caches = torch.full((2, num_blocks, block_size, num_kv_heads, head_dim), math.nan)
     tables = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
     for s, (_, context) in enumerate(lengths):
@@ -84,7 +84,7 @@ def test_the_kernel_gives_what_plain_torch_gives(kernels, lengths, num_heads, nu
 
 @needs_triton
 def test_no_key_is_loaded_that_no_query_of_the_tile_sees(kernels, monkeypatch):
-    """A prompt of 33 tokens makes two tiles; its neighbour that brings one token must not pay for both."""
+    """A prompt of 33 tokens makes two tiles; a neighbor that feeds one token must not be read for both."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     args = paged([(33, 70), (1, 9)], 6, 2, 14, 4)
@@ -115,7 +115,7 @@ def test_in_16_bits_it_differs_by_their_rounding(kernels, dtype, atol):
 @pytest.mark.gpu
 @needs_triton
 def test_nothing_is_written_past_the_last_query(kernels, monkeypatch):
-    """A tile has more rows than there are queries; what it writes past them is somebody else's."""
+    """A tile has more rows than there are queries; the rows past them belong to the next sequence."""
     args = paged([(3, 3), (1, 9), (2, 2)], 6, 2, 14, 4)
     frame = torch.full((10, 6, 14), 7.0, device=DEVICE)
     empty = torch.empty
@@ -135,7 +135,7 @@ def test_keys_and_values_go_to_their_slots_and_nowhere_else(kernels):
     for cache, new in ((k_cache.flatten(0, 1), k), (v_cache.flatten(0, 1), v)):
         assert cache[slots].equal(new)
         assert (cache[[slot for slot in range(16) if slot not in slots]] == 7).all()
-    assert (behind == 7).all()  # room for what goes too far: a write into memory of others could hang the test
+    assert (behind == 7).all()  # room for writes past the end: a write into other memory could hang the test
 
 
 @pytest.mark.gpu
@@ -157,7 +157,7 @@ def test_keys_and_values_may_be_parts_of_wider_tensors(kernels, strided):
 @pytest.mark.gpu
 @needs_triton
 def test_addresses_beyond_two_to_the_31_are_reached(kernels):
-    """The cache is promised and not touched but for one block; of 32 bits the offset would wrap."""
+    """Only one block of the cache's memory is ever used; an offset of 32 bits would wrap around."""
     args = paged([(1, 3)], 2, 1, 64, 4)
     if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 9 * 2**30:
         pytest.skip("the two caches are 8 GiB, more than this GPU has free")
@@ -188,7 +188,7 @@ def test_the_online_softmax_of_the_text_with_a_pencil(chapter):
     whole = [math.exp(score - 5) for score in (2, 3, 5, 1)]
     assert mixed / total == pytest.approx(sum(w * v for w, v in zip(whole, (10, 20, 30, 40))) / sum(whole))
     assert round(mixed / total, 2) == 28.2
-    # The same in two splits, put together by the logarithm of each one's sum.
+    # The same in two splits, combined by the logarithm of each one's sum.
     (first, lse_first), (second, lse_second) = (
         (sum(math.exp(s) * v for s, v in split) / sum(math.exp(s) for s, _ in split), math.log(sum(math.exp(s) for s, _ in split)))
         for split in (((2, 10), (3, 20)), ((5, 30), (1, 40)))
@@ -216,7 +216,7 @@ def test_the_same_tokens_with_the_kernels_in_the_loop(chapter, Params, rng, name
 
 @needs_triton
 def test_kernels_are_launched_where_the_tensors_are(module, monkeypatch):
-    """On the second of two GPUs the current one is the first; which one it is, is said around every launch."""
+    """With tensors on the second GPU while the first is current, every launch selects the second."""
     module("backends").choose_backend("triton", torch.device("cpu"))
     kernels, entered = module("kernels"), []
 
@@ -247,7 +247,7 @@ def test_warming_up_changes_nothing_in_the_cache(kernels):
     assert k_cache.equal(before[0]) and v_cache.equal(before[1])
 
 
-# Scalars that the kernels name as not to be compiled by.
+# Scalars that the kernels exclude from specialization.
 CHANGING = {"stride_t_s", "num_tokens", "num_splits", "num_rows"}
 
 
@@ -255,7 +255,7 @@ CHANGING = {"stride_t_s", "num_tokens", "num_splits", "num_rows"}
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU is pretended")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_step_launches_a_variant_that_warming_up_has_not_compiled(chapter, module, monkeypatch, Params, rng, dtype):
-    """What Triton compiles by: constants, each tensor's type and whether it begins at a multiple of 16 bytes, each integer's class."""
+    """Triton specializes by constants, each tensor's dtype and 16-byte alignment, and each integer's class."""
     launched = set()
 
     class Launch:
@@ -294,7 +294,7 @@ def test_no_step_launches_a_variant_that_warming_up_has_not_compiled(chapter, mo
 
 @needs_triton
 def test_no_scalar_that_changes_from_step_to_step_is_compiled_in(chapter):
-    """Triton would compile a variant for 1, one for multiples of 16, and one for any other value."""
+    """Triton would compile one variant for 1, one for multiples of 16, and one for all other values."""
     program = f"""
 import importlib
 
@@ -307,7 +307,7 @@ for name in ("_write_kernel", "_attend_kernel", "_combine_kernel"):
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert not set(said.stdout.split()) & CHANGING
-    # Of these, a model has one value each.
+    # A model has only one value of each of these.
     of_model = {"stride_k_n", "stride_k_kv", "stride_v_n", "stride_v_kv", "stride_q_n", "stride_q_h", "scale"}
     assert set(said.stdout.split()) == of_model
 
@@ -328,7 +328,7 @@ def test_another_attention_is_refused(chapter):
 def test_without_triton_it_says_so(module, monkeypatch):
     backends = module("backends")
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="'triton' on cpu, but Triton is not installed; use torch"):
+    with pytest.raises(ValueError, match="'triton' on cpu, but Triton is missing; install it or use torch"):
         backends.choose_backend("triton", torch.device("cpu"))
 
 
@@ -342,10 +342,10 @@ def test_too_late_for_the_interpreter_it_says_so(module, monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("target", ["sm_80", *(pytest.param(name, marks=pytest.mark.whole) for name in ("sm_75", "sm_86", "sm_90"))])
 def test_the_kernels_compile_for_gpus_that_are_not_here(chapter, target):
-    """Ahead of time, in a process that does not interpret; by the Triton that made it, the committed result again."""
+    """Ahead of time, in a process without the interpreter; the same Triton gives the committed result."""
     source, before = (each.path / "kernels" / "paged_attention.py" for each in (chapter, chapter.previous))
     if before.is_file() and before.read_text() == source.read_text():
-        return  # they are the last chapter's, byte for byte, and were compiled there
+        return  # byte for byte the last chapter's, and compiled there
     command = [sys.executable, "-m", "shared.bench.kernels", chapter.id, "--targets", target]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -361,7 +361,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(chapter, target):
 
 @needs_triton
 def test_the_benchmark_of_a_gpu_runs_dry_without_one(capsys):
-    """Three ways to attend agree before any is timed; one that differs stops it."""
+    """Three ways to attend must agree before any is timed; a difference stops the benchmark."""
     assert bench_attention.main(["--dry-run"]) == 0
     assert capsys.readouterr().out.count("kernel, torch, contiguous agree") == 2
     one, other = torch.zeros(1), torch.ones(1)

@@ -21,7 +21,7 @@ def test_model_and_batch_and_text_are_the_last_chapters(chapter):
 
 
 class Recorded:
-    """An engine's loop in a thread, with every message that crosses."""
+    """An engine loop in a thread, with every message that it sends and receives."""
 
     def __init__(self, module, engine):
         self.messages, self.stats, self.threads = [], [], []
@@ -84,13 +84,13 @@ def test_an_abort_is_answered_and_nothing_of_the_call_follows(module, Params, fa
     recorded.inbox.put(messages.Abort(1))
     fake.gate.set()
     wait_until(lambda: recorded.names().count("Aborted") == 2, 3)
-    # The step that was under way may still tell of it.
+    # The step in progress may still report it.
     assert recorded.names() == ["Added", "Stepped", "Aborted", "Aborted"]
     assert not fake.requests and recorded.stats[-1].running == 0
 
 
 def test_a_late_token_of_an_aborted_call_reaches_nobody(module, fake):
-    """It was computed while the abort lay in the queue."""
+    """It was computed while the abort was still in the queue."""
     aside, messages = module("async_engine"), module("engine_loop")
 
     async def run():
@@ -107,7 +107,7 @@ def test_a_late_token_of_an_aborted_call_reaches_nobody(module, fake):
         engine.receive(messages.Stepped([(1, 0, output), (2, 0, output)]), fake.stats())
         assert [item async for item in generations[1]] == [(0, output)]
         assert generations[0].outputs.empty() and not engine.active_generations
-        # The call's number is not used again.
+        # The call's id is not reused.
         third = asyncio.create_task(engine.generate([([20], None)]))
         await asyncio.sleep(0)
         assert list(engine.active_generations) == [3]

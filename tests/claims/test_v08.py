@@ -1,4 +1,4 @@
-"""v08: an API that keeps its promises."""
+"""v08: OpenAI's API, complete or refused by name."""
 import asyncio
 import filecmp
 import json
@@ -21,8 +21,8 @@ def test_the_model_and_its_cache_are_the_last_chapters(chapter):
         assert filecmp.cmp(chapter.path / name, chapter.previous.path / name, shallow=False), name
 
 
-def test_a_whole_answer_is_written_as_it_comes_and_in_turns(module, monkeypatch):
-    """All at its end, a large one held up the event loop for seconds."""
+def test_a_whole_answer_is_written_as_it_arrives_and_in_turns(module, monkeypatch):
+    """Written all at once at its end, a large one blocked the event loop for seconds."""
     written, pauses = [], []
 
     class Names(module("names").TokenNames):
@@ -51,7 +51,7 @@ def test_a_whole_answer_is_written_as_it_comes_and_in_turns(module, monkeypatch)
     [choice] = json.loads(text)["choices"]
     assert choice["message"]["content"] == "x" * 50 and len(choice["logprobs"]["content"]) == 50
     assert written == [1] * 50
-    # Whatever takes longer than a turn lets others have theirs.
+    # Work that takes longer than a turn lets other tasks run.
     async_engine = module("async_engine")
     monkeypatch.setattr(async_engine, "LONGEST_TURN_S", -1.0)
     monkeypatch.setattr(asyncio, "sleep", pause)
@@ -68,7 +68,7 @@ def test_a_whole_answer_is_written_as_it_comes_and_in_turns(module, monkeypatch)
 
 
 def test_without_max_tokens_the_whole_context_is_reserved(chapter, make_engine):
-    """64 say hello at once: 8 of 1,024 / 128 blocks run together; those that are given 256 tokens at most are 60."""
+    """Of 64 requests at once, 8 (1,024 / 128 blocks) run together; with at most 256 tokens each, 60 do."""
     engine = make_engine("pocket", num_blocks=1024, max_num_seqs=64)
     for default, together in ((None, 8), (256, 60)):
         with serving(chapter, engine, default_max_tokens=default) as server:
@@ -81,7 +81,7 @@ def test_without_max_tokens_the_whole_context_is_reserved(chapter, make_engine):
                 return seqs
 
             engine.scheduler.schedule = counted
-            # One call of 64 answers is in the queue as a whole before the next step.
+            # All 64 answers of one call are queued before the next step.
             body = {"model": "pocket", "messages": CHAT, "n": 64, "temperature": 0}
             assert HTTP.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
             engine.scheduler.schedule = schedule
@@ -89,7 +89,7 @@ def test_without_max_tokens_the_whole_context_is_reserved(chapter, make_engine):
 
 
 def test_offsets_are_found_in_one_pass(module, make_engine):
-    """To decode all before each token would take minutes for a long prompt, on the event loop."""
+    """Decoding everything before each token would take minutes for a long prompt, on the event loop."""
     tokenizer = make_engine("pocket").tokenizer
     names = module("names").TokenNames(module("text").vocabulary_bytes(tokenizer), set(tokenizer.all_special_ids))
     text = "日本語 é 🙂 Once"
@@ -117,7 +117,7 @@ def decoders_and_words():
 
 @pytest.mark.parametrize(("decoder", "words"), list(decoders_and_words()))
 def test_a_tokens_bytes_are_what_hugging_face_decodes_for_it(module, decoder, words):
-    """A byte-level vocabulary with a word as written ended the server with a KeyError."""
+    """A byte-level vocabulary with a plain-text token used to crash the server with a KeyError."""
     from tokenizers import AddedToken, Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -132,7 +132,7 @@ def test_a_tokens_bytes_are_what_hugging_face_decodes_for_it(module, decoder, wo
     assert len(found) == len(tokenizer)
     for token_id, raw in enumerate(found):
         assert raw.decode(errors="replace") == tokenizer.decode([1, token_id])[len(tokenizer.decode([1])) :]
-    # What is decoded to U+FFFD is told apart.
+    # Tokens that decode to U+FFFD are told apart by their bytes.
     spelled = {word: found[token_id] for word, token_id in vocabulary.items()}
     if "Ã" in words:
         assert [spelled[word] for word in ("Ã", "Ġâ", "aé", "ï¿½", "日本")] == [b"\xc3", b" \xe2", b"a\xe9", b"\xef\xbf\xbd", "日本".encode()]
@@ -143,7 +143,7 @@ def test_a_tokens_bytes_are_what_hugging_face_decodes_for_it(module, decoder, wo
 @pytest.mark.parametrize("name", ["pocket", "llama", "mistral"])
 @pytest.mark.parametrize("text", ["The cache keeps what was there", " leading", "  two", "é 🙂 日本", "a", ""])
 def test_offsets_are_lengths_of_what_hugging_face_decodes(module, make_engine, name, text):
-    """With Llama 2's kind of tokenizer all but the first were one too high."""
+    """With a tokenizer like Llama 2's, all but the first used to be one too high."""
     tokenizer = make_engine(name).tokenizer
     vocabulary = module("text").vocabulary_bytes(tokenizer)
     drops_space = module("text").drops_first_space(tokenizer, vocabulary)
@@ -156,7 +156,7 @@ def test_offsets_are_lengths_of_what_hugging_face_decodes(module, make_engine, n
 
 
 def test_tokens_with_one_text_keep_their_logprobs(module):
-    """The lower overwrote the chosen one's."""
+    """The lower one used to overwrite the chosen token's."""
     names = module("names").TokenNames([b"w", b"w", b"x", b"w", b"", b"\xe2", b"\xe2"], set())
     logprobs = {0: -0.08, 1: -3.08, 2: -4.0, 3: -5.0, 4: -6.0, 5: -7.0, 6: float("-inf"), 9: -8.0}
     for chosen in logprobs:

@@ -6,7 +6,7 @@ import pytest
 
 @pytest.mark.until("v10")
 def test_responses_are_added_and_the_rest_stays_as_it_is(chapter):
-    """Files of the last chapter that differ, and those that are new."""
+    """The files that differ from the last chapter's, and those that are new."""
     files = {path.relative_to(chapter.path).as_posix() for path in chapter.path.rglob("*.py")}
     before = {path.relative_to(chapter.previous.path).as_posix() for path in chapter.previous.path.rglob("*.py")}
     assert files - before == {"responses.py", "responses_protocol.py", "responses_store.py"} and not before - files
@@ -14,7 +14,7 @@ def test_responses_are_added_and_the_rest_stays_as_it_is(chapter):
     assert changed == {"gate.py", "process.py"}
 
 
-def test_nothing_but_the_process_knows_of_responses(chapter):
+def test_only_the_process_knows_of_responses(chapter):
     """Completions and chat work without them."""
     knows = {
         path.name

@@ -32,7 +32,7 @@ def test_engine_and_endpoints_are_the_last_chapters(chapter):
         assert (chapter.path / name).read_bytes() == (chapter.previous.path / name).read_bytes(), name
 
 
-# ---- what crosses
+# ---- messages
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def fake(chapter, make_engine):
 
 
 class Wire:
-    """The server's end of a socket, with another end that a test holds."""
+    """The server's end of a socket, whose other end a test holds."""
 
     def __init__(self, module):
         self.runner = module.EngineProcess.__new__(module.EngineProcess)
@@ -55,7 +55,7 @@ class Wire:
 
 
 def behind_a_socket(process, engine):
-    """The server's end of a socket whose other end has the engine, in a thread that does all that its process would."""
+    """The server's end of a socket; at the other end, a thread does what the engine process would."""
     ours, its = socket.socketpair()
     process.leave = sys.exit
     threading.Thread(target=process.run_engine, args=(its, lambda: engine), daemon=True).start()
@@ -65,11 +65,11 @@ def behind_a_socket(process, engine):
 
 @pytest.mark.parametrize("streams", [1, 16, 64])
 def test_a_step_is_one_message_however_many_run(chapter, Params, module, fake, streams):
-    """Counted on the socket, behind everything that the chapter does to a message."""
+    """Counted on the socket, after all that the chapter does to a message."""
     process, loop = module("engine_process"), module("engine_loop")
     ours = behind_a_socket(process, fake)
     fake.gate.clear()
-    # The first may be in a step before the others are there; that step is held until they are.
+    # The first may be in a step before the others arrive; that step is held until they have.
     for call_id in range(streams):
         ours.sendall(process.packed(loop.Add(call_id, [([20] * 5, Params(max_tokens=5))])))
     time.sleep(0.1)
@@ -83,7 +83,7 @@ def test_a_step_is_one_message_however_many_run(chapter, Params, module, fake, s
 
 
 def test_messages_arrive_whole_and_in_order_wherever_the_bytes_are_cut(chapter, module):
-    """A read may end in the middle of a length, and may bring the end of one message with the whole of the next."""
+    """A read may end in the middle of a length, or return the end of one message with the whole next one."""
     process, loop, outputs = module("engine_process"), module("engine_loop"), module("outputs")
     stats = outputs.Stats(1, 2, 3, 4)
     sent = [(loop.Added(1), stats), (loop.Stepped([(1, 0, outputs.StepOutput(1, 7, "é" * 50_000, None, None))]), stats)]
@@ -107,14 +107,14 @@ def test_messages_arrive_whole_and_in_order_wherever_the_bytes_are_cut(chapter, 
 
         asyncio.run(asyncio.wait_for(cross(), 10))
         assert wire.received == sent
-        # And the other way, where a thread reads.
+        # And in the other direction, where a thread reads.
         ours, its = socket.socketpair()
         found = []
         reader = threading.Thread(target=lambda: found.extend(iter(partial(process.receive_message, its), None)))
         reader.start()
         place = 0
         for number, cut in enumerate(cuts):
-            # The first pieces are read before the next ones are there.
+            # The first pieces are read before the next ones arrive.
             time.sleep(0.02 if number < 4 else 0)
             ours.sendall(data[place : place + cut])
             place += cut
@@ -133,7 +133,7 @@ def test_a_message_that_is_cut_off_by_the_end_is_no_message(chapter, module, kep
 
 
 def test_a_message_is_small(chapter, module):
-    """64 tokens: named tuples of numbers and texts, with one name for their class."""
+    """64 tokens: named tuples of numbers and strings, with their class named once."""
     process, loop, outputs = module("engine_process"), module("engine_loop"), module("outputs")
     step = loop.Stepped([(call_id, 0, outputs.StepOutput(call_id, 300, " word", None, None)) for call_id in range(64)])
     data = process.packed((step, outputs.Stats(64, 0, 10, 100)))
@@ -175,13 +175,13 @@ def test_an_abort_does_not_overtake_its_add(chapter, Params, module):
     asyncio.run(asyncio.wait_for(send(), 10))
 
 
-# ---- who waits for whom
+# ---- which side waits
 
 
 def test_the_event_loop_never_waits_for_an_engine_that_reads_nothing(chapter, Params, module):
     process, loop = module("engine_process"), module("engine_loop")
     wire = Wire(process)
-    # A call that waits would wait for ever.
+    # A call that waits would wait forever.
     rescue = threading.Timer(5, wire.end.shutdown, [socket.SHUT_RDWR])
     rescue.start()
 
@@ -202,7 +202,7 @@ def test_the_event_loop_never_waits_for_an_engine_that_reads_nothing(chapter, Pa
 
 
 def test_an_engine_whose_server_reads_nothing_waits_and_holds_nothing(chapter, Params, module, fake):
-    """It stops in the middle of a step's message, and goes on when the server reads again; nothing is lost."""
+    """It stops in the middle of a step's message and continues when the server reads again; nothing is lost."""
     process, loop = module("engine_process"), module("engine_loop")
     ours = behind_a_socket(process, fake)
     steps, step = [], fake.step
@@ -220,7 +220,7 @@ def test_an_engine_whose_server_reads_nothing_waits_and_holds_nothing(chapter, P
     ours.close()
 
 
-# ---- a hung engine, and one that only takes long
+# ---- a hung engine, and a slow one
 
 
 def test_a_hung_engine_is_noticed_and_a_long_step_is_not_a_hang(chapter, module, fake, monkeypatch):
@@ -250,8 +250,8 @@ def test_a_hung_engine_is_noticed_and_a_long_step_is_not_a_hang(chapter, module,
         fake.gate.set()
 
 
-def test_while_the_server_itself_stood_still_nobody_was_silent(chapter, module, monkeypatch):
-    """Its clock went on, and what the engine said in that time lies in the socket."""
+def test_time_in_which_the_server_was_suspended_is_not_silence(chapter, module, monkeypatch):
+    """Its clock went on, and the engine's messages of that time are in the socket."""
     process = module("engine_process")
     monkeypatch.setattr(process, "ALIVE_S", 0.05)
     monkeypatch.setattr(process, "SILENCE_S", 0.5)
@@ -313,7 +313,7 @@ def test_a_process_that_ends_before_it_is_ready_is_an_error_and_not_a_wait(chapt
 
 
 def test_bytes_that_are_no_message_end_both_sides(chapter, module):
-    """A bug must not leave a process that reads nothing any more: the engine ends, and the server hears of it."""
+    """A bug must not leave a process that no longer reads: the engine ends, and the server notices."""
     process, loop = module("engine_process"), module("engine_loop")
     runner = process.EngineProcess(partial(process.load_engine, POCKET)).wait_until_ready()
 
@@ -322,7 +322,7 @@ def test_bytes_that_are_no_message_end_both_sides(chapter, module):
         await runner.start(lambda message, stats: received.put_nowait(message))
         runner.writer.write(struct.pack("!I", 3) + b"abc")
         assert await received.get() == loop.Died("the engine's process has ended (exit code 1)")
-        # And the other way.
+        # And in the other direction.
         wire = Wire(process)
         await wire.runner.start(wire.receive)
         wire.end.sendall(struct.pack("!I", 3) + b"abc")
@@ -333,7 +333,7 @@ def test_bytes_that_are_no_message_end_both_sides(chapter, module):
 
 
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGSEGV, "SIGSEGV"), (35, "exit code -35")])
-def test_a_death_is_told_and_logged_whatever_its_signal(chapter, module, caplog, number, said):
+def test_the_engines_death_is_reported_and_logged_whatever_its_signal(chapter, module, caplog, number, said):
     """Only the first and the last of the real-time signals have names."""
     process, loop = module("engine_process"), module("engine_loop")
     runner = process.EngineProcess(partial(process.load_engine, POCKET)).wait_until_ready()
@@ -350,8 +350,8 @@ def test_a_death_is_told_and_logged_whatever_its_signal(chapter, module, caplog,
     assert len(os.listdir("/proc/self/fd")) < files
 
 
-def test_a_death_whose_exit_code_nobody_knows_is_told(chapter, module):
-    """Who ignores SIGCHLD is not told how its children have ended."""
+def test_a_death_with_an_unknown_exit_code_is_reported(chapter, module):
+    """A process that ignores SIGCHLD does not learn how its children ended."""
     process, loop = module("engine_process"), module("engine_loop")
     wire = Wire(process)
     wire.runner.process.exitcode = None
@@ -366,7 +366,7 @@ def test_a_death_whose_exit_code_nobody_knows_is_told(chapter, module):
 
 
 class InterruptedStart:
-    """Ctrl-C while it is pickled, which is in the middle of a process's start."""
+    """Sends this process a Ctrl-C when it is pickled, in the middle of a process's start."""
 
     def __reduce__(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -414,7 +414,7 @@ def test_signals_to_the_engine_alone_change_nothing(served):
     assert served.ask({"prompt": "Once", "max_tokens": 5}).status_code == 200
 
 
-def test_a_server_that_is_stopped_for_a_while_blames_nobody(served):
+def test_a_server_that_was_suspended_keeps_its_engine(served):
     with served.stream({"prompt": "Once", "max_tokens": 300}) as lines:
         next(lines)
         os.kill(served.pids["server"], signal.SIGSTOP)
@@ -424,7 +424,7 @@ def test_a_server_that_is_stopped_for_a_while_blames_nobody(served):
     assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
 
 
-def test_a_killed_engine_is_told_to_everybody_at_once_and_the_server_ends_with_1(chapter):
+def test_when_the_engine_is_killed_every_client_gets_an_error_at_once_and_the_server_exits_1(chapter):
     with Served(chapter) as served:
         told = kill(served, "engine", streams=8, after_s=0.3, patience_s=5)
         assert told.answered + told.failed == 8 and told.hung == 0 and told.failed
@@ -433,7 +433,7 @@ def test_a_killed_engine_is_told_to_everybody_at_once_and_the_server_ends_with_1
         assert not processes_of(served)
 
 
-def test_a_request_that_the_engine_has_not_answered_is_told_of_its_death(chapter):
+def test_a_request_that_the_engine_has_not_answered_fails_when_it_dies(chapter):
     with Served(chapter) as served:
         os.kill(served.pids["engine"], signal.SIGSTOP)
         told = kill(served, "engine", streams=3, after_s=0.5, patience_s=5)
@@ -441,14 +441,14 @@ def test_a_request_that_the_engine_has_not_answered_is_told_of_its_death(chapter
         assert told.seconds_to_answer < 1 and "has ended (SIGKILL)" in told.error
 
 
-def test_of_a_killed_server_nothing_is_left(chapter):
+def test_nothing_is_left_of_a_killed_server(chapter):
     with Served(chapter) as served:
         told = kill(served, "server", streams=8, after_s=0.3, patience_s=5)
         assert told.hung == 0 and not processes_of(served)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.whole)])
-def test_ctrl_c_reaches_both_and_the_answers_come_to_their_ends(chapter, number):
+def test_ctrl_c_reaches_both_processes_and_the_answers_finish(chapter, number):
     with Served(chapter) as served:
         with served.stream({"prompt": "Once", "max_tokens": 200}) as lines:
             next(lines)
@@ -456,12 +456,12 @@ def test_ctrl_c_reaches_both_and_the_answers_come_to_their_ends(chapter, number)
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
         assert served.wait(15) == 0 and "Traceback" not in served.said()
-        # multiprocessing's own helper ends a moment after the server.
+        # multiprocessing's resource tracker ends a moment after the server.
         wait_until(lambda: not processes_of(served), 5)
 
 
-def test_a_script_that_keeps_its_engine_to_the_end_ends(chapter):
-    """Python's own exit sends SIGTERM to the children of multiprocessing, and waits for them."""
+def test_a_script_that_never_stops_its_engine_exits(chapter):
+    """At exit, multiprocessing sends SIGTERM to its children and waits for them."""
     module = f"milestones.{chapter.name}.engine_process"
     code = f"from {module} import EngineProcess, load_engine\nfrom functools import partial\n"
     code += f"runner = EngineProcess(partial(load_engine, {str(POCKET)!r})).wait_until_ready()\nprint(runner.process.pid)"
@@ -475,11 +475,11 @@ def test_a_server_that_cannot_begin_takes_its_engine_with_it(chapter):
         port = str(listener.getsockname()[1])
         with Served(chapter, "--port", port, wait=False) as served:
             assert served.wait(20) == 2
-            assert f"127.0.0.1:{port} cannot be listened on" in served.said()
+            assert f"cannot listen on 127.0.0.1:{port}" in served.said()
             wait_until(lambda: not processes_of(served), 5)
 
 
-# ---- nobody waits for another's large request
+# ---- large requests of other clients
 
 TURN = {"role": "user", "content": "a"}
 LARGEST = {
@@ -501,8 +501,8 @@ def served(chapter):
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.whole] * (kind not in ("chat", "messages"))) for kind in LARGEST])
-def test_nobody_waits_for_anothers_largest_request(served, kind):
-    """Over 200 probes of /health beside it, the 95th percentile is less than 50 ms later than without it."""
+def test_no_request_waits_for_another_clients_largest_one(served, kind):
+    """Over 200 probes of /health beside it, the 95th percentile grows by less than 50 ms."""
     path, body = LARGEST[kind]
     sent = json.dumps({"model": "pocket"} | body)
 
@@ -522,7 +522,7 @@ def test_nobody_waits_for_anothers_largest_request(served, kind):
                 for _ in answer.iter_raw(1 << 20):
                     pass
 
-    # The machine may be busy with other things for a while.
+    # The machine may be busy with something else for a while.
     for _ in range(3):
         asking = []
         before = slowest(200)

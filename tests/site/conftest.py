@@ -1,4 +1,4 @@
-"""The site as it is built, a server for it, and a browser."""
+"""The built site, a server for it, and a browser."""
 import functools
 import http.server
 import shutil
@@ -19,7 +19,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="session")
 def built():
-    """The directory of the site, built from what is here."""
+    """The directory of the site, built from this tree."""
     return build.build(BOOK)
 
 
@@ -47,7 +47,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, address):
-    """A function that opens a page; whatever the page complains of, or fetches from elsewhere, fails the test."""
+    """A function that opens a page; an error on the page, or a fetch from elsewhere, fails the test."""
     pages, complaints = [], []
 
     def open_page(path, width=1280, scheme="light"):

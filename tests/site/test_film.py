@@ -1,4 +1,4 @@
-"""The films: what a terminal showed, when, and as a picture."""
+"""The films: what a terminal showed and when, drawn as a picture."""
 import xml.etree.ElementTree as ElementTree
 
 import pytest

@@ -1,4 +1,4 @@
-"""The notebooks' guard: what is stale, raises, or says something else is told."""
+"""The notebooks' check: stale cells, errors and changed outputs are reported."""
 import functools
 import shutil
 import subprocess
@@ -39,19 +39,19 @@ def test_a_notebook_that_is_what_its_source_says_has_no_problems(source):
     assert problems_of(source) == []
 
 
-def test_other_cells_are_told(source):
+def test_other_cells_are_reported(source):
     source.write_text(SOURCE.replace("x = 3", "x = 1 + 2"))
-    assert problems_of(source) == ["v00.ipynb has other cells than v00.py; run `make notebooks`"]
+    assert problems_of(source) == ["v00.ipynb does not have the cells of v00.py; run `make notebooks`"]
 
 
-def test_other_lines_are_told_unless_the_cell_varies(source):
+def test_other_lines_are_reported_unless_the_cell_varies(source):
     text = source.with_suffix(".ipynb").read_text()
     source.with_suffix(".ipynb").write_text(text.replace("three: 3", "three: 4"))
-    assert "code cell 0 prints other lines now" in problems_of(source)[0]
+    assert "code cell 0 now prints different lines" in problems_of(source)[0]
     notebook = nbformat.read(source.with_suffix(".ipynb"), 4)
     notebook.cells[1].metadata["tags"] = ["varies"]
     nbformat.write(notebook, source.with_suffix(".ipynb"))
-    assert "has other cells" in problems_of(source)[0], "the source says whether a cell varies"
+    assert "does not have the cells" in problems_of(source)[0], "the source says whether a cell varies"
     source.write_text(SOURCE.replace("# %%\nx = 3", '# %% tags=["varies"]\nx = 3'))
     assert problems_of(source) == []
 
@@ -62,7 +62,7 @@ def test_what_an_engine_chose_is_compared_and_what_libraries_say_is_not(source):
     said = "three: 3\nmeasured: 9.9 ms\n"
     notebook.cells[1].outputs = [nbformat.v4.new_output("stream", name="stdout", text=said)]
     nbformat.write(notebook, source.with_suffix(".ipynb"))
-    assert "code cell 0 prints other lines" in problems_of(source)[0]
+    assert "code cell 0 now prints different lines" in problems_of(source)[0]
     notebook.cells[1].outputs.append(nbformat.v4.new_output("stream", name="stderr", text="pocket: 1 MiB\n"))
     nbformat.write(notebook, source.with_suffix(".ipynb"))
     assert problems_of(source) == []
@@ -71,7 +71,7 @@ def test_what_an_engine_chose_is_compared_and_what_libraries_say_is_not(source):
 def test_words_beside_a_measurement_are_compared(source):
     text = source.with_suffix(".ipynb").read_text()
     source.with_suffix(".ipynb").write_text(text.replace("measured: 9.9 ms", "estimated: 9.9 ms"))
-    assert "code cell 0 prints other lines" in problems_of(source)[0]
+    assert "code cell 0 now prints different lines" in problems_of(source)[0]
 
 
 def test_a_value_that_is_only_shown_is_refused(source):
@@ -81,19 +81,19 @@ def test_a_value_that_is_only_shown_is_refused(source):
     assert "ends with a value; print it" in problems_of(source)[0]
 
 
-def test_a_cell_that_raises_or_ends_the_process_is_told(source):
-    for line, told in (("assert x == 4", "AssertionError"), ("import os; os._exit(3)", "ended with 3"), ("exit()", "SystemExit")):
+def test_a_cell_that_raises_or_ends_the_process_is_reported(source):
+    for line, told in (("assert x == 4", "AssertionError"), ("import os; os._exit(3)", "exited with 3"), ("exit()", "SystemExit")):
         source.write_text(SOURCE + line + "\n")
         nbformat.write(notebooks.read(source), source.with_suffix(".ipynb"))
         [problem] = problems_of(source)
         assert told in problem
 
 
-def test_a_notebook_that_is_missing_is_told(source):
+def test_a_notebook_that_is_missing_is_reported(source):
     source.with_suffix(".ipynb").unlink()
     assert problems_of(source) == ["v00.py has no notebook; run `make notebooks`"]
     source.unlink()
-    assert problems_of(source) == ["there is no v00.py; every chapter has a notebook"]
+    assert problems_of(source) == ["v00.py is missing; every chapter has a notebook"]
 
 
 def test_all_begin_alike_and_name_themselves_and_no_machine():
@@ -123,7 +123,7 @@ def test_git_shows_a_notebook_by_cells_wherever_it_is_called(tmp_path):
     book.cells[0].source = "after = 1"
     nbformat.write(book, path)
     bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    assert "--- a/book.ipynb" in run(["git", "diff"], env=bare).stdout, "a clone that was not told shows text"
+    assert "--- a/book.ipynb" in run(["git", "diff"], env=bare).stdout, "a clone that is not configured shows text"
     notebooks.use_nbdime(root)
     shown = run(["git", "diff"], env=bare).stdout
     assert "nbdiff" in shown and "before = 1" in shown and "after = 1" in shown

@@ -1,4 +1,4 @@
-"""The site as readers have it: every link leads somewhere, and in a browser everything works, on a phone too."""
+"""The site as readers see it: no link is dead, and everything works in a browser, on a phone too."""
 import html
 import re
 
@@ -33,7 +33,7 @@ def test_a_page_fits_a_phone_and_a_desk_and_does_not_complain(open_page, path):
     for width, scheme in ((390, "dark"), (1280, "light")):
         page.set_viewport_size({"width": width, "height": 900})
         page.emulate_media(color_scheme=scheme)
-        # The menu takes a moment to move aside.
+        # The menu takes a moment to slide away.
         page.wait_for_function("document.documentElement.scrollWidth <= document.documentElement.clientWidth", timeout=3000)
     assert page.locator("h1").count() == 1
 
@@ -88,8 +88,8 @@ def test_the_run_is_replayed(open_page):
     page.get_by_role("button", name="pause").click()
     page.locator(".replay input").evaluate("each => { each.value = each.max; each.dispatchEvent(new Event('input')); }")
     ends = told.all_inner_texts()
-    assert ends[0].startswith("71 tokens") and all("10 of 10 requests done" in each for each in ends)
-    passes = [int(re.search(r"after (\d+) passes", each)[1]) for each in ends]
+    assert ends[0].startswith("71 tokens") and all("10 of 10 requests finished" in each for each in ends)
+    passes = [int(re.search(r"after (\d+) forward passes", each)[1]) for each in ends]
     assert passes[:4] == [71, 71, 39, 19]
     drawn = page.locator(".replay canvas").first.evaluate(
         "each => each.getContext('2d').getImageData(0, 0, each.width, each.height).data.some(value => value)"

@@ -1,1 +1,1 @@
-"""What only tests use."""
+"""Helpers for tests."""

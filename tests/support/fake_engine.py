@@ -1,10 +1,10 @@
-"""An engine that computes nothing, and that tests can steer."""
+"""An engine that computes nothing and that tests control."""
 import importlib
 import threading
 
 
 class FakeEngine:
-    """Says the prompt back, a token a step, to as many requests as there are places; holds while `gate` is closed."""
+    """Returns each prompt, one token per step, for a limited number of requests; waits while `gate` is closed."""
 
     name = "fake"
 

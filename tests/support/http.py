@@ -1,4 +1,4 @@
-"""One client for all tests: to make one takes longer than most requests."""
+"""One client for all tests: creating one takes longer than most requests."""
 import json
 
 import httpx
@@ -7,14 +7,14 @@ HTTP = httpx.Client(verify=False, timeout=30, limits=httpx.Limits(max_connection
 
 
 def post(server, path, body, **options):
-    """Send a body to a server, as JSON; bytes as they are."""
+    """Send a body to a server, as JSON, or as is if it is bytes."""
     content = {"json": body} if isinstance(body, (dict, list)) else {"content": body}
     headers = {"content-type": "application/json"} | options.pop("headers", {})
     return HTTP.post(f"{server.url}{path}", headers=headers, **content, **options)
 
 
 def assert_names(response, param):
-    """It is a 400 in OpenAI's form, which names the parameter; the error."""
+    """Assert a 400 in OpenAI's format that names the parameter; return the error."""
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"

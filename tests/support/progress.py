@@ -1,4 +1,4 @@
-"""On a terminal, one line that says how far the tests are, in the place of a dot for each."""
+"""On a terminal, one line that shows the progress of the tests, instead of a dot for each."""
 import time
 
 import pytest
@@ -9,7 +9,7 @@ class OneLine:
 
     def __init__(self, reporter):
         self.reporter = reporter
-        reporter._show_progress_info = False  # a share in per cent, which this line replaces
+        reporter._show_progress_info = False  # the percentage, which this line replaces
         self.total = self.done = self.failed = 0
         self.began = time.monotonic()
         self.drawn = 0.0
@@ -23,7 +23,7 @@ class OneLine:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report):
-        """No letter is printed; what there is to say is said at the end."""
+        """Print no letter; the report comes at the end."""
         if report.when == "call" and report.passed:
             return "passed", "", "PASSED"
         if report.failed:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class Seen:
-    """Notes every file that this process opens, from now on; a fork or another process is not seen."""
+    """Records every file that this process opens from now on, but none that a fork or another process opens."""
 
     def __init__(self):
         self.opened = set()
@@ -16,7 +16,7 @@ class Seen:
             self.opened.add(os.path.abspath(arguments[0]))
 
     def files(self) -> set[Path]:
-        """What was opened, and the source of every module that was imported."""
+        """The files opened, and the source of every module imported."""
         opened = {Path(path.decode(errors="replace") if isinstance(path, bytes) else path) for path in self.opened.copy()}
         modules = {Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
         return {path.absolute() for path in opened | modules}

@@ -24,7 +24,7 @@ def client(server):
 
 @pytest.fixture(scope="session")
 def alone(chapter):
-    """What the engine says without a server: text, tokens, reason."""
+    """What the engine generates without a server: text, tokens, finish reason."""
     engine = chapter.load().Engine(checkpoint("pocket"), max_num_seqs=16, max_model_len=256)
 
     def alone(prompts, **params):

@@ -1,7 +1,8 @@
 """A command in a process of its own, without the seconds that its imports take.
 
-A helper process imports once what is slow and nothing of the repository; it forks for each command, and the fork runs it
-as `python -m` would. Otherwise the command is what a user starts: signals, exit code, stdout and stderr are its own.
+A helper process imports the slow packages once, and nothing of the repository. It forks for each command, and the fork
+runs it as `python -m` would. The command otherwise behaves as if a user had started it: it has its own signals, exit
+code, stdout and stderr.
 """
 import contextlib
 import importlib
@@ -15,7 +16,7 @@ import time
 from functools import cache
 from pathlib import Path
 
-# What a command would import, and what these import only when they are used.
+# What a command would import, and what those packages import lazily.
 SLOW = (
     *("torch", "torch._dynamo", "triton", "safetensors.torch", "tokenizers", "pydantic.v1"),
     *("transformers", "transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers"),
@@ -24,7 +25,7 @@ SLOW = (
 
 
 class Started:
-    """A running command; what subprocess.Popen says of one. What it writes has to fit into a pipe."""
+    """A running command, with the interface of subprocess.Popen. Its output must fit into a pipe."""
 
     def __init__(self, module: str, *arguments: str, cwd: Path, env: dict[str, str]):
         (out_read, out_write), (err_read, err_write) = os.pipe(), os.pipe()
@@ -49,19 +50,19 @@ class Started:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """What is left of stdout and stderr when it has ended."""
+        """Wait for its end, and return the rest of stdout and stderr."""
         self.wait(timeout)
         return self.stdout.read(), self.stderr.read()
 
     def close(self) -> None:
-        """End it, whatever it does."""
+        """End it in any case."""
         self.kill()
         self.wait()
         self.stdout.close()
         self.stderr.close()
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:  # otherwise the number may be another process's
+        if self.poll() is None:  # otherwise the id may belong to another process
             os.kill(self.pid, number)
 
     def kill(self) -> None:
@@ -70,7 +71,7 @@ class Started:
 
 @cache
 def helper() -> socket.socket:
-    """The connection to the helper, which is started by the first command and ends with this process."""
+    """The connection to the helper, which the first command starts and which ends with this process."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     command = [sys.executable, "-P", __file__, str(its.fileno())]
     subprocess.Popen(command, pass_fds=[its.fileno()], cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -84,7 +85,7 @@ def ask(order: dict, *fds: int):
 
 
 def line_of(connection: socket.socket) -> tuple[bytes, list[int]]:
-    """The next message, and the files that came with it; nothing when the other side is gone."""
+    """The next message and the files sent with it; nothing if the other side is gone."""
     message, fds = b"", []
     while not message.endswith(b"\n"):
         part, more, _, _ = socket.recv_fds(connection, 1 << 16, 2)
@@ -98,7 +99,7 @@ def line_of(connection: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def obey(orders: socket.socket) -> tuple[dict, list[int]] | None:
-    """Start commands and tell how they ended, until nobody asks any more. In a fork: the order, and where it writes."""
+    """Start commands and report how they ended, until the other side is gone. In a fork: return its order and pipes."""
     while True:
         message, fds = line_of(orders)
         if not message:
@@ -118,7 +119,7 @@ def obey(orders: socket.socket) -> tuple[dict, list[int]] | None:
 
 
 def run(order: dict, fds: list[int]) -> None:
-    """In the fork: be the command, and end as it does."""
+    """In the fork: run the command, and exit as it does."""
     for number, fd in enumerate(fds, 1):
         os.dup2(fd, number)
         os.close(fd)
@@ -132,7 +133,7 @@ def run(order: dict, fds: list[int]) -> None:
 
 if __name__ == "__main__":
     for name in SLOW:
-        with contextlib.suppress(ImportError):  # Triton exists for Linux only
+        with contextlib.suppress(ImportError):  # Triton exists only for Linux
             importlib.import_module(name)
     sys.modules["torch"].set_num_threads(1)
     forked = obey(socket.socket(fileno=int(sys.argv[1])))

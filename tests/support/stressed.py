@@ -1,4 +1,4 @@
-"""The server when things go wrong: what its tests have in common."""
+"""What the tests of a server under stress share."""
 import json
 import os
 import socket
@@ -37,7 +37,7 @@ def client_of(server, **options):
 
 
 def start(chapter, *flags):
-    """The server as a user starts it."""
+    """Start the server as a user would."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if "engine_process" in chapter.capabilities:
         flags = ("--engine", verify.ENGINE, *flags)
@@ -59,7 +59,7 @@ def process(chapter, request):
 
 
 def hang_up(chapter, engine, path, body):
-    """Ask, and close the connection once the request runs; everything of it must end soon."""
+    """Send a request and close the connection once it runs; all of it must end soon."""
     with serving(chapter, engine) as server:
         raw = json.dumps(body).encode()
         with socket.create_connection(("127.0.0.1", int(server.url.split(":")[-1]))) as connection:
@@ -68,7 +68,7 @@ def hang_up(chapter, engine, path, body):
             connection.sendall(head.encode() + raw)
             wait_until(lambda: health(server)["running"])
         wait_until(lambda: is_idle(server), 10)
-        # To the end it would have been 400 or more.
+        # A complete answer would have been 400 or more.
         assert engine.num_steps - before < 300
         assert not engine.has_unfinished_requests() and not server.service.async_engine.active_generations
         assert engine.pool.num_free == engine.pool.num_blocks

@@ -1,4 +1,4 @@
-"""Attention by Triton kernels. Imported only where it is asked for: Triton is not everywhere.
+"""Attention by Triton kernels. Imported only when selected, because Triton is not installed everywhere.
 
 N tokens of this step   H query heads   KV key/value heads   D head_dim
 """
@@ -11,7 +11,7 @@ from .paged_attention import paged_attention, warm_up, write_slots
 
 
 def attend_in_place(q: Tensor, k: Tensor, v: Tensor, layer_id: int, batch: Batch) -> Tensor:
-    """Store the step's keys and values, [N, KV, D], then attend over the blocks where they lie: q [N, H, D] to [N, H, D]."""
+    """Store the step's keys and values, [N, KV, D], then attend to the blocks in place: q [N, H, D] to [N, H, D]."""
     [ranges] = batch.view
     k_cache, v_cache = batch.cache.k[layer_id], batch.cache.v[layer_id]
     # Triton launches on the thread's current GPU, wherever the tensors are.
@@ -30,7 +30,7 @@ def attend_in_place(q: Tensor, k: Tensor, v: Tensor, layer_id: int, batch: Batch
 
 
 def compile_kernels(cache: KVCache, num_heads: int, max_model_len: int) -> None:
-    """Compile all that a step of an engine with this cache may launch."""
+    """Compile every kernel that a step of an engine with this cache may launch."""
     with torch.cuda.device_of(cache.k):
         warm_up(cache.k[0], cache.v[0], num_heads, max_model_len)
 

@@ -1,4 +1,4 @@
-"""Attention over blocks, read where they lie.
+"""Paged attention: Triton kernels that read the blocks of the cache in place.
 
 N tokens of this step, all sequences end to end   S sequences   H query heads   KV key/value heads   G = H / KV
 D head_dim   P num_blocks   BS block_size   M blocks of the longest sequence   X splits of a long context
@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The keys that a program takes at a time, whatever the size of a block.
+# The most keys that a program handles at a time, whatever the block size.
 TILE_KEYS = 64
-# No tile of queries, keys or values has more bytes: several must fit into shared memory, of which some GPUs have 64 KiB.
+# The most bytes in a tile of queries, keys or values: several must fit into shared memory, 64 KiB on some GPUs.
 TILE_BYTES = 2**14
 TILE_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-# A split of fewer keys would cost more to start and to combine than it saves.
+# A split with fewer keys would cost more to launch and combine than it saves.
 MIN_SPLIT_KEYS = 256
 
 
@@ -25,7 +25,7 @@ def paged_attention_ref(
     query_starts: Tensor,
     context_lens: Tensor,
 ) -> Tensor:
-    """What `paged_attention` means, one sequence at a time, in float32."""
+    """The reference for `paged_attention`: one sequence at a time, in float32."""
     out = torch.empty_like(q)
     group, head_dim = q.shape[1] // k_cache.shape[2], q.shape[2]
     for s, n in enumerate(context_lens.tolist()):
@@ -54,13 +54,13 @@ def _write_kernel(
     # compile-time
     HEAD_DIM: tl.constexpr,   # D
     SIZE: tl.constexpr,       # KV * D
-    PADDED_SIZE: tl.constexpr,  # SIZE, up to a power of two
+    PADDED_SIZE: tl.constexpr,  # SIZE, rounded up to a power of two
 ):
     """Program n stores the key and value of token n in its slot."""
     n = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + n)
     offs = tl.arange(0, PADDED_SIZE)
-    # hides what the padding adds
+    # hides the padding
     mask = offs < SIZE
     head, offs_d = offs // HEAD_DIM, offs % HEAD_DIM
     k = tl.load(k_ptr + n * stride_k_n + head * stride_k_kv + offs_d, mask=mask)
@@ -84,11 +84,11 @@ def write_slots(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_map
     )
 
 
-# Triton compiles a variant for each class of an integer: 1, a multiple of 16, any other. These change from step to step.
+# Triton compiles one variant per class of an integer: 1, a multiple of 16, any other. These change from step to step.
 @triton.jit(do_not_specialize=["stride_t_s", "num_tokens", "num_splits"])
 def _attend_kernel(
     # tensors
-    out_ptr,           # [X, N, H, D], contiguous; X = 1: the result, else what each split found
+    out_ptr,           # [X, N, H, D], contiguous; the result if X = 1, else that of each split
     lse_ptr,           # [X, N, H] float32: log of the sum of exponentials of each split's scores
     q_ptr,             # [N, H, D]
     k_cache_ptr,       # [P, BS, KV, D], contiguous
@@ -108,14 +108,14 @@ def _attend_kernel(
     NUM_KV_HEADS: tl.constexpr,  # KV
     BLOCK_SIZE: tl.constexpr,  # BS
     HEAD_DIM: tl.constexpr,    # D
-    PADDED_DIM: tl.constexpr,  # D, up to a power of two
+    PADDED_DIM: tl.constexpr,  # D, rounded up to a power of two
     TILE_ROWS: tl.constexpr,   # rows of scores: a row is one query of one head
     TILE_KEYS: tl.constexpr,
-    TILE_DTYPE: tl.constexpr,  # in which tiles are multiplied; sums are float32
+    TILE_DTYPE: tl.constexpr,  # the dtype in which tiles are multiplied; sums are float32
 ):
-    """Program (s, kv, i) attends, for one tile of sequence s's queries and the query heads of kv, over one split of its keys.
+    """Program (s, kv, i) attends from a tile of sequence s's queries, in the query heads of kv, to a split of its keys.
 
-    i is tile * num_splits + split. Products are taken in full precision (ieee), never in TF32.
+    i is tile * num_splits + split. Products are computed in full precision (ieee), never in TF32.
     """
     # which piece is mine; addresses are int64, because a cache can have more than 2**31 elements
     s = tl.program_id(0).to(tl.int64)
@@ -124,7 +124,7 @@ def _attend_kernel(
     tile = tl.program_id(2) // num_splits
     first_query = tl.load(query_starts_ptr + s)
     num_queries = tl.load(query_starts_ptr + s + 1) - first_query
-    # the grid is sized for the sequence that brings most
+    # the grid is sized for the sequence with the most queries
     if tile * TILE_ROWS >= num_queries * GROUP:
         return
     context_len = tl.load(context_lens_ptr + s)
@@ -134,15 +134,15 @@ def _attend_kernel(
     query = offs_r // GROUP
     head = kv * GROUP + offs_r % GROUP
     position = context_len - num_queries + query
-    # hides rows past the last query, which belong to the next sequence or to nobody
+    # hides rows past the last query, which belong to the next sequence or to none
     row_mask = query < num_queries
-    # hides what the padding of D adds
+    # hides the padding of D
     dim_mask = offs_d < HEAD_DIM
     token = (first_query + query).to(tl.int64)
     q_offs = token[:, None] * stride_q_n + head[:, None] * stride_q_h + offs_d[None, :]
     q = tl.load(q_ptr + q_offs, mask=row_mask[:, None] & dim_mask[None, :], other=0.0).to(TILE_DTYPE)
 
-    # my keys: a share of the context, and none that the tile's last query may not see
+    # my keys: a share of the context, at most up to the position of the tile's last query
     tiles_a_split = (context_len + num_splits * TILE_KEYS - 1) // (num_splits * TILE_KEYS)
     begin = split * tiles_a_split * TILE_KEYS
     last_query = tl.minimum((tile * TILE_ROWS + TILE_ROWS - 1) // GROUP, num_queries - 1)
@@ -154,7 +154,7 @@ def _attend_kernel(
     acc = tl.zeros([TILE_ROWS, PADDED_DIM], tl.float32)  # not yet divided by exp_sum
     for start in range(begin, end, TILE_KEYS):
         key = start + offs_k
-        # hides what lies past the last key: this sequence's future, empty slots, or somebody else's
+        # hides slots past the last key: this sequence's future, empty slots, or another sequence's
         key_mask = key < end
         block = tl.load(block_tables_ptr + s * stride_t_s + key // BLOCK_SIZE, mask=key_mask, other=0).to(tl.int64)
         slot = block * BLOCK_SIZE + key % BLOCK_SIZE
@@ -167,7 +167,7 @@ def _attend_kernel(
         scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
 
         new_max = tl.maximum(score_max, tl.max(scores, axis=1))
-        # a row whose position lies before these keys has seen none: -inf - -inf would be NaN
+        # a row whose position is before all keys so far still has -inf: -inf - -inf would be NaN
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         rescale = tl.exp(score_max - shift)
         weights = tl.exp(scores - shift[:, None])
@@ -175,12 +175,12 @@ def _attend_kernel(
         acc = acc * rescale[:, None] + tl.dot(weights.to(TILE_DTYPE), v, input_precision="ieee")
         score_max = new_max
 
-    # a row that saw no key has 0 / 0: it gets 0, and -inf as lse, which weighs nothing
+    # a row that has seen no key would get 0 / 0: it gets 0, and an lse of -inf, which means no weight
     out = acc / tl.where(exp_sum == 0.0, 1.0, exp_sum)[:, None]
     row = (split.to(tl.int64) * num_tokens + token) * (NUM_KV_HEADS * GROUP) + head
     out_offs = row[:, None] * HEAD_DIM + offs_d[None, :]
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & dim_mask[None, :])
-    # with one split nobody reads it
+    # not read if there is only one split
     lse = tl.where(exp_sum == 0.0, float("-inf"), score_max + tl.log(tl.where(exp_sum == 0.0, 1.0, exp_sum)))
     tl.store(lse_ptr + row, lse, mask=row_mask)
 
@@ -199,7 +199,7 @@ def _combine_kernel(
     PADDED_DIM: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
 ):
-    """Program r weighs what the splits found for row r, one query of one head, by how much of the softmax each saw."""
+    """Program r combines the splits' results for row r, one query of one head, by their shares of the softmax."""
     r = tl.program_id(0).to(tl.int64)
     offs_x = tl.arange(0, PADDED_SPLITS)
     offs_d = tl.arange(0, PADDED_DIM)
@@ -218,12 +218,12 @@ def _combine_kernel(
 
 
 def count_sms(device: torch.device) -> int:
-    """The streaming multiprocessors of a GPU: that many programs run at the same time, or a few times as many. 1 on a CPU."""
+    """A GPU's number of streaming multiprocessors (SMs), each of which runs a few programs at a time; 1 on a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def choose_splits(num_programs: int, max_context_len: int, num_sms: int) -> int:
-    """The number of pieces into which contexts are cut, so that few sequences keep all SMs busy.
+    """The number of splits per context that lets even a few sequences keep all SMs busy.
 
     >>> choose_splits(num_programs=8, max_context_len=4096, num_sms=132), choose_splits(900, 4096, 132)
     (16, 1)
@@ -233,7 +233,7 @@ def choose_splits(num_programs: int, max_context_len: int, num_sms: int) -> int:
 
 
 def choose_tile(padded_dim: int, itemsize: int) -> int:
-    """Keys, and rows of scores at the most, that a program takes at a time.
+    """The number of keys, and the most rows of scores, that a program handles at a time.
 
     >>> choose_tile(padded_dim=128, itemsize=2), choose_tile(128, 4), choose_tile(256, 4)
     (64, 32, 16)
@@ -252,19 +252,19 @@ def paged_attention(
     max_context_len: int,
     num_splits: int | None = None,
 ) -> Tensor:
-    """Attend each sequence's queries over the keys and values that its table leads to.
+    """Compute the attention of each sequence's queries to the keys and values in its blocks.
 
     Args:
-        q: [N, H, D], the sequences' queries end to end, each sequence's the last of its context.
+        q: [N, H, D], the sequences' queries end to end; they are at the last positions of each context.
         k_cache, v_cache: [P, BS, KV, D]. Slots past a sequence's context are never read.
         block_tables: [S, M] int32; entry i is the block of positions i * BS to (i + 1) * BS - 1.
-        query_starts: [S + 1] int32; sequence s has rows query_starts[s] to query_starts[s + 1] of q.
-        context_lens: [S] int32, positions to attend over, those of q included.
-        max_query_len, max_context_len: the most queries and the most positions of a sequence, which size the grid.
-        num_splits: pieces of each context that programs share; by default what keeps the device busy.
+        query_starts: [S + 1] int32; sequence s has rows query_starts[s] to query_starts[s + 1] - 1 of q.
+        context_lens: [S] int32, positions to attend to, those of q included.
+        max_query_len, max_context_len: the most queries and the most positions of any sequence; they size the grid.
+        num_splits: splits of each context, each by a program of its own; by default enough to keep the device busy.
     Returns:
         [N, H, D] in q's dtype; accumulated in float32.
-    Loads 2 * KV * D elements for each key and tile of queries: the heads of a group share them.
+    Loads 2 * KV * D elements for each key and tile of queries, because the heads of a group share them.
     Source: https://arxiv.org/abs/2309.06180; online softmax, https://arxiv.org/abs/1805.02867; splits,
     https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
     """
@@ -283,7 +283,7 @@ def paged_attention(
     out = torch.empty(num_tokens, num_heads, head_dim, device=q.device, dtype=q.dtype)
     parts = torch.empty(num_splits, *out.shape, device=q.device, dtype=torch.float32) if num_splits > 1 else out
     lse = torch.empty(num_splits, num_tokens, num_heads, device=q.device, dtype=torch.float32)
-    # The interpreter multiplies no bfloat16, so tiles of 16 bits are multiplied on a GPU alone.
+    # The interpreter cannot multiply bfloat16, so 16-bit tiles are multiplied only on a GPU.
     tile_dtype = TILE_DTYPES[q.dtype] if q.is_cuda else tl.float32
     _attend_kernel[(num_seqs, num_kv_heads, num_tiles * num_splits)](
         parts, lse, q, k_cache, v_cache, block_tables, query_starts, context_lens,
@@ -301,15 +301,15 @@ def paged_attention(
 
 
 def warm_up(k_cache: Tensor, v_cache: Tensor, num_heads: int, max_context_len: int) -> None:
-    """Compile every variant of the kernels that a launch may need, by launching each; the caches keep what they hold.
+    """Compile every kernel variant that a step may need, by launching each; the contents of the caches stay the same.
 
-    A variant of the attention kernel differs in TILE_ROWS, and in the dtype that it writes: float32 for the parts of
-    splits. One of the combining kernel differs in PADDED_SPLITS.
+    Variants of the attention kernel differ in TILE_ROWS and in the dtype that they write, which is float32 for splits.
+    Variants of the combining kernel differ in PADDED_SPLITS.
 
     Args:
         k_cache, v_cache: [P, BS, KV, D], of one layer.
         num_heads: H.
-        max_context_len: the longest context to come; it limits the number of splits.
+        max_context_len: the longest context that a step may have; it limits the number of splits.
     """
     _, block_size, num_kv_heads, head_dim = k_cache.shape
     group, device = num_heads // num_kv_heads, k_cache.device
@@ -319,7 +319,7 @@ def warm_up(k_cache: Tensor, v_cache: Tensor, num_heads: int, max_context_len: i
     powers = [2**i for i in range(max_splits.bit_length())]  # 1, 2, 4, ... up to max_splits
     for num_queries in {1, *(triton.cdiv(rows, group) for rows in (16, 32, TILE_KEYS))}:
         q = torch.zeros(num_queries, num_heads, head_dim, device=device, dtype=k_cache.dtype)
-        # one sequence, every entry of whose table is block 0
+        # one sequence, whose table has block 0 in every entry
         tables = torch.zeros(1, triton.cdiv(num_queries, block_size), device=device, dtype=torch.int32)
         starts = torch.tensor([0, num_queries], device=device, dtype=torch.int32)
         lens = torch.tensor([num_queries], device=device, dtype=torch.int32)

@@ -1,1 +1,1 @@
-"""What the texts say, held to the code, the results and each other."""
+"""Generate the texts' code, diffs and tables, and check the texts against code and results."""

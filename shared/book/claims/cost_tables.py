@@ -1,8 +1,8 @@
-"""The tables that are made of the staircase's result: what each chapter took on one workload.
+"""The tables made from the staircase's result: what one workload costs in each chapter.
 
-    cost       a chapter's card: what it took, beside the chapter before it; what changed in bold
-    strip      one request, followed through all chapters so far
-    staircase  all chapters, a row each
+    cost       a chapter's card: what the workload costs, beside the chapter before it; what changed is bold
+    strip      where one request's time goes in all chapters so far
+    staircase  all chapters, one row each
 
 Reads: docs/results/staircase.json.
 """
@@ -12,17 +12,17 @@ from shared.chapters import Book, Chapter
 
 COMMAND = "python -m shared.bench staircase --write"
 
-# What a card says: the words, the key in the result, how it is written, and by what it is divided.
+# The rows of a card: label, key in the result, format, and divisor.
 COSTS = (
     ("forward passes", "passes", "{:,}", 1),
-    ("tokens a pass", "tokens_per_pass", "{:.2f}", 1),
+    ("tokens per forward pass", "tokens_per_pass", "{:.2f}", 1),
     ("positions computed", "positions", "{:,}", 1),
-    ("of them needed", "needed_share", "{:.0%}", 1),
+    ("share of them needed", "needed_share", "{:.0%}", 1),
     ("weights read", "weight_read_bytes", "{:,.1f} GB", 1e9),
     ("keys and values read back", "kv_read_bytes", "{:,.2f} GB", 1e9),
-    ("memory kept for keys and values", "kv_bytes", "{:,.0f} MiB", 2**20),
-    ("first token of request 26 in the queue", "late_ttft_ms", "{:,.0f} ms", 1),
-    ("tokens a second", "tokens_per_s", "{:,.0f}", 1),
+    ("memory reserved for keys and values", "kv_bytes", "{:,.0f} MiB", 2**20),
+    ("time to first token of request 26", "late_ttft_ms", "{:,.0f} ms", 1),
+    ("tokens per second", "tokens_per_s", "{:,.0f}", 1),
 )
 MEASURED = ("tokens_per_s", "late_ttft_ms")
 STRIP_WIDTH = 64
@@ -30,12 +30,12 @@ STRIP = {"waits": "\u00b7", "wasted": "\u2591", "useful": "\u2588"}
 
 
 def rows_by_kind(book: Book) -> dict[str, dict]:
-    """The staircase as it was measured on each kind of machine."""
+    """The newest staircase measured on each kind of machine, by kind."""
     return results.read(book.results / "staircase.json", COMMAND)
 
 
 def newest_with(book: Book, *chapters: Chapter) -> dict:
-    """The newest row in which all these chapters are."""
+    """The newest measurement that covers all these chapters."""
     rows = {kind: row for kind, row in rows_by_kind(book).items() if all(chapter.id in row for chapter in chapters)}
     if not rows:
         missing = [chapter.id for chapter in chapters if chapter.id not in results.cited(rows_by_kind(book))]
@@ -48,13 +48,13 @@ def written(row: dict, key: str, form: str, unit: float) -> str:
 
 
 def within_noise(rows: list[dict], key: str) -> bool:
-    """Whether two measurements differ by less than the runs do among themselves."""
+    """Whether two measurements differ by less than the spread of their runs."""
     first, second = (row[key] for row in rows)
     return abs(second - first) < first * sum(row["spread"] for row in rows)
 
 
 def measured(book: Book, chapter: Chapter, row: dict, columns: tuple) -> str:
-    """A figure of a machine, and whether it is old; nothing where it was not measured."""
+    """A measured figure, marked if the code has changed since; empty if it was not measured."""
     if chapter.id not in row:
         return ""
     mark = " (old)" if results.is_old(row, [chapter.id, columns[0]], book) else ""
@@ -62,61 +62,67 @@ def measured(book: Book, chapter: Chapter, row: dict, columns: tuple) -> str:
 
 
 def cost(book: Book, chapter: Chapter | None) -> list[str]:
-    """The chapter's card: what is counted, and what was measured on each kind of machine."""
+    """The chapter's card: what is counted, and what was measured on each kind of machine.
+
+    Rows that the chapter does not change are left out. If it changes no count, any difference in speed is noise, and the card
+    says only that.
+    """
     if chapter is None:
         raise ValueError("a cost card belongs to a chapter; in another text use the table staircase")
-    chapters = [each for each in (chapter.previous, chapter) if each]
+    chapters = [part for part in (chapter.previous, chapter) if part]
     newest, kinds = newest_with(book, *chapters), rows_by_kind(book)
     first = newest[chapters[0].id]
+    changes = any(newest[chapters[0].id][key] != newest[chapter.id][key] for _, key, *_ in COSTS if key not in MEASURED)
     lines = [
-        f"| {first['requests']} requests to pocket, {first['tokens']:,} tokens | {' | '.join(each.id for each in chapters)} |",
+        f"| {first['requests']} requests to pocket, {first['tokens']:,} tokens | {' | '.join(part.id for part in chapters)} |",
         "|---|" + "---:|" * len(chapters),
     ]
-    for what, *columns in COSTS:
+    if len(chapters) == 2 and not changes:
+        lines.append("| forward passes, positions, bytes | | the same |")
+    for what, *columns in COSTS if changes or len(chapters) == 1 else ():
         key = columns[0]
         for kind, row in kinds.items() if key in MEASURED else [("", newest)]:
-            cells = [measured(book, each, row, columns) for each in chapters]
-            found = [row[each.id] for each in chapters if each.id in row]
-            if not any(each[key] for each in found):
+            cells = [measured(book, part, row, columns) for part in chapters]
+            costs = [row[part.id] for part in chapters if part.id in row]
+            if not any(cost[key] for cost in costs):
                 continue
-            # What the chapter does not move is no cost of it.
-            if len(found) == 2 and cells[0] == cells[1] and key not in MEASURED:
+            if len(costs) == 2 and cells[0] == cells[1] and key not in MEASURED:
                 continue
-            if len(found) == 2 and cells[0] != cells[1] and not (key in MEASURED and within_noise(found, key)):
+            if len(costs) == 2 and cells[0] != cells[1] and not (key in MEASURED and within_noise(costs, key)):
                 cells[1] = f"**{cells[1]}**"
             lines.append(f"| {what}{of_kind(kind, kinds)} | {' | '.join(cells)} |")
     if len(chapters) == 2:
         added, removed = lines_changed(*chapters)
-        lines.append(f"| lines of Python, blank ones too | | {added} added, {removed} removed |")
+        lines.append(f"| lines of Python | | {added:,} added, {removed:,} removed |")
     return lines
 
 
 def of_kind(kind: str, kinds: dict) -> str:
-    """The kind of machine, where there are several."""
+    """The kind of machine, if there is more than one."""
     return f", {results.KINDS.get(kind, kind)}" if kind and len(kinds) > 1 else ""
 
 
 def strip(book: Book, chapter: Chapter | None) -> list[str]:
-    """One request's time in each chapter up to this one, all on one scale."""
+    """Where one request's time goes in each chapter up to this one, on one scale."""
     chapters = book.chapters[: chapter.number + 1] if chapter else book.chapters
     row = newest_with(book, *chapters)
-    names = [each.id for each in chapters]
+    names = [part.id for part in chapters]
     rows = [row[name] for name in names]
     prompt, output = rows[0]["watched"]["lengths"]
-    lives = [{what: each["watched"]["life_ms"].get(what, 0) for what in STRIP} for each in rows]
+    lives = [{what: costs["watched"]["life_ms"].get(what, 0) for what in STRIP} for costs in rows]
     longest = max(sum(life.values()) for life in lives)
     old = [name for name in names if name in results.old_chapters(row, book)]
     lines = [
         "```text",
         f"request {rows[0]['watched']['request'] + 1} of {rows[0]['requests']}, {prompt} + {output} tokens; "
-        f"a character is {longest / STRIP_WIDTH:,.0f} ms or less",
-        *([f"old, since the code has changed: {', '.join(old)}"] if old else []),
+        f"one character is at most {longest / STRIP_WIDTH:,.0f} ms",
+        *([f"measured before the code changed: {', '.join(old)}"] if old else []),
         *(f"{name}  {bar(life, longest)}" for name, life in zip(names, lives)),
         "",
         f"{'':6}{'waits ' + STRIP['waits']:>12}{'for nothing ' + STRIP['wasted']:>16}"
         f"{'needed ' + STRIP['useful']:>12}{'last token after':>20}",
     ]
-    rides = [each["watched"]["life_ms"].get("rides", 0) for each in rows]
+    rides = [costs["watched"]["life_ms"].get("rides", 0) for costs in rows]
     if any(rides):
         lines[-1] += f"{'then rides along':>20}"
     for name, life, after in zip(names, lives, rides):
@@ -126,24 +132,24 @@ def strip(book: Book, chapter: Chapter | None) -> list[str]:
 
 
 def bar(life: dict[str, float], longest: float) -> str:
-    """A request's time as characters; whatever took time has at least one."""
+    """A request's time as characters; every part that took any time has at least one."""
     counts = {what: max(1, round(STRIP_WIDTH * ms / longest)) if ms else 0 for what, ms in life.items()}
     return "".join(STRIP[what] * count for what, count in counts.items())
 
 
-# A card's head has room for all; a table of all chapters does not.
+# A table of all chapters has no room for every column.
 IN_TABLE = ("tokens_per_s", "passes", "positions", "needed_share", "weight_read_bytes", "kv_bytes", "late_ttft_ms")
 
 
 def staircase(book: Book, chapter: Chapter | None) -> list[str]:
-    """All chapters, a row each; what was measured has a column for each kind of machine."""
+    """All chapters, one row each; measured figures have a column for each kind of machine."""
     costs = sorted((cost for cost in COSTS if cost[1] in IN_TABLE), key=lambda cost: IN_TABLE.index(cost[1]))
     kinds = rows_by_kind(book)
     columns = [(what + of_kind(kind, kinds), kind, rest) for what, *rest in costs for kind in (kinds if rest[0] in MEASURED else [""])]
     lines = ["| " + " | ".join(["", *(head for head, _, _ in columns)]) + " |", "|---|" + "---:|" * len(columns)]
-    for each in book.chapters:
-        newest = newest_with(book, each)
-        cells = [measured(book, each, kinds.get(kind, newest) if kind else newest, rest) for _, kind, rest in columns]
+    for part in book.chapters:
+        newest = newest_with(book, part)
+        cells = [measured(book, part, kinds.get(kind, newest) if kind else newest, rest) for _, kind, rest in columns]
         cells = [cell.replace(" ", "\u00a0") for cell in cells]
-        lines.append(f"| [{each.id}](milestones/{each.name}/README.md) | " + " | ".join(cells) + " |")
+        lines.append(f"| [{part.id}](milestones/{part.name}/README.md) | " + " | ".join(cells) + " |")
     return lines

@@ -1,13 +1,13 @@
-"""What a claim generates: a function from the claim's text to lines of Markdown, one for each kind.
+"""Generate a claim's block: for each kind of claim, a function from the claim's text to lines of Markdown.
 
-    code    units as they stand, of this chapter
-    diff    units against the chapter before; each changed unit has one such home
+    code    units of this chapter
+    diff    units against the chapter before; each changed unit has one such claim
     see     the same diff, shown again
-    words   the diff of units of which only comments or docstrings differ; the reason follows
+    words   the diff of units in which only comments or docstrings differ; the reason follows
     traps   the chapter's seeded bugs, all or those of some units
     table   a table by name, from TABLES
 
-In a text that belongs to no chapter an address begins with its chapter: `v03/cache.py::KVCache`.
+In a text that belongs to no chapter, an address begins with its chapter: `v03/cache.py::KVCache`.
 
 Reads: the chapters, tests/traps/*.toml.
 """
@@ -22,7 +22,7 @@ from shared.chapters import Book, Chapter
 
 
 def code(book: Book, chapter: Chapter | None, what: str) -> list[str]:
-    """Units as they stand: a caption and a fence for each file."""
+    """The units' code: a caption and a fenced block for each file."""
     chapter, what = chapter_of(book, chapter, what)
     units = read_units(chapter.path)
     lines = []
@@ -33,39 +33,39 @@ def code(book: Book, chapter: Chapter | None, what: str) -> list[str]:
 
 
 def diff(book: Book, chapter: Chapter | None, what: str) -> list[str]:
-    """The units' change since the chapter before."""
+    """The units' diff against the chapter before."""
     chapter, what = chapter_of(book, chapter, what)
     previous = chapter.previous
     if previous is None:
-        raise ValueError(f"{chapter.id} is the first chapter and has no diff; show the units with code:")
+        raise ValueError(f"{chapter.id} is the first chapter and has no diff; show the units with `code:`")
     changes = {change.address: change for change in changes_of(chapter)}
     chosen = [changes[address] for address in expand(what, changes)]
     differing = [change for change in chosen if change.kind != "identical"]
     for pattern in split(what):
         if not any(change.address in expand(pattern, changes) for change in differing):
-            raise ValueError(f"{pattern} is what it was in {previous.id}; unclaim it, or show it with code:")
+            raise ValueError(f"{pattern} is the same as in {previous.id}; remove the claim, or show it with `code:`")
     return fence("diff", diff_lines(differing))
 
 
 def traps(book: Book, chapter: Chapter | None, what: str) -> list[str]:
-    """A list of the seeded bugs: what is wrong, where, and what a learner sees."""
+    """A list of the seeded bugs: their names, where they are, and what a user would see."""
     if chapter is None:
         raise ValueError("traps belong to a chapter; claim them in its README.md")
     path = chapter.traps
     if not path.is_file():
         raise ValueError(f"there is no {path.relative_to(book.root)}; write the chapter's traps first")
-    found = read_traps(path)
+    shown = read_traps(path)
     if what:
         expand(what, read_units(chapter.path))
-        wanted = set(expand(what, [trap.address for trap in found]))
-        found = [trap for trap in found if trap.address in wanted]
-    if not found:
+        addresses = set(expand(what, [trap.address for trap in shown]))
+        shown = [trap for trap in shown if trap.address in addresses]
+    if not shown:
         raise ValueError(f"{path.relative_to(book.root)} has no traps; write them first")
-    return [f"- **{trap.name}** (`{trap.address}`): {trap.told}" for trap in found]
+    return [f"- **{trap.name}** (`{trap.address}`): {trap.told}" for trap in shown]
 
 
 def table(book: Book, chapter: Chapter | None, what: str) -> list[str]:
-    """A table by its name."""
+    """The table with this name."""
     if what not in TABLES:
         raise ValueError(f"there is no table {what!r}; the tables are {', '.join(TABLES)}")
     return TABLES[what](book, chapter)
@@ -99,12 +99,12 @@ TABLES: dict[str, Callable[[Book, Chapter | None], list[str]]] = {
 
 
 def chapter_of(book: Book, chapter: Chapter | None, what: str) -> tuple[Chapter, str]:
-    """The chapter that a list of addresses is about, and the list without its name."""
+    """The chapter that a list of addresses refers to, and the list without the chapter's name."""
     named = {pattern.split("/")[0] for pattern in split(what) if re.match(r"v\d+\w*/", pattern)}
     if not named and chapter is not None:
         return chapter, what
     if len(named) != 1:
-        raise ValueError(f"{what!r} should name one chapter, as in v03/cache.py::KVCache")
+        raise ValueError(f"{what!r} must name exactly one chapter, as in v03/cache.py::KVCache")
     [name] = named
     return book.find(name), ", ".join(pattern.removeprefix(f"{name}/") for pattern in split(what))
 
@@ -117,7 +117,7 @@ def by_file(addresses: list[str]) -> dict[str, list[str]]:
 
 
 def caption(file: str, patterns: list[str]) -> str:
-    """What a block of code is called.
+    """The caption of a block of code.
 
     >>> caption("layers.py", ["layers.py::RMSNorm.*", "layers.py::rotate"])
     '`layers.py`: `RMSNorm`, `rotate`'
@@ -127,7 +127,7 @@ def caption(file: str, patterns: list[str]) -> str:
 
 
 def source(units: list[Unit]) -> list[str]:
-    """The units' lines in the order of their file, without indentation that all have."""
+    """The units' lines in the order of their file, without their common indentation."""
     pieces = sorted((piece for unit in units for piece in unit.pieces), key=lambda piece: piece.first_line)
     lines = []
     for piece in pieces:
@@ -137,7 +137,7 @@ def source(units: list[Unit]) -> list[str]:
 
 
 def fence(language: str, lines: list[str]) -> list[str]:
-    """Lines between fences that are longer than any they contain."""
+    """Lines in a fenced block, whose fence is longer than any run of backticks in them."""
     longest = max((len(run) for line in lines for run in re.findall(r"`+", line)), default=0)
     ticks = "`" * max(3, longest + 1)
     return [ticks + language, *lines, ticks]

@@ -1,12 +1,12 @@
-"""A chapter's text: where claims stand in it, what was generated after them, and what is prose.
+"""Find and fill the claims and result tokens in a text, and tell its prose from what is generated.
 
-A *claim* is a comment on lines of its own, outside of code:
+A *claim* is a comment on its own lines, outside of code:
 
     <!-- code: layers.py::RMSNorm.* -->
 
-What it generates follows on the next line and ends at `<!-- end -->`, with no blank line outside of code
-fences: so a claim that has nothing below it yet is told from one that has, and a line that was written by
-hand is never touched. A *result token* stands inside a sentence, and what it shows ends at `<!-- / -->`:
+The block it generates starts on the next line and ends at `<!-- end -->`, without blank lines outside code fences. So a
+claim without a block is recognized as such, and lines written by hand are never changed. A *result token* is part of a
+sentence, and its value ends at `<!-- / -->`:
 
     it reaches <!-- result: staircase.json#v02.tokens_per_s .1f -->41.7<!-- / --> tok/s
 
@@ -29,7 +29,7 @@ FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 CODE = r"(?P<code>(?P<ticks>`+)[^`].*?(?<!`)(?P=ticks)(?!`))"
 RESULT = re.compile(CODE + r"|<!--\s*result:\s*(?P<what>[^>]*?)\s*-->(?P<shown>[^<\n]*<!--\s*/\s*-->)?")
 
-# What a measured number stands before. "2x" always is one, "2 x" only in a comparison: not in a product.
+# The units of measured numbers. "2x" always counts as measured, "2 x" only in a comparison, not in a product.
 UNITS = "|".join((
     r"(?:tok(?:ens?)?|req(?:uests?)?|steps?)(?:/s| (?:per|a) second)",
     r"[kKMGT]?i?B/s|[kKMGT]i?B|[GT]?FLOP/?s",
@@ -43,7 +43,7 @@ MEASURED = re.compile(rf"(?<![\w.])\d[\d,._]*(?:e-?\d+)?\s?(?:{UNITS})(?![\w/])"
 
 @dataclass(frozen=True)
 class Claim:
-    """A comment that asks for something: lines [start, stop) of the text, its generated block [stop, end)."""
+    """A claim in lines [start, stop) of the text, with its generated block in lines [stop, end)."""
 
     kind: str
     what: str
@@ -53,7 +53,7 @@ class Claim:
 
     @property
     def line(self) -> int:
-        """Where it stands, counted from 1."""
+        """The line of its start, counted from 1."""
         return self.start + 1
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Claim:
 
 
 class TextError(ValueError):
-    """What is wrong in a text, where, and what to do about it."""
+    """An error in a text, with its line and a message that includes the remedy."""
 
     def __init__(self, line: int, message: str):
         super().__init__(message)
@@ -69,7 +69,7 @@ class TextError(ValueError):
 
 
 def fenced(lines: list[str]) -> list[bool]:
-    """For each line, whether it is code between fences, the fences themselves included."""
+    """For each line, whether it is inside a code fence, the fence lines included."""
     inside, fence = [], None
     for line in lines:
         found = FENCE.match(line)
@@ -84,7 +84,7 @@ def fenced(lines: list[str]) -> list[bool]:
 
 
 def find_claims(text: str) -> list[Claim]:
-    """The claims of a text, in order; a comment of an unknown kind is an error."""
+    """The claims of a text, in order; TextError for a comment of an unknown kind."""
     lines = text.splitlines()
     code = fenced(lines)
     claims, n = [], 0
@@ -98,14 +98,14 @@ def find_claims(text: str) -> list[Claim]:
         found = COMMENT.fullmatch("\n".join(lines[n:stop]).strip())
         kind = (found["kind"] or found["bare"]) if found else None
         if kind == "end":
-            raise TextError(n + 1, "this end belongs to no claim; remove it, or give the claim above its block back")
+            raise TextError(n + 1, "this `end` belongs to no claim; remove it, or restore the block of the claim above")
         if kind in WITH_BLOCK + WITHOUT_BLOCK:
             end = block_end(lines, code, stop) if kind in WITH_BLOCK else stop
             claims.append(Claim(kind, " ".join((found["what"] or "").split()), n, stop, end))
             stop = end
         elif found and found["kind"] and kind not in INLINE:
             known = ", ".join(WITH_BLOCK + WITHOUT_BLOCK + INLINE)
-            raise TextError(n + 1, f"there is no claim called {kind!r}; the claims are {known}")
+            raise TextError(n + 1, f"there is no claim named {kind!r}; the claims are {known}")
         n = stop
     return claims
 
@@ -123,7 +123,7 @@ def block_end(lines: list[str], code: list[bool], start: int) -> int:
 
 
 def fill_blocks(text: str, generate: Callable[[Claim], list[str] | None]) -> str:
-    """The text with the block of each claim written again; None leaves a block as it is."""
+    """The text with each claim's block replaced by what generate returns; None leaves a block unchanged."""
     lines = text.splitlines()
     for claim in reversed(find_claims(text)):
         block = generate(claim) if claim.kind in WITH_BLOCK else None
@@ -133,13 +133,13 @@ def fill_blocks(text: str, generate: Callable[[Claim], list[str] | None]) -> str
 
 
 def fill_results(text: str, read: Callable[[str, int], str | None]) -> str:
-    """The text with each result token filled with what read returns for it and its line; None leaves it as it is."""
+    """The text with each result token filled with what read returns for it and its line; None leaves it unchanged."""
     lines = text.splitlines(keepends=True)
     for n, code in enumerate(fenced(lines)):
         if code:
             continue
         if re.match(r" {0,3}<!--\s*(result|given):", lines[n]):
-            raise TextError(n + 1, "a result or given at a line's start ends the paragraph on GitHub; put a word first")
+            raise TextError(n + 1, "a result or given at the start of a line ends the paragraph on GitHub; put a word before it")
 
         def fill(found: re.Match) -> str:
             value = None if found["code"] else read(found["what"], n + 1)
@@ -150,21 +150,21 @@ def fill_results(text: str, read: Callable[[str, int], str | None]) -> str:
 
 
 def read_result(book: Book, what: str) -> str:
-    """The value that a token names: `FILE#KEY`, or `FILE#KEY FORMAT` (`|` may stand for the blank).
+    """The formatted value of a result token: `FILE#KEY`, or `FILE#KEY FORMAT` (`|` may replace the blank).
 
-    KEY is a path of names and list indices joined by dots; FORMAT is Python's, like `.1f` or `,`. `FILE@KIND#KEY` names
-    the kind of machine; otherwise it is the one that was measured last. What was measured on code that has changed since
-    is followed by "(old)".
+    KEY is a path of names and list indices joined by dots; FORMAT is a Python format like `.1f` or `,`. `FILE@KIND#KEY`
+    names the kind of machine; otherwise the newest measurement is used. If the measured code has changed since, "(old)"
+    follows the value.
     """
     address, _, form = what.replace("|", " ").partition(" ")
     file, _, key = address.partition("#")
     file, _, kind = file.partition("@")
     path = book.results / file
     if not key or not path.is_file():
-        raise ValueError(f"result {what!r} names no file under docs/results/; write FILE.json#KEY, and commit the file")
+        raise ValueError(f"result {what!r} does not name a file in docs/results/; write FILE.json#KEY, and commit the file")
     rows = results.rows_of(path)
     if kind and kind not in rows:
-        raise ValueError(f"docs/results/{file} has no row of {kind}; it has {', '.join(rows)}")
+        raise ValueError(f"docs/results/{file} has no row for {kind}; it has {', '.join(rows)}")
     row = rows[kind] if kind else results.cited(rows)
     try:
         shown = format(look_up(row, key), form.strip())
@@ -174,7 +174,7 @@ def read_result(book: Book, what: str) -> str:
 
 
 def look_up(tree, key: str):
-    """The value at a dotted key; a name that contains dots is tried whole first."""
+    """The value at a dotted key; a longer name that contains dots is tried first."""
     if isinstance(tree, list):
         head, _, rest = key.partition(".")
         return look_up(tree[int(head)], rest) if rest else tree[int(head)]
@@ -188,9 +188,9 @@ def look_up(tree, key: str):
 
 
 def prose(text: str) -> str:
-    """The text with code, generated blocks, comments and filled results blanked out, line by line.
+    """The text with code, generated blocks, comments and filled results blanked out; line numbers stay the same.
 
-    A `given` becomes the letter section sign: it says that the number before it was measured elsewhere.
+    A `given`, which says that the number before it was measured elsewhere, becomes a section sign.
     """
     lines = text.splitlines()
     code = fenced(lines)
@@ -205,14 +205,14 @@ def prose(text: str) -> str:
 
 
 def bare_numbers(text: str) -> list[tuple[int, str]]:
-    """Measured numbers that neither a result token nor a `given` vouches for: (line, number)."""
+    """Measured numbers without a source, as (line, number): neither a result token nor followed by a `given`."""
     text = prose(text)
-    found = list(MEASURED.finditer(text))
+    numbers = list(MEASURED.finditer(text))
     bare = []
-    for n, match in enumerate(found):
+    for n, match in enumerate(numbers):
         paragraph = text.find("\n\n", match.end())
         stop = min(
-            found[n + 1].start() if n + 1 < len(found) else len(text),
+            numbers[n + 1].start() if n + 1 < len(numbers) else len(text),
             paragraph if paragraph >= 0 else len(text),
         )
         if "\u00a7" not in text[match.end():stop]:

@@ -1,8 +1,8 @@
-"""The map of shared/: a row for each module, made of what it says of itself and of who calls it.
+"""The map of shared/: a row for each module, made from its docstring and its callers.
 
-What it does is the first sentence of its docstring; what it reads and writes stands in the docstring's last line
-(`Reads: ... Writes: ...`); what runs it is a make target, or `python -m` where it has none; its tests are those
-that import it or, in brackets, those nearest to it.
+What it does is the first sentence of its docstring, and what it reads and writes is the docstring's last line
+(`Reads: ... Writes: ...`). What runs it is a make target, or `python -m` if it has none. Its tests are those that import
+it or, in brackets, those that import its nearest users.
 
 Reads: shared/**/*.py, tests/**/*.py, Makefile.
 """
@@ -18,7 +18,7 @@ FOLDERS = ("", "models", "bench", "verify", "book", "book/traps", "book/claims",
 
 
 def module_map(book: Book, chapter: Chapter | None) -> list[str]:
-    """All modules, folder after folder."""
+    """The map's table: all modules, by directory."""
     shared = book.root / "shared"
     targets = make_targets(book.root / "Makefile")
     users = importers(path for folder in (shared, book.root / "tests") if folder.is_dir() for path in python_files(folder))
@@ -38,14 +38,14 @@ def row(path: Path, root: Path, targets: dict[str, list[str]], users: dict[str, 
     place, source = path.relative_to(root), path.read_text()
     module = dotted(place)
     reads, writes = files_told(source)
-    told = {"run by": command_of(module, source, targets), "reads": reads, "writes": writes}
-    about = "<br>".join([first_sentence(source), *(f"{what} {value}" for what, value in told.items() if value)])
+    facts = {"run by": command_of(module, source, targets), "reads": reads, "writes": writes}
+    about = "<br>".join([first_sentence(source), *(f"{what} {value}" for what, value in facts.items() if value)])
     name = path.name.replace("_", "\\_")
     return f"| [{name}]({place.as_posix()}) | {about.replace('*', BACKSLASH + '*')} | {tests_of(module, root, users)} |"
 
 
 def dotted(place: Path) -> str:
-    """A file's place from the root as the name of its module."""
+    """The module name of a file's path from the root."""
     return ".".join(place.with_suffix("").parts)
 
 
@@ -54,18 +54,18 @@ BACKSLASH = "\\"
 
 
 def tests_of(module: str, root: Path, users: dict[str, set[Path]]) -> str:
-    """The tests that import a module, else in brackets those nearest to it: up to FEW by name, of more their number."""
+    """The tests that import a module or, in brackets, its nearest users; if there are more than FEW, their number."""
     modules, seen, direct = {module}, set(), True
-    while modules and not (found := sorted(path for name in modules for path in users.get(name, ()) if is_test(path))):
+    while modules and not (tests := sorted(path for name in modules for path in users.get(name, ()) if is_test(path))):
         seen |= modules
         modules = {dotted(path.relative_to(root)) for name in modules for path in users.get(name, ())} - seen
         direct = False
-    found = list(dict.fromkeys(path.relative_to(root) for path in found)) if modules else []
-    if len(found) > FEW:
-        told = f"{len(found)} files"
+    tests = list(dict.fromkeys(path.relative_to(root) for path in tests)) if modules else []
+    if len(tests) > FEW:
+        cell = f"{len(tests)} files"
     else:
-        told = " ".join(f"[{path.stem.removeprefix('test_')}]({path.as_posix()})" for path in found)
-    return told if direct or not told else f"({told})"
+        cell = " ".join(f"[{path.stem.removeprefix('test_')}]({path.as_posix()})" for path in tests)
+    return cell if direct or not cell else f"({cell})"
 
 
 def is_test(path: Path) -> bool:
@@ -83,7 +83,7 @@ def first_sentence(source: str) -> str:
 
 
 def files_told(source: str) -> tuple[str, str]:
-    """What a module says that it reads, and writes.
+    """What a module reads and writes, according to its docstring.
 
     >>> files_told('"A tool. Reads: a, b.json. Writes: c."')
     ('a, b.json', 'c')
@@ -95,7 +95,7 @@ def files_told(source: str) -> tuple[str, str]:
 
 
 def command_of(module: str, source: str, targets: dict[str, list[str]]) -> str:
-    """How a module is run: by make, or by itself."""
+    """The command that runs a module: its make targets, or `python -m`; empty if it is not a program."""
     called = module.removesuffix(".__main__")
     for name in (called, called.rpartition(".")[0] if module.endswith((".runner", ".build")) else called):
         if name in targets:
@@ -105,7 +105,7 @@ def command_of(module: str, source: str, targets: dict[str, list[str]]) -> str:
 
 
 def make_targets(makefile: Path) -> dict[str, list[str]]:
-    """The targets of a Makefile by the module that they run; one for each chapter is called test-vNN."""
+    """A Makefile's targets, by the module they run; targets for each chapter are written like test-vNN."""
     targets, current = {}, ""
     for line in makefile.read_text().splitlines() if makefile.is_file() else ():
         head = re.match(r"(?:\$\(CHAPTERS:%=([a-z]+)-%\)|([a-z][a-z-]*)(-%)?): ", line)
@@ -122,11 +122,11 @@ IMPORT = re.compile(r"^\s*from (shared[\w.]*) import (?:\(([^)]*)\)|(.*)$)", re.
 
 
 def importers(paths: Iterable[Path]) -> dict[str, set[Path]]:
-    """The files that import each module of shared/; also where the import stands in a text that a test runs."""
-    found = {}
+    """The files that import each module of shared/, including imports in code that a test holds as a string."""
+    users = {}
     for path in paths:
-        for package, several, one_line in IMPORT.findall(path.read_text()):
-            names = (several or one_line).split(",")
-            for name in (package, *(f"{package}.{each.split()[0]}" for each in names if each.strip())):
-                found.setdefault(name, set()).add(path)
-    return found
+        for package, in_parentheses, one_line in IMPORT.findall(path.read_text()):
+            names = (in_parentheses or one_line).split(",")
+            for name in (package, *(f"{package}.{part.split()[0]}" for part in names if part.strip())):
+                users.setdefault(name, set()).add(path)
+    return users

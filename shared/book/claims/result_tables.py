@@ -1,17 +1,17 @@
-"""The tables that are made of committed measurements, and of the chapters' own lines.
+"""The tables made from committed measurements and from the chapters' own lines.
 
-    suite, large    every kind of work: how many times as fast as Hugging Face's `generate`, and the share of the limit
+    suite, large    every workload: how many times as fast as Hugging Face's `generate`, and the share of the limit
     suite-times     the same in CPU milliseconds
     slower          where a chapter takes longer than the one before it
-    arrivals        the wait for a first token when requests come by chance, and memory at its peak
+    arrivals        time to first token when requests arrive at random, and peak memory
     overhead        the engine's own share of a decode step
-    attention       the attention kernel on a GPU, beside what it replaces and the limit of the memory
-    serving         what a server costs beside the engine alone: tokens per second, CPU time per token
+    attention       the attention kernel on a GPU, beside what it replaces and the memory bandwidth's limit
+    serving         what a server costs over the engine alone: tokens per second, CPU time per token
     serving_profile where the CPU time of a server's event loop goes
-    lock            an engine beside a busy event loop, in a thread and in a process
+    lock            an engine beside a busy event loop, as a thread and as a process
     lock_start      how long a server takes to start, and its memory
-    killing         who was told when a server or its engine was killed
-    levers          what cheaper ways to write an event would take off the front's CPU time
+    killing         what clients received when a server or its engine was killed
+    levers          what cheaper ways to write an event would save of the event loop's CPU time
     changes         lines added and removed from chapter to chapter, by file
     damage          random changes to the code, and whether a test notices
 
@@ -25,7 +25,7 @@ from shared.bench.suite import PEERS
 from shared.book.diff import lines_changed
 from shared.chapters import Book, Chapter
 
-# Less is not worth a line, whoever is right.
+# Smaller differences are not listed.
 NOTED = 0.02
 MODELS = {
     "pocket": "pocket",
@@ -41,18 +41,18 @@ def read(book: Book, file: str) -> dict[str, dict]:
 
 
 def works(row: dict) -> list[tuple[str, dict]]:
-    """Each kind of work, in words, with what each contestant took."""
+    """Each workload's description, with what each contestant took."""
     return [(f"{words}, {what}", found) for model, words in MODELS.items() for what, found in row.get(model, {}).items()]
 
 
 def head_of(book: Book, kind: str, row: dict, names: list[str]) -> str:
-    """A line above the figures of a machine: which it was, and below which names they are old."""
+    """The line above a machine's figures: which machine, and which columns are of older code."""
     old = results.old_chapters(row, book)
     return f"| *{results.origin(kind, row)}* | " + " | ".join("old" if name in old else "" for name in names) + " |"
 
 
 def compared(book: Book, file: str, cell) -> list[str]:
-    """Of each machine a row for each kind of work, and a column for each contestant that did any of it."""
+    """For each machine one row per workload, and one column per contestant that ran any of them."""
     rows = read(book, file)
     names = [*(chapter.id for chapter in book.chapters), *PEERS]
     names = [name for name in names if any(name in found for row in rows.values() for _, found in works(row))]
@@ -81,8 +81,8 @@ def large(book: Book, chapter: Chapter | None) -> list[str]:
 
 
 def slower(book: Book, chapter: Chapter | None) -> list[str]:
-    """Every kind of work on which a chapter took longer than the one before it, and whether the runs' spread explains it."""
-    lines = ["| | on | takes | runs differ by | |", "|---|---|---:|---:|---|"]
+    """Every workload on which a chapter took longer than the one before it, and whether the runs' spread explains it."""
+    lines = ["| | workload | takes | spread of the runs | |", "|---|---|---:|---:|---|"]
     for each in book.chapters[1:]:
         names = each.previous.id, each.id
         for where, what, found in all_works(book):
@@ -100,7 +100,7 @@ def slower(book: Book, chapter: Chapter | None) -> list[str]:
 
 
 def all_works(book: Book):
-    """Of every file and machine: its row, each kind of work in words, and what each contestant took."""
+    """For every file and machine: its row, each workload's description, and what each contestant took."""
     several = len({kind for file in ("suite", "large", "decode") for kind in read(book, file)}) > 1
     for file in ("suite", "large"):
         for kind, row in read(book, file).items():
@@ -118,7 +118,7 @@ def on(kind: str, several: bool) -> str:
 
 def arrivals(book: Book, chapter: Chapter | None) -> list[str]:
     lines = [
-        "| | first token after, half of them | 19 of 20 | all done after | MiB at the peak |",
+        "| | time to first token, median | p95 | all finished after | peak MiB |",
         "|---|---:|---:|---:|---:|",
     ]
     for kind, row in read(book, "suite").items():
@@ -135,10 +135,10 @@ def arrivals(book: Book, chapter: Chapter | None) -> list[str]:
 
 
 def overhead(book: Book, chapter: Chapter | None) -> list[str]:
-    """Of the chapter alone, in its text; elsewhere of all that were measured."""
+    """The chapter's own rows in its text; in other texts those of all measured chapters."""
     parts = ("schedule", "build", "choose", "report")
-    heads = ("who", "batch", "tokens chosen", "appended, decoded")
-    lines = ["| | step | model and head | " + " | ".join(heads) + " | the engine's own |", "|---|" + "---:|" * (len(parts) + 3)]
+    heads = ("schedule", "build the batch", "sample", "commit, detokenize")
+    lines = ["| | step | model and head | " + " | ".join(heads) + " | all but the model |", "|---|" + "---:|" * (len(parts) + 3)]
     for kind, row in read(book, "overhead").items():
         lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * (len(parts) + 3))
         for each in [chapter] if chapter else book.chapters:
@@ -155,7 +155,7 @@ FILES = ("attention.py", "batch.py", "cache.py", "scheduler.py", "engine.py", "s
 
 
 def changes(book: Book, chapter: Chapter | None) -> list[str]:
-    """A row for all files, and one for each of those that the book is about; a column for each chapter after the first."""
+    """One row for all files, then one for each file in FILES; one column for each chapter after the first."""
     later = book.chapters[1:]
     lines = [f"| | {' | '.join((each.id for each in later))} |", "|---|" + "---:|" * len(later)]
     lines.append("| all files | " + " | ".join(counted(*lines_changed(each.previous, each)) for each in later) + " |")
@@ -170,26 +170,26 @@ def counted(added: int, removed: int) -> str:
 
 
 def damage(book: Book, chapter: Chapter | None) -> list[str]:
-    """A row for each chapter that was damaged by chance, and how its tests took it."""
+    """One row for each chapter whose code was changed at random, and what its tests did."""
     recorded = results.read(book.results / "mutants.json", "python -m shared.book.traps.mutants v01 --record")[""]
     ends = ("killed", "hangs", "crashes", "survived")
-    lines = ["| | of | tried | a test fails | hangs | crashes | nobody notices |", "|---|---|" + "---:|" * (len(ends) + 1)]
+    lines = ["| | where | tried | a test fails | hangs | crashes | no test notices |", "|---|---|" + "---:|" * (len(ends) + 1)]
     for name, found in recorded.items():
         counts = Counter(each["result"] for each in found["tried"])
         only_new = "--new" in found["command"].split() and book.find(name).previous
-        where = "what it changed" if only_new else "all of it"
+        where = "its changes" if only_new else "all of it"
         lines.append(f"| {name} | {where} | {len(found['tried'])} | " + " | ".join(str(counts[end]) for end in ends) + " |")
     return lines
 
 
-# A launch from Python takes up to this long: below it, launches that were not recorded say nothing of the kernel.
+# A launch from Python takes up to this long: a shorter time that was not measured in a recorded graph is not the kernel's.
 LAUNCH_US = 100
 
 
 def attention(book: Book, chapter: Chapter | None) -> list[str]:
-    """Microseconds of one layer's attention, where the kernel is what was timed."""
+    """Microseconds of one layer's attention, where the figure is the kernel's and not the launch's."""
     rows = results.read(book.results / "attention.json", "make bench-attention ARGS=--write")
-    lines = ["| | sequences x context | the limit | the kernel | gathered, then torch | torch, not paged | of the limit |"]
+    lines = ["| | sequences x context | limit | the kernel | gather, then torch | torch, contiguous | share of the limit |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for kind, row in rows.items():
         lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | | | | | | |")
@@ -206,9 +206,9 @@ SERVING = "python -m shared.bench.serving --write"
 
 
 def serving(book: Book, chapter: Chapter | None) -> list[str]:
-    """A row for each way and each number of streams: medians, of the share with its range."""
+    """One row for each way and number of streams: medians, and the share with its range."""
     rates = ("tokens/s, engine alone", "through the server", "share")
-    times = ("CPU \u00b5s/token: engine alone", "engine", "front", "client", "wall \u00b5s/token")
+    times = ("CPU \u00b5s/token: engine alone", "engine", "event loop", "client", "wall \u00b5s/token")
     heads = (*rates, *times)
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for kind, row in results.read(book.results / "serving.json", SERVING).items():
@@ -226,13 +226,13 @@ def serving(book: Book, chapter: Chapter | None) -> list[str]:
 
 
 def shown_ways(chapter: Chapter | None, ways: dict) -> list[str]:
-    """A chapter whose engine has no process of its own shows what its own way costs."""
+    """The ways to show: a chapter without an engine process shows only the thread."""
     return [way for way in ways if chapter is None or way == "thread" or "engine_process" in chapter.capabilities]
 
 
 def serving_profile(book: Book, chapter: Chapter | None) -> list[str]:
-    """A row for each group of code, the largest first: its share of the front's CPU time, and microseconds per token."""
-    lines = ["| | share of the front's CPU time | CPU \u00b5s/token |", "|---|---:|---:|"]
+    """One row for each group of code, largest first: its share of the event loop's CPU time, and microseconds per token."""
+    lines = ["| | share of the event loop's CPU time | CPU \u00b5s/token |", "|---|---:|---:|"]
     for kind, row in results.read(book.results / "serving.json", SERVING).items():
         for name, figures in served(row, chapter).items():
             for way in shown_ways(chapter, figures["profile"]):
@@ -248,12 +248,12 @@ LOCK = "python -m shared.bench.lock --write"
 
 
 def lock(book: Book, chapter: Chapter | None) -> list[str]:
-    """A row for each way and each thing that happens meanwhile."""
-    heads = ("steps per second", "a step: median", "worst", "`/health`: worst")
+    """One row for each way and each load beside it."""
+    heads = ("steps per second", "step, median", "step, worst", "`/health`, worst")
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for kind, row in results.read(book.results / "lock.json", LOCK).items():
         lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(heads))
-        for window in ("quiet", "neighbour", "busy", "body"):
+        for window in ("quiet", "neighbor", "busy", "body"):
             for way in ("thread", "process"):
                 found = row[way][window]
                 cells = [f"{found['steps'] / row['window_s']:,.0f}", *(f"{found[f'{what}_ms']:,.0f} ms" for what in ("p50", "worst", "health"))]
@@ -263,7 +263,7 @@ def lock(book: Book, chapter: Chapter | None) -> list[str]:
 
 def lock_start(book: Book, chapter: Chapter | None) -> list[str]:
     """Medians with their ranges."""
-    lines = ["| | until it serves | memory |", "|---|---:|---:|"]
+    lines = ["| | time to start | memory |", "|---|---:|---:|"]
     for kind, row in results.read(book.results / "lock.json", LOCK).items():
         lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | | |")
         for name, found in row["start"].items():
@@ -277,8 +277,8 @@ def lock_start(book: Book, chapter: Chapter | None) -> list[str]:
 
 
 def killing(book: Book, chapter: Chapter | None) -> list[str]:
-    """A row for each process that was killed."""
-    heads = ("times", "clients answered", "told of the end", "neither", "the last client, at worst", "the last process, at worst")
+    """One row for each process that was killed."""
+    heads = ("times", "clients answered", "clients that got an error", "neither", "slowest client", "slowest process to end")
     lines = ["| killed | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for kind, row in results.read(book.results / "killing.json", "python -m shared.verify.killing --count 100 --write").items():
         lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(heads))
@@ -295,14 +295,14 @@ LEVERS = {
     "raw": "ASGI's `send` instead of sse-starlette",
     "orjson": "orjson instead of json",
     "httptools": "httptools instead of h11",
-    "uvloop": "uvloop instead of asyncio's loop",
+    "uvloop": "uvloop instead of asyncio's event loop",
     "all": "all of these but orjson",
 }
 
 
 def levers(book: Book, chapter: Chapter | None) -> list[str]:
-    """A row for each lever: what it changes in CPU time and in tokens per second."""
-    lines = ["| | the front's CPU time per token | tokens per second |", "|---|---:|---:|"]
+    """One row for each lever: its change in CPU time and in tokens per second."""
+    lines = ["| | the event loop's CPU time per token | tokens per second |", "|---|---:|---:|"]
     for kind, row in results.read(book.results / "levers.json", "python -m shared.bench.levers --write").items():
         about = f"{row['chapter']}, {row['streams']} streams, {row['front_us']:,.0f} \u00b5s per token unchanged"
         lines.append(f"| *{results.origin(kind, row)}; {about}{results.age(row, book)}* | | |")
@@ -316,7 +316,7 @@ def levers(book: Book, chapter: Chapter | None) -> list[str]:
 
 
 def served(row: dict, chapter: Chapter | None) -> dict[str, dict]:
-    """The figures of the text's own chapter under '', if it was measured; else those of all, each under its name."""
+    """The text's own chapter's figures under the key '' if it was measured; else all figures, by name."""
     figures = results.figures(row)
     if chapter and chapter.id in figures:
         return {"": figures[chapter.id]}

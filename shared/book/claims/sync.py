@@ -1,16 +1,16 @@
-"""Writes what is generated in the texts, and says what is untrue in them.
+"""Write the generated parts of the texts, and report what is out of date or unexplained in them.
 
-    python -m shared.book.claims.sync            # write blocks, results and the pictures drawn from results
-    python -m shared.book.claims.sync --check    # write nothing; fail if anything is stale, unclaimed or unmeasured
+    python -m shared.book.claims.sync            # writes blocks, results and the pictures drawn from results
+    python -m shared.book.claims.sync --check    # writes nothing; fails if anything is stale, unclaimed or without a source
 
-A text is a chapter's README.md, README.md or CONTRIBUTING.md at the top, or a page under docs/. `markdown` tells how claims
-and result tokens are written, `generators` what each generates.
+A text is a chapter's README.md, the top-level README.md or CONTRIBUTING.md, or a page under docs/. `markdown` describes how
+claims and result tokens are written, `generators` what they generate.
 
-In the first chapter every unit is shown once by `code`, or listed in `<!-- unshown: ... -->` with the
-reason in the prose below. In a later one every unit that differs from the chapter before has one home:
-`diff` below the paragraph that says why; or, if only words differ, `words` with the reason below; or, if it is
-new and better read in its file, `unshown` with the reason below. Units in which only imports differ need none.
-The prose below an `unshown` names each of its units: `read` or `Checkpoint.read`, config.py for what is in no function.
+In the first chapter, every unit is shown once by `code`, or listed in `<!-- unshown: ... -->` with the reason in the prose
+below it. In later chapters, every unit that differs from the chapter before has exactly one claim: `diff`, below the
+paragraph that says why; or `words`, with the reason below, if only comments or docstrings differ; or `unshown`, with the
+reason below, if it is new and better read in its file. Units in which only imports differ need no claim. The prose below an
+`unshown` names each of its units: `read` or `Checkpoint.read`, or config.py for a module's own body.
 
 Reads: texts, chapters, docs/results/*.json. Writes: texts, docs/pictures/*.svg.
 """
@@ -42,7 +42,7 @@ MENDS = "run `make sync`"
 
 @dataclass(frozen=True)
 class Problem:
-    """Something untrue in a text, and what to do about it."""
+    """Something wrong in a text, with the remedy in the message."""
 
     path: Path
     line: int
@@ -53,14 +53,14 @@ class Problem:
 
 
 def texts(book: Book) -> dict[Path, Chapter | None]:
-    """Every text of the repository, and the chapter it belongs to."""
+    """Every text in the repository, with the chapter it belongs to, or None."""
     pages = {chapter.text: chapter for chapter in book.chapters}
     top = [book.root / "README.md", book.root / "CONTRIBUTING.md", *sorted((book.root / "docs").rglob("*.md"))]
     return pages | {page: None for page in top if page.is_file()}
 
 
 def written(book: Book, page: Path, chapter: Chapter | None) -> tuple[str, list[Problem]]:
-    """The text as it should be, and the claims and tokens that say nothing."""
+    """The text with its generated parts up to date, and the claims and tokens that could not be generated."""
     problems = []
     name = page.relative_to(book.root)
 
@@ -88,7 +88,7 @@ def written(book: Book, page: Path, chapter: Chapter | None) -> tuple[str, list[
 
 
 def stale(book: Book, page: Path, new: str) -> list[Problem]:
-    """Where the text as it stands differs from the text as it should be."""
+    """Where the text differs from `new`, the text as it should be."""
     name, old = page.relative_to(book.root), page.read_text()
     if old == new:
         return []
@@ -97,13 +97,13 @@ def stale(book: Book, page: Path, new: str) -> list[Problem]:
     problems = []
     for claim, now in zip(before, after):
         if lines[claim.stop:claim.end] != new_lines[now.stop:now.end]:
-            state = "is stale" if claim.end > claim.stop else "is not there yet"
+            state = "is stale" if claim.end > claim.stop else "is missing"
             problems.append(Problem(name, claim.line, f"the block of `{claim}` {state}; {MENDS}"))
     return problems or [Problem(name, 1, f"a result token shows an old value; {MENDS}")]
 
 
 def unclaimed(book: Book, chapter: Chapter, claims: list[Claim]) -> list[Problem]:
-    """Units that differ from the chapter before without one home, and homes without such a unit."""
+    """Units that differ from the chapter before without exactly one claim of the right kind, and claims without such a unit."""
     name, before = readme(chapter), chapter.previous.id
     changes = {change.address: change for change in changes_of(chapter)}
     homes = {kind: Counter() for kind in ("diff", "words", "unshown")}
@@ -114,42 +114,42 @@ def unclaimed(book: Book, chapter: Chapter, claims: list[Claim]) -> list[Problem
         try:
             named = expand(claim.what, changes)
         except ValueError as error:
-            # Of the others it is told where their block is generated.
+            # For the other kinds, generating their block reports this.
             if claim.kind == "unshown":
                 problems.append(Problem(name, claim.line, f"{claim}: {error}"))
             continue
         for address in named:
             if changes[address].kind != "added" and claim.kind == "unshown":
-                message = f"{address} is {changes[address].kind} since {before}, not new; show how with diff:"
+                message = f"{address} is not new but {changes[address].kind} since {before}; show it with `diff:`"
                 problems.append(Problem(name, claim.line, message))
         addresses = [address for address in named if changes[address].kind != "identical"]
         homes[claim.kind].update(addresses)
         for address in addresses:
             cosmetic = changes[address].kind == "cosmetic"
             if cosmetic and claim.kind == "diff":
-                advice = "undo it, or claim it with words: and say below why the words had to change"
-                problems.append(Problem(name, claim.line, f"only words of {address} differ from {before}; {advice}"))
+                advice = "undo it, or claim it with `words:` and give the reason below"
+                problems.append(Problem(name, claim.line, f"only comments or docstrings of {address} differ from {before}; {advice}"))
             if not cosmetic and claim.kind == "words":
-                message = f"more than words of {address} differs from {before}; claim it with diff:"
+                message = f"{address} differs from {before} in more than comments and docstrings; claim it with `diff:`"
                 problems.append(Problem(name, claim.line, message))
     for address, change in changes.items():
         count = sum(home[address] for home in homes.values())
         if change.kind == "cosmetic" and not count:
-            advice = "undo it, or claim it with words: and the reason"
-            problems.append(Problem(name, 1, f"only words of {address} differ from {before}; {advice}"))
+            advice = "undo it, or claim it with `words:` and give the reason"
+            problems.append(Problem(name, 1, f"only comments or docstrings of {address} differ from {before}; {advice}"))
         elif change.kind in ("changed", "added", "removed") and not count:
-            advice = "claim it with diff: under a paragraph that says why, or propagate what was mended"
+            advice = "claim it with `diff:` below a paragraph that says why, or propagate the fix"
             message = f"{address} is {change.kind} since {before} and no text claims it; {advice}"
             problems.append(Problem(name, 1, message))
         elif count > 1:
-            problems.append(Problem(name, 1, f"{address} has {count} homes; keep one diff: and make the others see:"))
+            problems.append(Problem(name, 1, f"{address} is claimed {count} times; keep one `diff:` and change the others to `see:`"))
     for message in misplaced(read_units(chapter.previous.path), read_units(chapter.path)):
-        problems.append(Problem(name, 1, f"{message} ({before}); put it back"))
+        problems.append(Problem(name, 1, f"{message} (in {before}); change it back"))
     return problems
 
 
 def unshown(book: Book, chapter: Chapter, claims: list[Claim]) -> list[Problem]:
-    """Units of the first chapter that its text does not show once."""
+    """Units of the first chapter that its text does not show, or list as unshown, exactly once."""
     name, units = readme(chapter), read_units(chapter.path)
     shown, problems = Counter(), []
     for claim in claims:
@@ -161,21 +161,21 @@ def unshown(book: Book, chapter: Chapter, claims: list[Claim]) -> list[Problem]:
                     problems.append(Problem(name, claim.line, f"{claim}: {error}"))
     for address in units:
         if shown[address] != 1:
-            times = f"{shown[address]} times" if shown[address] else "nowhere"
-            advice = "show it once with code:, or list it in unshown: with the reason"
-            problems.append(Problem(name, 1, f"{address} is shown {times}; {advice}"))
+            state = f"shown {shown[address]} times" if shown[address] else "not shown"
+            advice = "show it once with `code:`, or list it in `unshown:` with the reason"
+            problems.append(Problem(name, 1, f"{address} is {state}; {advice}"))
     return problems
 
 
 def unreasoned(book: Book, page: Path, claims: list[Claim]) -> list[Problem]:
-    """Claims that want a reason beside them and have none."""
+    """Claims without the reason that has to be above or below them."""
     name, lines = page.relative_to(book.root), page.read_text().splitlines()
     problems = []
     for claim in claims:
         above = next((line for line in reversed(lines[:claim.start]) if line.strip()), "#")
         below = next((line for line in lines[claim.end:] if line.strip()), "#")
         if claim.kind == "diff" and not is_prose(above):
-            message = f"`{claim}` stands under no paragraph; say above it why this changed"
+            message = f"`{claim}` has no paragraph directly above it; say there why this changed"
             problems.append(Problem(name, claim.line, message))
         if claim.kind in ("words", "unshown") and not is_prose(below):
             problems.append(Problem(name, claim.line, f"`{claim}` has no reason; give it in the paragraph below"))
@@ -183,7 +183,7 @@ def unreasoned(book: Book, page: Path, claims: list[Claim]) -> list[Problem]:
 
 
 def unnamed(chapter: Chapter, claims: list[Claim]) -> list[Problem]:
-    """Units that are not shown, and not named in the prose below their claim either."""
+    """Units claimed as unshown that the prose below the claim does not name."""
     problems, lines, units = [], chapter.text.read_text().splitlines(), read_units(chapter.path)
     for claim in claims:
         if claim.kind != "unshown":
@@ -198,10 +198,10 @@ def unnamed(chapter: Chapter, claims: list[Claim]) -> list[Problem]:
         try:
             addresses = expand(claim.what, units)
         except ValueError:
-            continue  # told of elsewhere
+            continue  # reported elsewhere
         for address in addresses:
             file, _, name = address.partition("::")
-            # A class stands for its constructor.
+            # Naming the class counts as naming its constructor.
             name = name.removesuffix(".__init__")
             if not named & {name or file, name.rpartition(".")[2] or file}:
                 message = f"the prose below `{claim}` does not name {address}; say in a sentence what it does, or show it"
@@ -218,10 +218,10 @@ def readme(chapter: Chapter) -> Path:
 
 
 def check_text(book: Book, page: Path, chapter: Chapter | None) -> list[Problem]:
-    """All that is untrue in one text."""
+    """All problems in one text."""
     name = page.relative_to(book.root)
     if not page.is_file():
-        return [Problem(name, 1, "is missing; a chapter has a text")]
+        return [Problem(name, 1, "is missing; every chapter has a text")]
     new, problems = written(book, page, chapter)
     try:
         claims = find_claims(page.read_text())
@@ -234,42 +234,42 @@ def check_text(book: Book, page: Path, chapter: Chapter | None) -> list[Problem]
         problems += guard(book, chapter, claims)
         problems += unnamed(chapter, claims)
     for line, number in bare_numbers(page.read_text()):
-        advice = "make it a result token, or follow it with <!-- given: source -->"
-        problems.append(Problem(name, line, f"where does {number!r} come from? {advice}"))
+        advice = "make it a result token, or add <!-- given: source --> after it"
+        problems.append(Problem(name, line, f"{number!r} has no source; {advice}"))
     return problems
 
 
 def pictures(book: Book) -> dict[Path, str]:
-    """The pictures that are drawn from committed results, as they should be."""
+    """The pictures drawn from committed results, by path."""
     return {book.root / "docs" / "pictures" / name: content for name, content in draw_all(book).items()}
 
 
 def check(book: Book) -> list[Problem]:
-    """All that is untrue in the texts and pictures; writes nothing."""
+    """All problems in the texts and pictures; writes nothing."""
     problems = [problem for page, chapter in texts(book).items() for problem in check_text(book, page, chapter)]
     for path, content in pictures(book).items():
         if not path.is_file() or path.read_text() != content:
-            problems.append(Problem(path.relative_to(book.root), 1, f"is not what its result draws; {MENDS}"))
-    said = book.results / answers.FILE
-    if said.is_file():
-        name = said.relative_to(book.root)
-        problems += [Problem(name, 1, f"has no answer to {trap!r} as it is now; {answers.MENDS}") for trap in answers.stale(book)]
+            problems.append(Problem(path.relative_to(book.root), 1, f"does not match its result; {MENDS}"))
+    answers_file = book.results / answers.FILE
+    if answers_file.is_file():
+        name = answers_file.relative_to(book.root)
+        problems += [Problem(name, 1, f"the answer for {trap!r} is missing or stale; {answers.MENDS}") for trap in answers.stale(book)]
     return problems
 
 
 def explained(book: Book) -> int:
-    """How many units differ from the chapter before, and are told of in a text."""
+    """How many units differ from the chapter before; without problems, each of them is explained in a text."""
     return sum(change.kind not in ("identical", "imports") for chapter in book.chapters[1:] for change in changes_of(chapter))
 
 
 def sync(book: Book) -> tuple[list[Path], list[Problem]]:
-    """Write what is generated; the texts and pictures that changed, and the claims that say nothing."""
+    """Write what is generated; the texts and pictures that changed, and the problems of claims that could not be generated."""
     changed, problems = [], []
     for page, chapter in texts(book).items():
         if not page.is_file():
             continue
-        new, found = written(book, page, chapter)
-        problems += found
+        new, page_problems = written(book, page, chapter)
+        problems += page_problems
         if new != page.read_text():
             page.write_text(new)
             changed.append(page)
@@ -296,8 +296,8 @@ def main(argv: list[str], book: Book | None = None) -> int:
     for problem in problems:
         print(problem)
     if argv:
-        told = f"{explained(book)} changed units explained, {len(texts(book))} texts true"
-        print(f"{len(problems)} problems" if problems else told)
+        summary = f"{explained(book)} changed units explained, {len(texts(book))} texts up to date"
+        print(f"{len(problems)} problems" if problems else summary)
     return 1 if problems else 0
 
 

@@ -1,4 +1,4 @@
-"""Builds the site: see build."""
+"""Build the site; see build."""
 
 from shared.book.site.build import main
 from shared.programs import run

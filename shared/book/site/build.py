@@ -1,11 +1,11 @@
-"""The site: the repository's texts, and pages that are made of its code.
+"""Build the site: the repository's texts, and pages generated from its code.
 
-    python -m shared.book.site            # build/site; needs no network, then or later
-    python -m shared.book.site --serve    # and serve it, on port 8001
+    python -m shared.book.site            # writes build/site; neither building nor reading it needs a network
+    python -m shared.book.site --serve    # also serves it on port 8001
 
-The pages keep the places that the texts have in the repository, so that a link holds in both. A link to a chapter's
-Python file leads to a page that shows it. Made here are, of each chapter, the explained diff (`diff_pages`) and its
-files; and for all of them a run that can be replayed, and the table of seeded bugs.
+Pages have the same paths as the texts in the repository, so links work in both. A link to a chapter's Python file leads to
+a page that shows it. Generated here are each chapter's explained diff (`diff_pages`) and its files, and for all chapters
+together a run to replay and the table of seeded bugs.
 
 Reads: texts, chapters, docs/results, docs/pictures. Writes: build/site.
 """
@@ -33,16 +33,16 @@ from shared.workloads import TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS
 
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
 TOP = ("README.md", "CONTRIBUTING.md")
-# What the site shows for a directory.
+# The pages that links to directories lead to.
 DIRECTORIES = {"milestones": "README.md", "tests/traps": "docs/traps.md", "docs/results": "docs/RESULTS.md"}
 
 
 class BrokenLink(ValueError):
-    """A text links to what is not there."""
+    """A link in a text has no target."""
 
 
 def assemble(book: Book, pages: Path, values: dict[str, Values]) -> None:
-    """Write the site's sources: a directory of Markdown, pictures and scripts."""
+    """Write the site's sources to a directory: Markdown, pictures and scripts."""
     shutil.rmtree(pages, ignore_errors=True)
     texts = [book.root / name for name in TOP if (book.root / name).is_file()]
     texts += sorted((book.root / "docs").glob("*.md"))
@@ -75,12 +75,12 @@ def read_json(path: Path) -> dict:
 
 
 def for_site(book: Book, text: Path, pages: Path) -> str:
-    """A text as the site needs it: links that lead to pages, and Markdown inside of what folds."""
+    """A text for the site: links lead to pages, and Markdown works inside <details>."""
     return linked(book, text, text.read_text().replace("<details>", '<details markdown="1">'), pages)
 
 
 def linked(book: Book, text: Path, source: str, pages: Path) -> str:
-    """The source, which stands where the text does, with its links made the site's."""
+    """The source with its links, which are relative to the text, changed to those of the site."""
     lines = source.splitlines(keepends=True)
     for n, code in enumerate(fenced(lines)):
         if not code:
@@ -89,28 +89,28 @@ def linked(book: Book, text: Path, source: str, pages: Path) -> str:
 
 
 def new_link(book: Book, text: Path, found: re.Match, pages: Path) -> str:
-    """One link of a text: to a page, to a picture, or to a page that is made here of what it leads to."""
+    """One link of a text, changed to lead to a page or picture of the site; notebooks are linked in the repository."""
     start, address, anchor, end = found.groups()
     target = (text.parent / address).resolve()
     if not target.exists():
-        raise BrokenLink(f"{text.relative_to(book.root)} links to {address}, which is not there")
+        raise BrokenLink(f"{text.relative_to(book.root)} links to {address}, which does not exist")
     if target.suffix == ".ipynb":
         return f"{start}{repository(book)}/blob/main/{target.relative_to(book.root)}{end}"
     page = page_of(book, target, pages)
     if page is None:
-        raise BrokenLink(f"{text.relative_to(book.root)} links to {address}, and the site has no page for it; link to a file")
+        raise BrokenLink(f"{text.relative_to(book.root)} links to {address}, for which the site has no page; link to a file instead")
     if page == target.relative_to(book.root):
         return found[0]
     return f"{start}{os.path.relpath(page, text.parent.relative_to(book.root))}{anchor or ''}{end}"
 
 
 def repository(book: Book) -> str:
-    """Where the repository lies: what renders a notebook is there."""
+    """The repository's URL, where notebooks are rendered."""
     return tomllib.loads((book.root / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 
 
 def page_of(book: Book, target: Path, pages: Path) -> Path | None:
-    """Where the site shows a file or a directory of the repository; a file that nobody else shows is put there."""
+    """The site's page for a file or directory of the repository, created if no other code does; None if there is none."""
     inside = target.relative_to(book.root)
     if inside.as_posix() in DIRECTORIES:
         return Path(DIRECTORIES[inside.as_posix()])
@@ -133,22 +133,22 @@ def page_of(book: Book, target: Path, pages: Path) -> Path | None:
 # ---- a run, replayed
 
 def trace_page(book: Book) -> str:
-    """The small workload through every chapter, to be played pass by pass."""
+    """A page that replays the small workload in every chapter, one forward pass at a time."""
     recorded = read_json(book.results / "timeline.json")
     traces = {chapter.id: recorded[chapter.id] for chapter in book.chapters if chapter.id in recorded}
     data = json.dumps(traces, separators=(",", ":")).replace("</", "<\\/")
-    return f"""# A run, replayed
+    return f"""# Replay of a run
 
-Ten requests, a row each, go through every chapter; a column is a forward pass. Press *play*, or drag.
-<span class="key"><i class="prompt"></i> a pass over a prompt</span> <span class="key"><i class="token"></i> a pass for one
+Every chapter runs the same ten requests. Each row is a request, each column a forward pass. Press *play*, or drag the
+slider. <span class="key"><i class="prompt"></i> computes a prompt</span> <span class="key"><i class="token"></i> computes one
 token</span> <span class="key"><i class="waste"></i> computed for nothing</span> <span class="key"><i class="wait"></i> waits</span>
 
-Follow the short requests from v03 to v04: what changes is who may enter, and when. From v05 on the memory is
-{TIMELINE_BLOCKS} blocks of {TIMELINE_BLOCK_SIZE} tokens, {TIMELINE_BLOCKS * TIMELINE_BLOCK_SIZE} positions, where v04 has
-thousands: requests wait for blocks, and it takes more passes, in a memory that would not hold one row of v04's. (`make trace`
-records the same run in a terminal.)
+Follow the short requests from v03 to v04: what changes is when requests are admitted. From v05 on, the cache has
+{TIMELINE_BLOCKS} blocks of {TIMELINE_BLOCK_SIZE} tokens, which is {TIMELINE_BLOCKS * TIMELINE_BLOCK_SIZE} positions, where v04
+has thousands. Requests wait for blocks and the run takes more forward passes, but in less memory than a single row of v04's
+slab. (`make trace` records the same run in a terminal.)
 
-<div id="replay" class="replay"><p>This page draws with JavaScript, which is switched off.</p></div>
+<div id="replay" class="replay"><p>This page requires JavaScript, which is turned off.</p></div>
 
 <script type="application/json" id="replay-data">{data}</script>
 """
@@ -157,17 +157,17 @@ records the same run in a terminal.)
 # ---- the seeded bugs
 
 def traps_page(book: Book, says: dict[str, dict]) -> str:
-    """Every seeded bug: what it changes, who sees it, and what the model says with it."""
+    """A page with every seeded bug: its effect, the tests that catch it, and what the model answers with it."""
     matrix = read_json(book.results / "traps-matrix.json").get("chapters", {})
     rows = [
         "---\nhide:\n  - toc\n---",
         "# Seeded bugs",
-        "Each of these was planted in a copy of its chapter, and the test beside it failed: `make traps` does it again. "
-        "Many of them leave the answers as they are. Those are the ones to look at.",
+        "Each of these was planted in a copy of its chapter, and the test beside it failed; `make traps` repeats this. "
+        "Look first at the many bugs that leave the model's answers unchanged.",
     ]
     for chapter in book.chapters:
         rows.append(f"## {chapter.id}")
-        table = ["| bug | where, and which test sees it | the model then says |", "|---|---|---|"]
+        table = ["| bug | where, and which test catches it | the model then answers |", "|---|---|---|"]
         for trap in read_traps(chapter.traps):
             file = diff_pages.file_page(trap.file)
             where = f"[`{trap.address}`](../milestones/{chapter.name}/files/{file}.md)"
@@ -181,14 +181,14 @@ def traps_page(book: Book, says: dict[str, dict]) -> str:
 
 
 def cell(text: str) -> str:
-    """A text inside of a table."""
+    """A text as a cell of a table."""
     return escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "\\`")
 
 
 # ---- building
 
 def build(book: Book) -> Path:
-    """Make build/site; SystemExit when a link leads nowhere or a page is in no menu."""
+    """Build build/site, and return its path; SystemExit if a link has no target or a page is in no menu."""
     assemble(book, book.root / "build" / "pages", {chapter.id: record(chapter) for chapter in book.chapters})
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"], cwd=book.root, capture_output=True, text=True
@@ -199,7 +199,7 @@ def build(book: Book) -> Path:
 
 
 class Page(html.parser.HTMLParser):
-    """Where a page leads, and what in it can be led to."""
+    """The links of a page, and its anchors."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -215,7 +215,7 @@ class Page(html.parser.HTMLParser):
 
 
 def dead_links(site: Path) -> list[str]:
-    """Links of a built site that lead to no page, or to no place in it."""
+    """The links in a built site whose page or anchor does not exist, as messages."""
     pages = {path: Page(path.read_text()) for path in sorted(site.rglob("*.html"))}
     dead = []
     for path, page in pages.items():
@@ -227,14 +227,14 @@ def dead_links(site: Path) -> list[str]:
             target = site / address.lstrip("/") if address.startswith("/") else path.parent / address
             target = (target / "index.html" if target.is_dir() else target).resolve() if address else path
             if not target.is_file():
-                dead.append(f"{name}: {lead} is not there")
+                dead.append(f"{name}: {lead} does not exist")
             elif anchor and target in pages and urllib.parse.unquote(anchor) not in pages[target].anchors:
-                dead.append(f"{name}: {lead} has no such place in it")
+                dead.append(f"{name}: {lead} has no such anchor")
     return dead
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Says nothing of a browser that left before its page was whole."""
+    """A file server that does not report browsers closing the connection early."""
 
     def handle_error(self, request, client_address) -> None:
         if not isinstance(sys.exception(), ConnectionError):
@@ -243,7 +243,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 def serve(site: Path, port: int = 8001) -> None:
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
-    print(f"http://127.0.0.1:{port}/  (Ctrl-C ends it)", flush=True)
+    print(f"http://127.0.0.1:{port}/  (Ctrl-C stops it)", flush=True)
     with Server(("127.0.0.1", port), handler) as server:
         try:
             server.serve_forever()
@@ -253,7 +253,7 @@ def serve(site: Path, port: int = 8001) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.book.site", description="Build the site.")
-    parser.add_argument("--serve", action="store_true", help="serve it on port 8001 when it is built")
+    parser.add_argument("--serve", action="store_true", help="serve it on port 8001 after building it")
     args = parser.parse_args(argv)
     site = build(BOOK)
     dead = dead_links(site)

@@ -1,8 +1,8 @@
-"""A chapter's diff, explained: left the words of its text, right the change they are about, with what its names held.
+"""A chapter's diff, explained: its text on the left, the change it explains on the right, with the values of names.
 
-The page is Markdown, for the site only. It is made of the chapter's README: each claim `diff`, `see` or `words` becomes
-a row; its words are those that stand above it. In the code, unchanged lines are folded, and a name that had a value
-while the prompts of `line_values` ran shows it: what it was in the chapter before, and what it is here.
+The page is Markdown for the site only, made from the chapter's README. Each claim `diff`, `see`, `words` or `unshown` becomes
+a row, with the text above it. Unchanged lines of code are folded. Names that had a value while the prompts of `line_values`
+ran show it, for the chapter before and for this one.
 
 Reads: a chapter's text and code.
 """
@@ -34,11 +34,11 @@ Token = tuple[object, str]  # pygments' kind, text
 
 @dataclass(frozen=True)
 class Line:
-    """A line of code: its number in its file (0: none), and its names' values in the chapters that it is in."""
+    """A line of code: its number in its file (0: none), and its names' values in each chapter that has it."""
 
     tokens: list[Token]
     number: int
-    values: dict[str, list[tuple[str, dict[int, str]]]]  # name to (chapter, what it was by step)
+    values: dict[str, list[tuple[str, dict[int, str]]]]  # name to (chapter, value by step)
 
     @property
     def text(self) -> str:
@@ -46,15 +46,15 @@ class Line:
 
 
 def page(book: Book, chapter: Chapter, values_by_chapter: dict[str, Values], says: dict[str, dict]) -> str:
-    """The page of a chapter against the one before."""
+    """The Markdown of the page that explains a chapter's diff against the one before."""
     previous = chapter.previous
     names = f"{previous.id} to {chapter.id}"
     rows = [
         "---\nhide:\n  - toc\n---",
         f"# From {names}: the diff, explained",
-        f"The words are those of [the chapter's text](README.md), beside them the change. Point at a marked name, or tap it, to see what "
-        f"it held when the chapter answered two prompts: in the first step, which feeds a prompt, and in the second. "
-        f"The same in the terminal: `make diff-{chapter.id}`.",
+        f"On the left is [the chapter's text](README.md), on the right the change it explains. Point at a marked name, or tap it, to "
+        f"see its values while the chapter answered two prompts: in the first step, which computes a prompt, and in the second. "
+        f"`make diff-{chapter.id}` shows the same diff in a terminal.",
         '<p class="fold-all"><button type="button" data-open="true">unfold all</button> '
         '<button type="button" data-open="false">fold all</button></p>',
     ]
@@ -78,27 +78,27 @@ def page(book: Book, chapter: Chapter, values_by_chapter: dict[str, Values], say
             rows.append("</div>")
     others = {trap.address for trap in read_traps(chapter.traps)} - shown
     if others:
-        rows += ["### What did not change, and can break all the same", "\n".join(traps_html(book, chapter, others, says, "open"))]
+        rows += ["### Bugs in unchanged code", "\n".join(traps_html(book, chapter, others, says, "open"))]
     return "\n\n".join(rows) + "\n"
 
 
 def again(kind: str) -> str:
-    return {"see": "(Shown again.)", "unshown": "(New as well.)"}.get(kind, "(With the change above.)")
+    return {"see": "(Shown again.)", "unshown": "(Also new.)"}.get(kind, "(Explained with the change above.)")
 
 
 def unshown_html(chapter: Chapter, changes: list[Change]) -> str:
-    """What is new and better read in its file: a list of links."""
+    """A list of links to new units that are better read in their files."""
     rows = []
     for change in changes:
         file, _, name = change.address.partition("::")
         link = f"../../{chapter.name}/files/{file_page(file)}/#L{change.new.first_line}"
-        rows.append(f'<li><a href="{link}">{escape(file)}</a> {escape(name or "its own body")}</li>')
-    return f'<details class="unit"><summary>{len(changes)} new units, to be read in their files</summary><ul>{"".join(rows)}</ul></details>'
+        rows.append(f'<li><a href="{link}">{escape(file)}</a> {escape(name or "module body")}</li>')
+    return f'<details class="unit"><summary>{len(changes)} new units, best read in their files</summary><ul>{"".join(rows)}</ul></details>'
 
 
 @dataclass
 class Shown:
-    """A claim with its words: those above it, and those that follow it up to the next heading."""
+    """A claim with its text: what is above it, and, up to the next heading, what is below."""
 
     before: str
     kind: str
@@ -108,7 +108,7 @@ class Shown:
 
 @dataclass
 class Section:
-    """A part of a text that has claims."""
+    """A heading's part of a text, with its claims."""
 
     heading: list[str]
     claims: list[Shown]
@@ -136,7 +136,7 @@ def sections(text: str) -> list[Section]:
 
 
 def joined(lines: list[str]) -> str:
-    """Words, without the list of traps that a text has between them: on the page each stands beside its code."""
+    """The lines without lists of traps, since the page shows each trap beside its code."""
     text = "\n".join(lines)
     kept, at = [], 0
     for claim in find_claims(text):
@@ -149,7 +149,7 @@ def joined(lines: list[str]) -> str:
 # ---- code
 
 def change_html(book: Book, chapter: Chapter, change: Change, values_by_chapter: dict[str, Values]) -> str:
-    """One unit's change, foldable, with a link to its file."""
+    """One unit's diff, foldable, with a link to its file."""
     previous = chapter.previous
     old = lines_of(change.old, change.address, previous, values_by_chapter) if change.old else []
     new = lines_of(change.new, change.address, chapter, values_by_chapter) if change.new else []
@@ -168,12 +168,12 @@ def change_html(book: Book, chapter: Chapter, change: Change, values_by_chapter:
     first = (change.new or change.old).first_line
     link = f'<a href="../../{where.name}/files/{file_page(file)}/#L{first}">{escape(file)}</a>'
     count = f'<span class="count"><span class="plus">+{added}</span> <span class="minus">\u2212{removed}</span></span>'
-    title = f"{link} {escape(name or 'its own body')} {count}"
+    title = f"{link} {escape(name or 'module body')} {count}"
     return f'<details class="unit" open><summary>{title}</summary><div class="code">{"".join(rows)}</div></details>'
 
 
 def file_page(file: str) -> str:
-    """The name of a file's page: a path without its ending.
+    """The name of a file's page.
 
     >>> file_page("kernels/__init__.py")
     'kernels-__init__'
@@ -182,7 +182,7 @@ def file_page(file: str) -> str:
 
 
 def lines_of(unit: Unit, address: str, chapter: Chapter, values_by_chapter: dict[str, Values]) -> list[Line]:
-    """A unit's lines, with what their names held in a run of its chapter."""
+    """A unit's lines, with their names' values in a run of its chapter."""
     file = address.split("::")[0]
     lines = []
     for n, piece in enumerate(unit.pieces):
@@ -192,17 +192,17 @@ def lines_of(unit: Unit, address: str, chapter: Chapter, values_by_chapter: dict
 
 
 def numbered(text: str, first: int, file: str, chapter: Chapter | None, values_by_chapter: dict[str, Values]) -> list[Line]:
-    """The lines of a part of a file."""
+    """The lines of a part of a file that starts at line `first`, with their names' values."""
     held_by_line = values_by_chapter.get(chapter.id, {}) if chapter else {}
     lines = []
     for number, tokens in enumerate(tokens_by_line(text.rstrip("\n")), first):
         held = held_by_line.get((file, number), {})
-        lines.append(Line(tokens, number, {name: [(chapter.id, told)] for name, told in held.items()}))
+        lines.append(Line(tokens, number, {name: [(chapter.id, values)] for name, values in held.items()}))
     return lines
 
 
 def tokens_by_line(text: str) -> list[list[Token]]:
-    """Python, taken apart; what spans lines, as a docstring does, is a token in each."""
+    """Python source as tokens, by line; a token that spans lines, such as a docstring, is split."""
     lines = [[]]
     for kind, token in PythonLexer(stripnl=False, ensurenl=False).get_tokens(text):
         for n, part in enumerate(token.split("\n")):
@@ -214,13 +214,13 @@ def tokens_by_line(text: str) -> list[list[Token]]:
 
 
 def both(old: Line, new: Line) -> Line:
-    """A line that stands in both chapters, with the values of both."""
+    """An unchanged line, with its names' values in both chapters."""
     names = dict.fromkeys([*old.values, *new.values])
     return replace(new, values={name: [*old.values.get(name, []), *new.values.get(name, [])] for name in names})
 
 
 def folded(lines: list[Line], first: bool, last: bool) -> list[str]:
-    """Unchanged lines: those next to a change are shown, the others can be unfolded."""
+    """Unchanged lines: CONTEXT lines next to a change are shown, the others are folded."""
     rows = [line_html(line, "same") for line in lines]
     head, tail = (0 if first else CONTEXT), (0 if last else CONTEXT)
     hidden = rows[head : len(rows) - tail]
@@ -237,11 +237,11 @@ def line_html(line: Line, kind: str, anchor: str = "") -> str:
 
 
 def code_html(line: Line) -> str:
-    """A line of Python, coloured; a name with values carries them."""
+    """A line of Python with syntax colors; names with values carry them."""
     html, chained, before = [], "", ""
     for kind, token in line.tokens:
         if kind in Name:
-            # After a call or an index nobody knows whose attribute it is.
+            # After a call or an index, the attribute's owner is unknown.
             chained = token if before != "." else f"{chained}.{token}" if chained else ""
             held = line.values.get(chained)
             html.append(value_html(chained, token, held) if held else span(kind, token))
@@ -258,18 +258,18 @@ def span(kind, token: str) -> str:
 
 
 def value_html(name: str, token: str, held: list[tuple[str, dict[int, str]]]) -> str:
-    """A name that can be pointed at, or tapped."""
-    told = [name]
+    """A name that shows its values when pointed at or tapped."""
+    values = [name]
     for chapter, steps in held:
-        told += [f"{chapter}, {f'step {step}' if step else 'before'}  {value}" for step, value in steps.items()]
-    text = "&#10;".join(escape(each) for each in told)
+        values += [f"{chapter}, {f'step {step}' if step else 'before'}  {value}" for step, value in steps.items()]
+    text = "&#10;".join(escape(each) for each in values)
     return f'<span class="live" tabindex="0" data-held="{text}">{escape(token)}</span>'
 
 
 # ---- traps, files
 
 def traps_html(book: Book, chapter: Chapter, addresses: set[str], says: dict[str, dict], state: str = "") -> list[str]:
-    """The seeded bugs of these units: what breaks, and what the model then says."""
+    """The seeded bugs of these units: their effect, and what the model answers with them."""
     rows = []
     for trap in read_traps(chapter.traps):
         if trap.address in addresses:
@@ -281,21 +281,21 @@ def traps_html(book: Book, chapter: Chapter, addresses: set[str], says: dict[str
 
 
 def said_html(said: dict | None) -> str:
-    """What the model answers with the bug planted, beside the question."""
+    """The model's answer with the bug planted, and the question."""
     if said is None:
         return ""
     if said.get("same"):
-        return ' <span class="said">What the model answers is the same as ever.</span>'
+        return ' <span class="said">The model gives the same answers.</span>'
     return f' <span class="said">{escape(said["question"])} \u2192 {escape(said["answer"])}</span>'
 
 
 def file(chapter: Chapter, path: Path, values_by_chapter: dict[str, Values]) -> str:
-    """A page with a whole file of a chapter."""
+    """The page that shows a chapter's file."""
     name = path.relative_to(chapter.path).as_posix()
     return file_html(f"{chapter.id}: {name}", numbered(path.read_text(), 1, name, chapter, values_by_chapter))
 
 
 def file_html(title: str, lines: list[Line]) -> str:
-    """A page with lines, each with an anchor."""
+    """A page of numbered lines, each with an anchor."""
     rows = [line_html(line, "same", f' id="L{line.number}" data-n="{line.number}"') for line in lines]
     return f'# {title}\n\n<div class="code numbered">{"".join(rows)}</div>\n'

@@ -1,10 +1,10 @@
-"""The first five minutes, filmed: real commands in a terminal, as pictures that move.
+"""Film real commands in a terminal, as animated SVG pictures.
 
-    make film                # docs/pictures/film_*.svg, all of them
-    make film ARGS=race      # one
+    make film                # all of them: docs/pictures/film_*.svg
+    make film ARGS=race      # only one
 
-A film runs at the speed at which it was taken, but for pauses, which are cut to a second. Where somebody prefers
-no motion, it shows its last frame. Nothing is staged but the typing.
+A film plays in real time, except that pauses are cut to a second. For readers who prefer reduced motion, it shows only the
+last frame. Only the typing is simulated.
 
 Reads: what commands print. Writes: docs/pictures/film_*.svg.
 """
@@ -29,15 +29,15 @@ from shared.programs import run
 PICTURES = ROOT / "docs" / "pictures"
 LONGEST_PAUSE_S, LAST_S = 1.0, 5.0
 FRAME_S = 0.15
-SILENT_S = 1.2  # after which somebody types
+SILENT_S = 1.2  # how long the terminal is silent before the next line is typed
 CHAR, LINE = 7.2, 16
 PORT = 8017
-COLOURS = {"default": "#e6edf3", "red": "#ff7b72", "green": "#7ee787", "cyan": "#79c0ff", "brown": "#d29922", "blue": "#79c0ff"}
+COLORS = {"default": "#e6edf3", "red": "#ff7b72", "green": "#7ee787", "cyan": "#79c0ff", "brown": "#d29922", "blue": "#79c0ff"}
 
 
 @dataclass(frozen=True)
 class Film:
-    """Commands that are typed one after the other, and what is typed into the last of them."""
+    """Commands, typed one after the other, and the lines typed into the last one."""
 
     commands: tuple[str, ...]
     lines: int
@@ -47,7 +47,7 @@ class Film:
 
 
 FILMS = {
-    "race": Film(("make demo",), lines=34),
+    "race": Film(("make demo",), lines=28),
     "diff": Film(("make diff-v04",), lines=47, columns=108),
     "hunt": Film(
         ('make break-v03 ARGS="--seed 1"', 'make hunt ASK="What is a KV cache?"', "make reveal"),
@@ -59,26 +59,26 @@ FILMS = {
 
 @dataclass(frozen=True)
 class Frame:
-    """What the terminal showed from one moment to the next."""
+    """What the terminal showed for some seconds."""
 
     seconds: float
-    rows: tuple[tuple[tuple[str, str, bool], ...], ...]  # of each line its runs: text, colour, bold
+    rows: tuple[tuple[tuple[str, str, bool], ...], ...]  # each line's runs: text, color, bold
 
 
 class Camera:
-    """A terminal that is watched."""
+    """A terminal whose screen is recorded."""
 
     def __init__(self, columns: int, lines: int):
         import pyte
 
         self.screen = pyte.Screen(columns, lines)
         self.stream = pyte.Stream(self.screen)
-        self.shots: list[tuple[float, tuple]] = []  # moment, what is shown from then on
+        self.shots: list[tuple[float, tuple]] = []  # (second, rows shown from then on)
         self.now = 0.0
         self.size = struct.pack("HHHH", lines, columns, 0, 0)
 
     def show(self, text: str, seconds: float) -> None:
-        """What is written by nobody but us, a prompt or a command being typed, and for how long it stands."""
+        """Show text that no command prints, such as the prompt and typed letters, and let `seconds` pass."""
         self.stream.feed(text)
         self.shoot()
         self.now += seconds
@@ -89,12 +89,12 @@ class Camera:
             self.shots.append((self.now, rows))
 
     def frames(self) -> list[Frame]:
-        """What was shown, each for its time; a pause is no longer than it may be."""
+        """The recorded frames; pauses are cut to LONGEST_PAUSE_S."""
         ends = [moment for moment, _ in self.shots[1:]] + [self.now]
         return [Frame(min(end - moment, LONGEST_PAUSE_S), rows) for (moment, rows), end in zip(self.shots, ends, strict=True)]
 
     def film(self, command: str, typed: tuple[str, ...]) -> None:
-        """Run a command in the terminal; type into it whenever it has been silent for a while."""
+        """Run a command in the terminal, and type the next line whenever it has been silent for SILENT_S; "" types Ctrl-D."""
         for letter in command:
             self.show(letter, 0.03)
         self.show("\r\n", 0.2)
@@ -113,7 +113,7 @@ class Camera:
             if ready:
                 try:
                     read = os.read(master, 65536)
-                except OSError:  # the other side was closed
+                except OSError:  # the command closed its end
                     break
                 if not read:
                     break
@@ -135,7 +135,7 @@ class Camera:
 
 
 def runs(row, columns: int) -> tuple[tuple[str, str, bool], ...]:
-    """A line of the screen as runs of one colour; blanks at its end are left out."""
+    """A line of the screen as runs of the same color, without trailing blanks."""
     found = []
     for x in range(columns):
         cell = row[x]
@@ -150,7 +150,7 @@ def runs(row, columns: int) -> tuple[tuple[str, str, bool], ...]:
 
 
 def svg(frames: list[Frame], columns: int, lines: int, title: str) -> str:
-    """The film as one picture: all frames below each other, behind a window that jumps from one to the next."""
+    """The film as one SVG: all frames below each other, of which an animation shows one at a time."""
     frames = [*frames[:-1], Frame(LAST_S, frames[-1].rows)]
     total = sum(frame.seconds for frame in frames)
     width, height = columns * CHAR + 24, lines * LINE + 24
@@ -180,8 +180,8 @@ def svg(frames: list[Frame], columns: int, lines: int, title: str) -> str:
 
 def text(row: tuple, x: float, y: float) -> str:
     spans, column = [], 0
-    for words, colour, bold in row:
-        style = f' fill="{COLOURS[colour]}"' if colour in COLOURS and colour != "default" else ""
+    for words, color, bold in row:
+        style = f' fill="{COLORS[color]}"' if color in COLORS and color != "default" else ""
         style += ' font-weight="bold"' if bold else ""
         if words.strip():
             spans.append(f'<tspan x="{x + column * CHAR:g}"{style}>{escape(words.rstrip())}</tspan>')
@@ -191,7 +191,7 @@ def text(row: tuple, x: float, y: float) -> str:
 
 @contextmanager
 def serving() -> Iterator[None]:
-    """The last chapter's server, for as long as the block lasts."""
+    """Run the last chapter's server during the block."""
     process = subprocess.Popen(
         ["make", "serve", f"ARGS=--port {PORT}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -203,7 +203,7 @@ def serving() -> Iterator[None]:
             except OSError:
                 time.sleep(0.1)
         else:
-            raise RuntimeError(f"no server answers on port {PORT} after a minute")
+            raise RuntimeError(f"the server on port {PORT} did not answer within a minute")
         yield
     finally:
         os.killpg(process.pid, 15)
@@ -211,7 +211,7 @@ def serving() -> Iterator[None]:
 
 
 def take(name: str, film: Film) -> list[Frame]:
-    """Type and run the film's commands."""
+    """Type and run the film's commands; the frames."""
     camera = Camera(film.columns, film.lines)
     for number, command in enumerate(film.commands):
         camera.show("$ ", 0.5)
@@ -220,8 +220,8 @@ def take(name: str, film: Film) -> list[Frame]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m shared.book.site.film", description="Film the first five minutes.")
-    parser.add_argument("films", nargs="*", metavar="FILM", help=f"of {', '.join(FILMS)}; default: all")
+    parser = argparse.ArgumentParser(prog="python -m shared.book.site.film", description="Film real commands in a terminal.")
+    parser.add_argument("films", nargs="*", metavar="FILM", help=f"{', '.join(FILMS)}; default: all")
     args = parser.parse_args(argv)
     unknown = set(args.films) - set(FILMS)
     if unknown:

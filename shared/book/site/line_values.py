@@ -1,10 +1,10 @@
-"""The values that names have while a chapter answers one fixed prompt: what the diff pages show beside each line.
+"""Record the values of names while a chapter answers two fixed prompts, for the diff pages.
 
     values = record(find("v05"))
     values["batch.py", 70]["positions"]     # {1: 'list of 21: 0 1 2 3 ...', 2: 'list of 2: 11 10'}
 
-A line has what its names were after it had run for the first time in the first step, which feeds a prompt (or, where
-requests share a pass, both), and in the second, which feeds a token of each; 0 stands for what comes before all steps.
+For each line, these are its names' values after it has first run: in the first step, which computes a prompt (or both, if
+requests share a forward pass), in the second step, which computes one token of each, and, as step 0, before all steps.
 """
 import ast
 import contextlib
@@ -18,17 +18,17 @@ from shared.chapters import Chapter, python_files
 
 PROMPTS = ("Explain KV cache in one sentence.", "What is a block table?")
 MAX_TOKENS = 4
-STEPS = 2  # that are shown
-# A name that is nothing that can be shown in so many visits of a step stays untold.
+STEPS = 2  # how many steps are recorded
+# In each step, only a line's first visits are recorded.
 VISITS = 4
-SHOWN = 4  # elements of a tensor or a list
+SHOWN = 4  # how many elements of a tensor or list are shown
 
-# By file and line: of each name what it was, by the number of the step.
+# File and line to name to step to value.
 Values = dict[tuple[str, int], dict[str, dict[int, str]]]
 
 
 def record(chapter: Chapter) -> Values:
-    """Run the chapter on the prompts; by file and line, what each name was."""
+    """Run the chapter on the prompts; the values of names, by file and line."""
     from shared.checkpoints import POCKET
 
     package = chapter.load()
@@ -42,7 +42,7 @@ def record(chapter: Chapter) -> Values:
 
 @contextlib.contextmanager
 def following(package_dir: Path, engine):
-    """Note the values of names in a package's files while the block runs the engine."""
+    """Record the values of names in a package's files while the block runs the engine; yields the values."""
     follower = Follower(package_dir)
     schedule = engine.scheduler.schedule
 
@@ -62,12 +62,12 @@ def following(package_dir: Path, engine):
 
 
 class Follower:
-    """A trace function, and what it has seen."""
+    """A trace function that records values."""
 
     def __init__(self, package_dir: Path):
         self.values: Values = {}
         self.step = 0
-        self.visits = Counter()  # of a line in this step
+        self.visits = Counter()  # of each line in this step
         self.files = {}
         for path in python_files(package_dir):
             name = path.relative_to(package_dir).as_posix()
@@ -90,21 +90,21 @@ class Follower:
         return on_event
 
     def note(self, file: str, line: int, names: tuple[str, ...], frame) -> None:
-        """What the names of a line are, now that it has run."""
+        """Record the values of a line's names after it has run."""
         self.visits[file, line] += 1
         if self.visits[file, line] > VISITS or self.step > STEPS:
             return
         for name in names:
             value = look_up(name, frame)
-            told = describe(value)
-            if told is None:
+            description = describe(value)
+            if description is None:
                 continue
-            self.values.setdefault((file, line), {}).setdefault(name, {}).setdefault(self.step, told)
+            self.values.setdefault((file, line), {}).setdefault(name, {}).setdefault(self.step, description)
 
 
 def names_by_line(source: str) -> dict[int, tuple[str, ...]]:
-    """Variables and chains of attributes, by the first line of the simple statement, or of the head, they are in."""
-    found = {}
+    """Variables and attribute chains, by the first line of their simple statement or compound statement's header."""
+    by_line = {}
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.stmt) or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             continue
@@ -112,8 +112,8 @@ def names_by_line(source: str) -> dict[int, tuple[str, ...]]:
         heads = [child for child in ast.iter_child_nodes(node) if id(child) not in bodies]
         names = dict.fromkeys(name for head in heads for inner in ast.walk(head) if (name := chain(inner)))
         if names:
-            found[node.lineno] = tuple(names)
-    return found
+            by_line[node.lineno] = tuple(names)
+    return by_line
 
 
 def chain(node: ast.AST) -> str | None:
@@ -130,19 +130,19 @@ def chain(node: ast.AST) -> str | None:
 
 
 def look_up(name: str, frame):
-    """The value of a chain in a frame; None if it cannot be told."""
+    """The value of an attribute chain in a frame; None if it has none."""
     head, *rest = name.split(".")
     value = frame.f_locals.get(head)
     for attribute in rest:
         try:
             value = getattr(value, attribute)
-        except Exception:  # not there yet, or a property that cannot be asked now
+        except Exception:  # not set yet, or a property that cannot be computed yet
             return None
     return value
 
 
 def describe(value) -> str | None:
-    """A value in a few words; None for what has nothing to show.
+    """A short description of a value; None for objects that are not shown.
 
     >>> describe([3, 1, 4, 1, 5]), describe({"a": 1}), describe(len)
     ('list of 5: 3 1 4 1 ...', 'dict of 1', None)
@@ -155,15 +155,15 @@ def describe(value) -> str | None:
         return spelled(value)
     if hasattr(value, "__len__") and type(value).__module__ in ("builtins", "collections"):
         plain = not isinstance(value, (dict, set)) and all(isinstance(each, (int, float, str)) for each in value)
-        told = f"{type(value).__name__} of {len(value)}"
+        description = f"{type(value).__name__} of {len(value)}"
         if plain and len(value):
-            told += ": " + " ".join(spelled(each) for each in list(value)[:SHOWN]) + (" ..." if len(value) > SHOWN else "")
-        return told
+            description += ": " + " ".join(spelled(each) for each in list(value)[:SHOWN]) + (" ..." if len(value) > SHOWN else "")
+        return description
     return None
 
 
 def spelled(value) -> str:
-    """A number or a text, short."""
+    """A number or a string, shortened."""
     if isinstance(value, float):
         return f"{value:.3g}"
     text = repr(value)

@@ -1,1 +1,1 @@
-"""Bugs that are planted: by hand, by chance, to be found."""
+"""Planted bugs: seeded ones, random ones, and a hunt for one."""

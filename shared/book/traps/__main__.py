@@ -1,4 +1,4 @@
-"""Plants the seeded bugs: see runner."""
+"""Plant the seeded bugs; see runner."""
 
 from shared.book.traps.runner import main
 from shared.programs import run

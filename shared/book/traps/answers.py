@@ -1,10 +1,10 @@
-"""What the embedded model says when a seeded bug is planted: shown beside the bug, since most of them keep the tests' secret.
+"""What the bundled model answers with each seeded bug: shown beside the bug, because many bugs leave the answers unchanged.
 
-    python -m shared.book.traps.answers         # those that are new, or whose bug was edited; all of them with --all
+    python -m shared.book.traps.answers         # new or edited bugs only; --all for all
 
-Each bug is planted in a copy of its chapter, which answers in a fork of this process, in company: there are more
-questions than places, some come late, and one is taken back. A bug in a kernel is seen through Triton's interpreter,
-in few tokens.
+Each bug is planted in a copy of its chapter, which runs in a fork of this process. Several questions are asked together:
+more than run at once, some of them later, and one is aborted. For a bug in a kernel, Triton's interpreter runs, and the
+answers have fewer tokens.
 
 Reads: tests/traps/*.toml. Writes: docs/results/trap-answers.json.
 """
@@ -25,7 +25,7 @@ from shared.chapters import BOOK, Book, Chapter
 from shared.programs import run
 
 QUESTIONS = ("Explain KV cache in one sentence.", "What is a block table?")
-# Asked beside them: bugs need neighbours, of other lengths, and who comes when others leave.
+# Asked together with them: many bugs show only beside sequences of other lengths, or when requests join later.
 OTHERS = ("Tell me a story about a bear.", "What is prefill?", "What is a slot mapping?", "Tell me a story about an owl.")
 PLACES = 3
 MAX_TOKENS = 32
@@ -37,7 +37,7 @@ MENDS = "run `make traps-answers`"
 
 
 def key(trap: Trap) -> str:
-    """A hash of what is planted: an answer belongs to exactly this bug."""
+    """A hash of the planted code, to recognize answers of an edited bug."""
     text = "\0".join((trap.file, trap.unit, trap.find, trap.replace))
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -48,7 +48,7 @@ def read_answers(book: Book) -> dict[str, dict]:
 
 
 def stale(book: Book) -> list[str]:
-    """The traps whose answer is missing, or is another bug's; and answers without a trap."""
+    """The traps whose answer is missing or out of date, and the answers without a trap."""
     answers = read_answers(book)
     traps = {f"{chapter.id}/{trap.name}": trap for chapter in book.chapters for trap in read_traps(chapter.traps)}
     missing = [name for name, trap in traps.items() if answers.get(name, {}).get("key") != key(trap)]
@@ -56,23 +56,23 @@ def stale(book: Book) -> list[str]:
 
 
 def asking(chapter: Chapter, trap: Trap | None, kernels: bool) -> Work:
-    """Ask a copy of the chapter with the bug in it."""
+    """The work of asking a copy of the chapter with the trap planted; None for no trap."""
     return Work(partial(ask, chapter, trap, kernels), TIMEOUT_S)
 
 
 def ask(chapter: Chapter, trap: Trap | None, kernels: bool, scratch: Path) -> None:
-    """In the fork: answer the questions, and leave what was said in scratch."""
+    """Answer the questions, in a fork, and write the answers to scratch."""
     with changed_copy(chapter, trap and partial(plant, trap), scratch):
         try:
             package, text = (importlib.import_module(f"milestones.{chapter.name}{part}") for part in ("", ".text"))
-            said = in_company(package, text, QUESTIONS, kernels)
+            answers = in_company(package, text, QUESTIONS, kernels)
         except Exception as error:
-            said = f"({type(error).__name__}: {' '.join(str(error).split())[:120]})"
-        (scratch / "answers.json").write_text(json.dumps(said))
+            answers = f"({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+        (scratch / "answers.json").write_text(json.dumps(answers))
 
 
 def answers_of(ended: Ended) -> list[str] | str:
-    """The answers; or, as one text, what became of the process."""
+    """The answers; or, as a single string, what went wrong."""
     if ended.exit_code is None:
         return f"(no answer after {TIMEOUT_S} s)"
     said = ended.scratch / "answers.json"
@@ -80,7 +80,10 @@ def answers_of(ended: Ended) -> list[str] | str:
 
 
 def in_company(package, text, questions: tuple[str, ...], kernels: bool) -> list[str]:
-    """The answers to questions, and then to OTHERS, of which one comes every other step; the first of them is taken back."""
+    """The answers to questions, then those to OTHERS, all asked together.
+
+    OTHERS are added first, then the questions, one every other step; the first of OTHERS is aborted.
+    """
     from shared.checkpoints import POCKET
 
     limits = {"device": "cpu", "dtype": "float32"}
@@ -91,7 +94,7 @@ def in_company(package, text, questions: tuple[str, ...], kernels: bool) -> list
         limits["max_num_seqs"] = PLACES
     engine = package.Engine(POCKET, **limits)
     params = package.SamplingParams(max_tokens=KERNEL_TOKENS if kernels else MAX_TOKENS)
-    # The others come first, so that a question finds the places as they left them.
+    # OTHERS first, so that the questions run in rows and blocks that others have used.
     order = [*range(len(questions), len(questions) + len(OTHERS)), *range(len(questions))]
     texts, numbers = [""] * len(order), {}
     for step_id in range(2 * MAX_TOKENS * len(order)):
@@ -109,7 +112,7 @@ def in_company(package, text, questions: tuple[str, ...], kernels: bool) -> list
 
 
 def told(sound: list[str], found: list[str] | str) -> dict:
-    """What of the answers is worth showing: the first that is another than without the bug.
+    """The first answer that differs from the one without the bug, with its question.
 
     >>> told(["a", "b"], ["a", "c"])["answer"]
     'c'
@@ -123,21 +126,21 @@ def told(sound: list[str], found: list[str] | str) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m shared.book.traps.answers", description="What the model says with each seeded bug.")
-    parser.add_argument("--all", action="store_true", help="ask again where nothing has changed, too")
+    parser = argparse.ArgumentParser(prog="python -m shared.book.traps.answers", description="Record what the model answers with each seeded bug.")
+    parser.add_argument("--all", action="store_true", help="also ask with bugs that have not changed")
     args = parser.parse_args(argv)
     known = {} if args.all else read_answers(BOOK)
     preload(SLOW)
     all_traps = {f"{chapter.id}/{trap.name}": (chapter, trap) for chapter in BOOK.chapters for trap in read_traps(chapter.traps)}
     wanted = list(all_traps) if args.all else [name for name in stale(BOOK) if name in all_traps]
-    # What is said without any bug is asked first: what differs from it is worth showing.
+    # First the answers without a bug, to compare with.
     sound = {(chapter, in_kernels(trap)): None for chapter, trap in (all_traps[name] for name in wanted)}
     cases = list(sound)
     for ended in in_forks([asking(chapter, None, kernels) for chapter, kernels in cases], "without a trap"):
         chapter, kernels = cases[ended.number]
         sound[chapter, kernels] = answers_of(ended)
         if isinstance(sound[chapter, kernels], str):
-            raise SystemExit(f"{chapter.id} does not answer without any bug: {sound[chapter, kernels]}")
+            raise SystemExit(f"{chapter.id} fails to answer without a bug: {sound[chapter, kernels]}")
     found = {name: known[name] for name in all_traps if name in known and name not in wanted}
     works = [asking(chapter, trap, in_kernels(trap)) for chapter, trap in (all_traps[name] for name in wanted)]
     for ended in in_forks(works, "traps"):
@@ -150,7 +153,7 @@ def main(argv: list[str]) -> int:
 
 
 def in_kernels(trap: Trap) -> bool:
-    """Whether only the kernels show the bug."""
+    """Whether the bug is in a kernel, so that it shows only if the kernels run."""
     return trap.file.startswith("kernels/")
 
 

@@ -1,9 +1,9 @@
-"""A seeded bug to be found: planted by chance in a copy of a chapter, which is then tested, asked, and revealed.
+"""Find a bug: one of a chapter's seeded bugs is planted at random in a copy, which you test, question and finally reveal.
 
-    make break-v05                          # plants one in build/hunt/, and says what to do
+    make break-v05                          # plants a bug in build/hunt/, and says what to do
     make hunt                               # runs the chapter's tests on the copy
-    make hunt ASK="What is a KV cache?"     # asks the copy, among other questions
-    make reveal                             # what it was
+    make hunt ASK="What is a KV cache?"     # asks the copy, together with other questions
+    make reveal                             # shows the bug
 
 Reads: tests/traps/*.toml. Writes: build/hunt.
 """
@@ -25,11 +25,11 @@ from shared.book.traps.seeded_bugs import Trap, plant, read_traps
 from shared.chapters import BOOK, Book, Chapter
 from shared.programs import run
 
-CASE_S = 60  # after which a test counts as failed: some bugs make it wait for ever
+CASE_S = 60  # time limit for one test case: some bugs make tests run forever
 
 
 class NoHunt(ValueError):
-    """Nothing was planted."""
+    """There is no bug to find."""
 
 
 def directory(book: Book) -> Path:
@@ -37,7 +37,7 @@ def directory(book: Book) -> Path:
 
 
 def begin(book: Book, chapter: Chapter, rng: random.Random) -> Path:
-    """Plant one of the chapter's traps in a copy of it, without the text, which lists them; return the copy."""
+    """Plant one of the chapter's traps in a copy without the README, which lists them; the copy's path."""
     traps = read_traps(chapter.traps)
     if not traps:
         raise NoHunt(f"{chapter.id} has no traps in {chapter.traps.relative_to(book.root)}")
@@ -50,20 +50,20 @@ def begin(book: Book, chapter: Chapter, rng: random.Random) -> Path:
 
 
 def planted(book: Book) -> tuple[Chapter, Trap]:
-    """The chapter and the trap of the hunt that is on."""
+    """The chapter and the trap of the current hunt."""
     path = directory(book) / "planted.json"
     if not path.is_file():
-        raise NoHunt("nothing is planted; begin with `make break-v05`, or another chapter")
-    said = json.loads(path.read_text())
-    chapter = book.find(said["chapter"])
+        raise NoHunt("no bug is planted; start with `make break-v05`, or with another chapter")
+    state = json.loads(path.read_text())
+    chapter = book.find(state["chapter"])
     for trap in read_traps(chapter.traps):
-        if trap.name == said["trap"]:
+        if trap.name == state["trap"]:
             return chapter, trap
-    raise NoHunt(f"{said['chapter']} has no trap {said['trap']!r} any more; begin again")
+    raise NoHunt(f"{state['chapter']} no longer has the trap {state['trap']!r}; start again")
 
 
 def test(book: Book) -> list[str]:
-    """Run the chapter's tests on the copy; of each test that fails, in how many of its cases."""
+    """Run the chapter's tests on the copy; lines that say which tests fail, and in how many of their cases."""
     import pytest
 
     chapter, _ = planted(book)
@@ -74,12 +74,12 @@ def test(book: Book) -> list[str]:
         pytest.main([*suite, "--chapter", chapter.id, "--tb=no", "--maxfail=25", "-p", "no:cacheprovider"], plugins=[ledger])
     lines = [f"{failed:4} of {failed + ledger.passed[name]:4}  {name}" for name, failed in ledger.failed.items()]
     if not lines:
-        return ["", "Every test passes: this bug is seen by a test of another kind. `make reveal` says which."]
-    return ["", "What fails, in how many of its cases so far:", *lines]
+        return ["", "Every test that ran passes. Only a test of another kind catches this bug; `make reveal` names it."]
+    return ["", "Failing tests, with the number of failed cases so far:", *lines]
 
 
 class Ledger:
-    """A pytest plugin: what passed and failed, by test without its cases; and no case goes on for ever."""
+    """A pytest plugin that counts each test's passed and failed cases, and limits the time of a case to CASE_S."""
 
     def __init__(self):
         self.passed, self.failed = Counter(), Counter()
@@ -97,11 +97,11 @@ class Ledger:
 
 
 def too_long(signum, frame):
-    raise TimeoutError(f"this went on for {CASE_S} s")
+    raise TimeoutError(f"the test was not done after {CASE_S} s")
 
 
 def ask(book: Book, question: str) -> list[str]:
-    """What the copy answers, in company."""
+    """The copy's answers to the question and to those asked together with it, as lines."""
     import importlib
 
     from shared.book.traps.answers import KERNEL_TOKENS, MAX_TOKENS, OTHERS, in_company, in_kernels
@@ -111,21 +111,21 @@ def ask(book: Book, question: str) -> list[str]:
         modules = [importlib.import_module(f"milestones.{chapter.name}{part}") for part in ("", ".text")]
         kernels = in_kernels(trap)
         texts = in_company(*modules, (question,), kernels)
-    said = (textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  ") for text in texts)
-    answers = [line for asked, text in zip((question, *OTHERS), said) for line in (f"> {asked}", text)]
-    rules = f"Answers have {KERNEL_TOKENS if kernels else MAX_TOKENS} tokens at the most, and the first story is taken back on purpose."
+    wrapped = (textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  ") for text in texts)
+    answers = [line for asked, text in zip((question, *OTHERS), wrapped) for line in (f"> {asked}", text)]
+    rules = f"Answers have at most {KERNEL_TOKENS if kernels else MAX_TOKENS} tokens, and the first story is aborted on purpose."
     return [*answers, "", rules]
 
 
 def reveal(book: Book) -> list[str]:
-    """The bug as a diff, its name, what one sees of it, and the test that knows; whatever became of the copy."""
+    """The bug's name, its diff, its effect, and the tests that catch it, as lines; your edits to the copy do not matter."""
     chapter, trap = planted(book)
     with tempfile.TemporaryDirectory() as scratch:
         again = make_copy(chapter, Path(scratch))
         plant(trap, again)
         old, new = ((directory / trap.file).read_text().splitlines() for directory in (chapter.path, again))
     lines = [f"{trap.name}, in {trap.address}", "", *difflib.unified_diff(old, new, trap.file, trap.file, lineterm="", n=2)]
-    return [*lines, "", f"What one sees: {trap.told}", f"Who catches it: {', '.join(trap.test)}"]
+    return [*lines, "", f"What you see: {trap.told}", f"Caught by: {', '.join(trap.test)}"]
 
 
 def main(argv: list[str], book: Book | None = None) -> int:
@@ -133,25 +133,25 @@ def main(argv: list[str], book: Book | None = None) -> int:
     parser.add_argument("what", choices=("break", "hunt", "reveal"))
     parser.add_argument("chapter", nargs="?", metavar="vNN")
     parser.add_argument("--ask", metavar="QUESTION", help="with hunt: ask the copy instead of testing it")
-    parser.add_argument("--seed", type=int, help="with break: the same bug again")
+    parser.add_argument("--seed", type=int, help="with break: the same seed plants the same bug")
     args = parser.parse_args(argv)
     book = book or BOOK
     try:
         if args.what == "break":
             if not args.chapter:
-                parser.error("name a chapter, as in break v05")
+                parser.error("name a chapter, for example `break v05`")
             copy = begin(book, book.find(args.chapter), random.Random(args.seed))
-            print(f"There is a bug in {copy.relative_to(book.root)}, in one place. The engine still starts.\n")
+            print(f"There is one bug in {copy.relative_to(book.root)}. The engine still starts.\n")
             todo = {
-                "make hunt": "its tests: which fail, and what do they have in common?",
-                'make hunt ASK="What is a KV cache?"': "ask it, among others",
-                f"$EDITOR {copy.relative_to(book.root)}": "read it, as if somebody had sent it for review",
-                "make reveal": "what it was",
+                "make hunt": "run the tests: which fail, and what do they have in common?",
+                'make hunt ASK="What is a KV cache?"': "ask it a question, together with others",
+                f"$EDITOR {copy.relative_to(book.root)}": "read the code, as if it were sent to you for review",
+                "make reveal": "see the bug",
             }
             for command, what in todo.items():
                 print(f"  {command:40}{what}")
             print()
-            print(f"No fair: diff with milestones/{copy.name}.")
+            print(f"Not fair: a diff against milestones/{copy.name}.")
         elif args.what == "hunt":
             print("\n".join(test(book) if args.ask is None else ask(book, args.ask)))
         else:

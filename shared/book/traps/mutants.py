@@ -1,13 +1,13 @@
-"""Small random damage to a chapter's code: what the traps did not think of.
+"""Make small random changes to a chapter's code, and run its tests on each: do they catch bugs that no trap plants?
 
-    python -m shared.book.traps.mutants v07 --count 100         # all of the chapter's code
-    python -m shared.book.traps.mutants v05 --count 15 --new    # only what the chapter changed
-    python -m shared.book.traps.mutants v05 --new --record      # and keep what came of it
+    python -m shared.book.traps.mutants v07 --count 100         # anywhere in the chapter's code
+    python -m shared.book.traps.mutants v05 --count 15 --new    # only in what the chapter changed
+    python -m shared.book.traps.mutants v05 --new --record      # also record the results
 
-Each mutant turns one comparison, operator, number, condition or line into another, chosen by a seed, in a copy of the
-chapter; the chapter's tests run on it until one fails. A survivor wants a test, or a sentence in tests/mutants.toml that
-says why nobody could tell. By hand: a whole suite for each survivor takes its time. What is recorded, in
-docs/results/mutants.json, is written after each mutant, and of that only survivors are tried again.
+Each mutant changes one comparison, operator, number, condition or line, picked by a seed, in a copy of the chapter; the
+chapter's tests run on it until one fails. A survivor needs a new test, or a sentence in tests/mutants.toml that says why
+no test can tell it from the original. Run this by hand: each survivor takes a whole test suite. With --record, results are
+written to docs/results/mutants.json after each mutant, and only recorded survivors are tried again.
 
 Reads: a chapter, tests/mutants.toml. Writes: docs/results/mutants.json.
 """
@@ -42,13 +42,13 @@ SIGNS = {
     ast.And: "and", ast.Or: "or",
 }
 OPERATED = {ast.Add: "-", ast.Sub: "+", ast.Mult: "//", ast.FloorDiv: "*", ast.Div: "*", ast.Mod: "//"}
-# What these hold is told to people or checked by nobody: messages, annotations, assertions.
+# Not changed: messages, annotations and assertions, which no test checks.
 SILENT = (ast.Raise, ast.Assert, ast.JoinedStr, ast.AnnAssign, ast.Import, ast.ImportFrom)
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one file, from offset to end."""
+    """One change of a file: the bytes [start, end) are replaced by `new`."""
 
     file: str
     line: int
@@ -59,12 +59,12 @@ class Mutant:
 
 
 def mutants_of(source: str, file: str) -> list[Mutant]:
-    """Every mutant of a file."""
+    """All possible mutants of a file."""
     lines = source.splitlines(keepends=True)
     starts = [0]
     for line in lines:
         starts.append(starts[-1] + len(line.encode()))
-    found = []
+    mutants = []
 
     def at(node, end: bool = False) -> int:
         number, column = (node.end_lineno, node.end_col_offset) if end else (node.lineno, node.col_offset)
@@ -72,10 +72,10 @@ def mutants_of(source: str, file: str) -> list[Mutant]:
 
     def replace(node, first: int, last: int, new: str) -> None:
         old = source.encode()[first:last].decode()
-        found.append(Mutant(file, node.lineno, first, last, new, f"`{' '.join(old.split())}` becomes `{' '.join(new.split())}`"))
+        mutants.append(Mutant(file, node.lineno, first, last, new, f"`{' '.join(old.split())}` becomes `{' '.join(new.split())}`"))
 
     def between(node, left, right, old: str, new: str) -> None:
-        """The operator between two operands."""
+        """Replace the operator between two operands."""
         gap = source.encode()[at(left, end=True) : at(right)].decode()
         if gap.count(old) == 1:
             replace(node, at(left, end=True), at(right), gap.replace(old, new))
@@ -105,11 +105,11 @@ def mutants_of(source: str, file: str) -> list[Mutant]:
             visit(child)
 
     visit(ast.parse(source))
-    return found
+    return mutants
 
 
 def children(node: ast.AST):
-    """The parts of a node that do something: no annotations, no decorators, no docstrings."""
+    """A node's children, without annotations and decorators."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list"):
             continue
@@ -119,7 +119,7 @@ def children(node: ast.AST):
 
 
 def choose(chapter: Chapter, count: int, seed: int, only_new: bool) -> list[Mutant]:
-    """So many of a chapter's mutants, by the seed; of what the chapter changed, if asked."""
+    """`count` of a chapter's mutants, picked by the seed; with only_new, from the lines of units that the chapter changed."""
     allowed = None
     if only_new and chapter.previous:
         units = read_units(chapter.path)
@@ -130,15 +130,15 @@ def choose(chapter: Chapter, count: int, seed: int, only_new: bool) -> list[Muta
             for piece in units[address].pieces
             for n in range(piece.text.count("\n") + 1)
         }
-    found = []
+    mutants = []
     for path in python_files(chapter.path):
         file = path.relative_to(chapter.path).as_posix()
-        found += [each for each in mutants_of(path.read_text(), file) if allowed is None or (file, each.line) in allowed]
-    return random.Random(seed).sample(found, min(count, len(found)))
+        mutants += [each for each in mutants_of(path.read_text(), file) if allowed is None or (file, each.line) in allowed]
+    return random.Random(seed).sample(mutants, min(count, len(mutants)))
 
 
 def put(mutant: Mutant, chapter: Path) -> None:
-    """Damage a copy."""
+    """Apply a mutant to a copy of its chapter."""
     path = chapter / mutant.file
     source = path.read_bytes()
     path.write_bytes(source[: mutant.start] + mutant.new.encode() + source[mutant.end :])
@@ -150,7 +150,7 @@ def attempt(chapter: Chapter, mutant: Mutant) -> Work:
 
 
 def outcome(chapter: Chapter, mutant: Mutant, run: Run) -> dict:
-    """What became of a mutant."""
+    """A mutant with its result, and the first test that failed."""
     by = next(iter(run.failed or run.broken or {"": ""}))
     if run.exit_code is None:
         result = "hangs"
@@ -162,25 +162,25 @@ def outcome(chapter: Chapter, mutant: Mutant, run: Run) -> dict:
 
 
 def about(chapter: Chapter, mutant: Mutant) -> dict:
-    """What tells a mutant from all others."""
+    """A mutant's description, which identifies it."""
     code = (chapter.path / mutant.file).read_text().splitlines()[mutant.line - 1].strip()
     return {"file": mutant.file, "line": mutant.line, "code": code, "told": mutant.told}
 
 
 def recorded(book: Book) -> dict[str, dict]:
-    """What was tried, by chapter."""
+    """The recorded results, by chapter."""
     path = book.results / FILE
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def record(book: Book, name: str, command: str, tried: list[dict]) -> None:
-    """Put a chapter's mutants in the place of those recorded before."""
+    """Replace a chapter's recorded results."""
     chapters = recorded(book) | {name: results.about(command) | {"tried": tried}}
     results.store(book.results / FILE, dict(sorted(chapters.items())))
 
 
 def take(before: list[dict], mutant: dict) -> dict | None:
-    """Take what came of a mutant out of what was tried before, wherever its line stands now; not if it survived.
+    """Remove a mutant's result from `before`, even if its line has moved, and return it; None if it survived or was not tried.
 
     >>> before = [{"line": 7, "code": "x = 1", "result": "killed"}]
     >>> take(before, {"line": 9, "code": "x = 1"}), before
@@ -193,13 +193,13 @@ def take(before: list[dict], mutant: dict) -> dict | None:
 
 
 def reasons(book: Book) -> list[dict]:
-    """Why those that survive cannot be told from the sound code."""
+    """The reasons why survivors are equivalent to the original code, from tests/mutants.toml."""
     path = book.root / REASONS
     return tomllib.loads(path.read_text())["survivor"] if path.is_file() else []
 
 
 def unexplained(book: Book) -> list[str]:
-    """The recorded survivors without a reason, and the reasons without a survivor."""
+    """Messages about recorded survivors without a reason, and reasons without a survivor."""
 
     def names(mutants) -> set[str]:
         return {f"{each['file']}: `{each['code']}`: {each['told']}" for each in mutants}
@@ -208,18 +208,18 @@ def unexplained(book: Book) -> list[str]:
     survived = names(each for each in tried if each["result"] == "survived")
     explained = names(each for each in reasons(book) if each["why"].strip())
     return [
-        *(f"{each} survived; test it, or say in {REASONS} why nobody can tell" for each in sorted(survived - explained)),
-        *(f"{each} did not survive; take it out of {REASONS}" for each in sorted(explained - survived)),
+        *(f"{each} survived; test it, or say in {REASONS} why no test can tell" for each in sorted(survived - explained)),
+        *(f"{each} did not survive; remove it from {REASONS}" for each in sorted(explained - survived)),
     ]
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m shared.book.traps.mutants", description="Damage a chapter, and see who notices.")
+    parser = argparse.ArgumentParser(prog="python -m shared.book.traps.mutants", description="Make small random changes to a chapter, and run its tests on each.")
     parser.add_argument("chapter", metavar="vNN")
     parser.add_argument("--count", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--new", action="store_true", help="only what the chapter changed")
-    parser.add_argument("--record", action="store_true", help=f"write what comes of it to docs/results/{FILE}")
+    parser.add_argument("--record", action="store_true", help=f"record the results in docs/results/{FILE}")
     args = parser.parse_args(argv)
     try:
         chapter = BOOK.find(args.chapter)
@@ -241,7 +241,7 @@ def main(argv: list[str]) -> int:
         tried[number] = outcome(chapter, chosen[number], run_of(ended))
         keep()
         print(json.dumps({"chapter": chapter.id} | tried[number]), flush=True)
-    before.clear()  # what was not chosen this time
+    before.clear()  # drop the mutants that were not picked this time
     keep()
     return 0
 

@@ -1,4 +1,4 @@
-"""Seeded bugs: how they are written down in tests/traps, and how one is planted in a copy of its chapter.
+"""Read seeded bugs from tests/traps, and plant one in a copy of its chapter.
 
 Reads: tests/traps/*.toml. Writes: a copy of a chapter.
 """
@@ -15,7 +15,7 @@ OPTIONAL = {"unit", "crashes", "seen"}
 
 @dataclass(frozen=True)
 class Trap:
-    """A seeded bug, the tests that claim to catch it, and what a learner sees when they do not."""
+    """A seeded bug, the tests that must catch it, and what a user would see of it."""
 
     name: str
     file: str
@@ -24,8 +24,8 @@ class Trap:
     test: tuple[str, ...]
     sees: str
     unit: str = ""
-    crashes: bool = False  # what the tests see of it is that the process dies of a signal
-    seen: str = ""  # where somebody shipped it: a project and a number, as "vllm #43810"
+    crashes: bool = False  # whether the bug kills the test's process with a signal
+    seen: str = ""  # where this bug was shipped: a project and an issue's number, as "vllm #43810"
 
     @property
     def address(self) -> str:
@@ -33,12 +33,12 @@ class Trap:
 
     @property
     def told(self) -> str:
-        """What one sees of it, and where it was seen."""
+        """What a user would see, and where the bug was shipped."""
         return " ".join(self.sees.split()) + (f" (This shipped: {self.seen}.)" if self.seen else "")
 
 
 def read_traps(path: Path) -> list[Trap]:
-    """The traps of a chapter; a key that is missing or unknown is refused."""
+    """The traps in a chapter's file; ValueError if a key is missing or unknown, or if two have the same name."""
     if not path.is_file():
         return []
     traps = []
@@ -47,32 +47,32 @@ def read_traps(path: Path) -> list[Trap]:
         if set(row) | OPTIONAL != KEYS:
             wrong = ", ".join(sorted((set(row) | OPTIONAL) ^ KEYS))
             keys = ", ".join(sorted(KEYS))
-            raise ValueError(f"{path.name}: {name!r} lacks or does not know: {wrong}; the keys are {keys}")
+            raise ValueError(f"{path.name}: {name!r} has missing or unknown keys: {wrong}; the keys are {keys}")
         tests = [row["test"]] if isinstance(row["test"], str) else row["test"]
         traps.append(Trap(**(row | {"test": tuple(tests)})))
         if [trap.name for trap in traps].count(name) > 1:
-            raise ValueError(f"{path.name}: two traps are called {name!r}; give each a name of its own")
+            raise ValueError(f"{path.name}: two traps are named {name!r}; give each its own name")
     return traps
 
 
 def plant(trap: Trap, chapter: Path) -> None:
-    """Put the bug into a copy of its chapter."""
+    """Plant the bug in a copy of its chapter; ValueError if it cannot be planted."""
     units = read_units(chapter)
     if trap.address not in units:
         raise ValueError(f"there is no unit {trap.address}; it was renamed or removed")
     pieces = units[trap.address].pieces
     count = sum(piece.text.count(trap.find) for piece in pieces)
     if count != 1:
-        raise ValueError(f"`find` stands {count} times in {trap.address}; it must stand there exactly once")
+        raise ValueError(f"`find` occurs {count} times in {trap.address}; it must occur exactly once")
     piece = next(piece for piece in pieces if trap.find in piece.text)
     path = chapter / trap.file
     lines = path.read_text().splitlines(keepends=True)
     before, after = lines[:piece.first_line - 1], lines[piece.first_line + piece.text.count("\n"):]
     planted = "".join(before) + piece.text.replace(trap.find, trap.replace) + "\n" + "".join(after)
     if trap.find == trap.replace:
-        raise ValueError("`replace` is what `find` is; nothing was planted")
+        raise ValueError("`replace` is the same as `find`, so nothing was planted; make it different")
     try:
         ast.parse(planted)
     except SyntaxError as error:
-        raise ValueError(f"with `replace` in place {trap.file} does not parse: {error}") from None
+        raise ValueError(f"with `replace`, {trap.file} does not parse: {error}") from None
     path.write_text(planted)

@@ -1,4 +1,4 @@
-"""pytest on a changed copy of a chapter, in a fork."""
+"""Run pytest on a changed copy of a chapter, in a fork."""
 import contextlib
 import json
 import os
@@ -17,14 +17,14 @@ Change = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Run:
-    """What pytest said in a child: its exit code, and the tests that passed, failed, or could not start."""
+    """The result of pytest in a fork: its exit code, and the tests that passed, failed, or whose fixtures failed."""
 
-    exit_code: int | None  # None: no answer in time
-    finished: bool  # whether it was pytest that ended, and not the process under it
+    exit_code: int | None  # None: stopped at the time limit
+    finished: bool  # whether pytest finished; False if the process died first
     passed: list[str]
-    failed: dict[str, str]  # how, by test
-    broken: dict[str, str]
-    imported: list[str]  # modules from outside of the repository
+    failed: dict[str, str]  # the error, by test
+    broken: dict[str, str]  # the fixture's error, by test
+    imported: list[str]  # installed modules that the tests imported
     output: str
 
     @property
@@ -34,15 +34,15 @@ class Run:
 
 
 def work(chapter: Chapter, change: Change | None, arguments: list[str], timeout_s: float) -> Work:
-    """The chapter's tests of these arguments on a copy that `change` has changed; None: on the chapter as it is.
+    """The work of running pytest with these arguments on a copy of the chapter, changed by `change` if that is not None.
 
-    `change` raises ValueError where it cannot be made; `run_of` raises it again.
+    If `change` raises ValueError, `run_of` raises it again.
     """
     return Work(partial(run_tests, chapter, change, arguments), timeout_s)
 
 
 def run_tests(chapter: Chapter, change: Change | None, arguments: list[str], scratch: Path) -> None:
-    """In the fork: run pytest, and leave what it said in scratch."""
+    """Run pytest, in a fork, and write the results to scratch."""
     os.chdir(chapter.root)
     sys.path.insert(0, str(chapter.root))
     import pytest
@@ -63,21 +63,21 @@ def run_tests(chapter: Chapter, change: Change | None, arguments: list[str], scr
 
 
 def run_of(ended: Ended) -> Run:
-    """What a child said."""
+    """The result that a fork left in scratch; ValueError if the change could not be made."""
     if (ended.scratch / "refused").exists():
         raise ValueError((ended.scratch / "refused").read_text())
-    said = ended.scratch / "reports.json"
-    reports = json.loads(said.read_text()) if said.exists() else vars(Recorder()) | {"imported": []}
-    return Run(exit_code=ended.exit_code, finished=said.exists(), output=ended.output, **reports)
+    path = ended.scratch / "reports.json"
+    reports = json.loads(path.read_text()) if path.exists() else vars(Recorder()) | {"imported": []}
+    return Run(exit_code=ended.exit_code, finished=path.exists(), output=ended.output, **reports)
 
 
 def is_installed(module) -> bool:
-    """Whether a module comes from a package that every child may as well inherit."""
+    """Whether a module belongs to an installed package, which later forks can inherit."""
     return "-packages" in (getattr(module, "__file__", None) or "")
 
 
 class Recorder:
-    """A pytest plugin that notes how each test ended."""
+    """A pytest plugin that records each test's result."""
 
     def __init__(self):
         self.passed = []
