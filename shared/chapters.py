@@ -188,6 +188,11 @@ CONTENTS = (
         idea="Threads share one interpreter lock, so the engine and the event loop take turns. Give the engine its own process, and send one message per step.",
         adds=frozenset({"engine_process"}),
     ),
+    Row(
+        name="v11_preemption",
+        idea="Reserve what a request needs next, not the most it may need. When memory runs out, the least important request gives its blocks back.",
+        adds=frozenset({"preemption"}),
+    ),
 )
 
 BOOK = Book.of(ROOT, CONTENTS)

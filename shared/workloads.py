@@ -71,6 +71,8 @@ TIMELINE = [(7, 19), (3, 5), (5, 8), (2, 3), (4, 4), (9, 11), (3, 2), (6, 7), (2
 TIMELINE_PLACES = 4
 # For the same requests, a cache small enough to draw block by block.
 TIMELINE_BLOCKS, TIMELINE_BLOCK_SIZE = 16, 4
+# A cache in which these requests do not fit together, for chapters that preempt.
+TIGHT_BLOCKS = 9
 
 # Questions that the bundled model can answer.
 QUESTIONS = (

@@ -24,6 +24,7 @@ PARITIES = {
     "test_finite.py",
     "test_modules.py",
     "test_previous.py",
+    "test_product.py",
     "test_refusals.py",
     "test_sampling.py",
     "test_source.py",

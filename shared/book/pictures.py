@@ -11,7 +11,7 @@ from html import escape
 
 from shared import results
 from shared.chapters import Book
-from shared.workloads import TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS
+from shared.workloads import TIGHT_BLOCKS, TIMELINE_BLOCKS, TIMELINE_BLOCK_SIZE
 
 STYLE = """\
   text { font: 13px system-ui, sans-serif; fill: #24292f }
@@ -134,9 +134,9 @@ def lane(passes: list[dict], request: int, y: float) -> list[str]:
 NUM_OWNERS = 10  # colors; requests that share one differ by letter
 
 
-def blocks(trace: dict) -> str:
+def blocks(trace: dict, num_blocks: int = TIMELINE_BLOCKS) -> str:
     """Which request owned which block in which pass: one lane per block, one column per pass, colored as high as the block is full."""
-    num_blocks, size = TIMELINE_BLOCKS, TIMELINE_BLOCK_SIZE
+    size = TIMELINE_BLOCK_SIZE
     cell, lane_height, left, top = 30, 22, 76, 60
     width, height = left + len(trace["passes"]) * cell + RIGHT, top + num_blocks * lane_height + 30
     title = f"{trace['chapter']}: which request owns which of {num_blocks} blocks of {size} tokens"
@@ -145,12 +145,14 @@ def blocks(trace: dict) -> str:
     for block_id in range(num_blocks):
         body.append(text(16, top + block_id * lane_height + 15, f"block {block_id}", "small"))
     reached = [0] * len(trace["lengths"])
+    ran = set()
     for column, each in enumerate(trace["passes"]):
         x = left + column * cell
         body.append(text(x + cell / 2, height - 10, column + 1, "small", "middle"))
         for part in each["parts"]:
             request = part["request"]
-            reached[request] += part["useful"]
+            # A request that did not run in the last pass computes all of its positions, the first time and after a preemption.
+            reached[request] = part["num_tokens"] + (reached[request] if request in ran else 0)
             for index, block_id in enumerate(part["rows"]):
                 y = top + block_id * lane_height
                 held = min(size, reached[request] - index * size)
@@ -159,6 +161,7 @@ def blocks(trace: dict) -> str:
                 body.append(rect(x + 1, y, cell - 2, lane_height - 3, "waste", tip))
                 body.append(rect(x + 1, y + lane_height - 3 - level, cell - 2, level, f"owner{request % NUM_OWNERS}", tip))
                 body.append(text(x + cell / 2, y + 14, name_of(request), "small", "middle"))
+        ran = {part["request"] for part in each["parts"]}
     return svg(width, height, title, body)
 
 
@@ -454,6 +457,7 @@ PICTURES: dict[str, Picture] = {
     "v03_timeline.svg": ("timeline.json", of_chapter("v03")),
     "v04_timeline.svg": ("timeline.json", of_chapter("v04")),
     "v05_blocks.svg": ("timeline.json", lambda found: blocks(found["v05"])),
+    "v11_blocks.svg": ("timeline.json", lambda found: blocks(found["v11"], TIGHT_BLOCKS)),
     "v01_growth.svg": ("growth.json", alone),
     "v06_moved.svg": ("staircase.json", moved),
     "v07_felt.svg": ("load.json", felt),

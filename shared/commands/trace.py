@@ -17,7 +17,7 @@ from shared.bench.recorder import Trace, record, summary
 from shared.book.pictures import name_of, page
 from shared.programs import run
 from shared.results import write
-from shared.workloads import TIMELINE, TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS, TIMELINE_PLACES, fixed
+from shared.workloads import TIGHT_BLOCKS, TIMELINE, TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS, TIMELINE_PLACES, fixed
 
 WAITS, PROMPT, TOKEN, WASTE = "\u00b7", "\u2593", "\u2588", "\u2591"
 
@@ -88,6 +88,8 @@ def small_trace(chapter, model_dir: Path) -> Trace:
     limits = {"max_num_seqs": TIMELINE_PLACES} if "max_num_seqs" in chapter.capabilities else {}
     if "num_blocks" in chapter.capabilities:
         limits |= {"num_blocks": TIMELINE_BLOCKS, "block_size": TIMELINE_BLOCK_SIZE}
+    if "preemption" in chapter.capabilities:
+        limits |= {"num_blocks": TIGHT_BLOCKS, "reserve_tokens": 0}
     with contextlib.redirect_stderr(io.StringIO()):
         engine = chapter.load().Engine(model_dir, device="cpu", **limits)
     trace, _ = record(chapter, engine, fixed(TIMELINE, engine.config.vocab_size))

@@ -28,16 +28,35 @@ def audit(engine) -> None:
         size = len(seq.block_table)
         needs = pool.blocks_for(seq.num_computed), pool.blocks_for(seq.num_tokens)
         assert needs[0] <= size <= needs[1], f"sequence {seq.seq_id} holds {size} blocks, and needs {needs[0]} to {needs[1]}"
-    reserved = sum(engine.scheduler.reserved(seq) for seq in running)
-    assert reserved <= pool.num_blocks, f"{reserved} of {pool.num_blocks} blocks are reserved"
     for seq in engine.scheduler.waiting:
         assert not seq.block_table, f"sequence {seq.seq_id} is waiting and holds blocks {seq.block_table}"
+    if hasattr(engine, "swap"):
+        audit_swap(engine)
+    else:
+        reserved = sum(engine.scheduler.reserved(seq) for seq in running)
+        assert reserved <= pool.num_blocks, f"{reserved} of {pool.num_blocks} blocks are reserved"
 
 
-def soak(chapter, engine, num_requests: int, seed: int = 0) -> Counter:
+def audit_swap(engine) -> None:
+    """Requests stand by rank, and every block of the swap space is free or holds what one preempted request has computed."""
+    scheduler, pool = engine.scheduler, engine.swap.pool
+    for seqs in (scheduler.running, scheduler.waiting):
+        ranks = [seq.rank for seq in seqs]
+        assert ranks == sorted(ranks), f"not by rank: {ranks}"
+    assert not any(seq.swap_table or seq.preempted for seq in scheduler.running), "a running request is swapped out"
+    held = Counter(block_id for seq in scheduler.waiting for block_id in seq.swap_table) + Counter(list(pool.free_ids))
+    assert held == Counter(range(pool.num_blocks)), "swap blocks are lost, or have several owners"
+    for seq in scheduler.waiting:
+        computed = pool.blocks_for(seq.num_computed)
+        assert len(seq.swap_table) == computed, f"{seq.seq_id} has computed {computed} blocks and holds {len(seq.swap_table)} swapped"
+
+
+def soak(chapter, engine, num_requests: int, seed: int = 0, fault_share: float = 0.0) -> Counter:
     """Run random requests, several at a time, with an audit after every step; the number of each finish reason.
 
-    Every hundredth request, unless aborted, must generate the same tokens when it runs alone; AssertionError if not.
+    Every hundredth request, unless aborted or failed, must generate the same tokens when it runs alone; AssertionError if not.
+
+    fault_share: the share of steps whose forward pass raises. The requests in them fail; the others must not notice.
     """
     rng, package = random.Random(seed), chapter.load()
     ended, tokens, tried = Counter(), {}, {}
@@ -51,6 +70,7 @@ def soak(chapter, engine, num_requests: int, seed: int = 0) -> Counter:
                 temperature=rng.choice((0.0, 1.0)),
                 seed=added,
                 stop_token_ids=tuple(range(100, 120)) if rng.random() < 0.3 else (),
+                **({"priority": rng.randint(-1, 1)} if "preemption" in chapter.capabilities else {}),
             )
             request_id = engine.add_request(prompt_ids, params)
             tokens[request_id] = []
@@ -64,13 +84,17 @@ def soak(chapter, engine, num_requests: int, seed: int = 0) -> Counter:
                 ended["abort"] += 1
                 del tokens[request_id]
                 tried.pop(request_id, None)
-        for output in engine.step():
+        for output in step(engine, fails=rng.random() < fault_share):
             tokens[output.request_id].append(output.token_id)
             if output.finish_reason:
                 ended[output.finish_reason] += 1
                 token_ids = tokens.pop(output.request_id)
                 if output.request_id in tried:
                     tried[output.request_id] += (token_ids,)
+        for request_id in [request_id for request_id in tokens if request_id not in engine.seqs]:
+            ended["error"] += 1
+            del tokens[request_id]
+            tried.pop(request_id, None)
         audit(engine)
     assert not tokens, f"requests {list(tokens)} never finished"
     assert engine.pool.num_free == engine.pool.num_blocks
@@ -78,6 +102,37 @@ def soak(chapter, engine, num_requests: int, seed: int = 0) -> Counter:
         [alone] = engine.generate([prompt_ids], params)
         assert alone.token_ids == token_ids, f"{prompt_ids} generates other tokens when it runs alone"
     return ended
+
+
+class Fault(Exception):
+    """What a forward pass that should fail raises."""
+
+
+def step(engine, fails: bool) -> list:
+    """One step's outputs; if it fails, none, and the engine has ended the requests that were in it."""
+    if not fails:
+        return engine.step()
+    forward = engine.model.forward
+
+    def failing(_batch):
+        raise Fault
+
+    engine.model.forward = failing
+    try:
+        return engine.step()
+    except Fault:
+        engine.fail_step()
+        return []
+    finally:
+        engine.model.forward = forward
+
+
+# Engines of a chapter that preempts: tiny caches, and each way in which a preempted request continues.
+PREEMPTING = (
+    {"num_blocks": 23, "reserve_tokens": 0},
+    {"num_blocks": 23, "reserve_tokens": 3, "swap_bytes": 10**7},
+    {"num_blocks": 13, "reserve_tokens": 0, "swap_bytes": 50_000},  # often full
+)
 
 
 def main(argv: list[str]) -> int:
@@ -91,11 +146,14 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     for chapter in chapters or [chapter for chapter in CHAPTERS if "num_blocks" in chapter.capabilities]:
-        with contextlib.redirect_stderr(io.StringIO()):
-            engine = chapter.load().Engine(checkpoint("llama"), device="cpu", max_num_seqs=20, num_blocks=97, block_size=7)
-        ended = soak(chapter, engine, args.requests, args.seed)
-        print(f"{chapter.name}: {sum(ended.values())} requests in {engine.num_steps} steps, every block is free again;", end=" ")
-        print("finish reasons:", ", ".join(f"{reason} {count}" for reason, count in ended.items()))
+        for options in PREEMPTING if "preemption" in chapter.capabilities else ({"num_blocks": 97},):
+            with contextlib.redirect_stderr(io.StringIO()):
+                engine = chapter.load().Engine(checkpoint("llama"), device="cpu", max_num_seqs=20, block_size=7, **options)
+            fault_share = 0.005 if hasattr(engine, "fail_step") else 0.0
+            ended = soak(chapter, engine, args.requests, args.seed, fault_share)
+            print(f"{chapter.name}: {sum(ended.values())} requests in {engine.num_steps} steps, every block is free again;", end=" ")
+            print("finish reasons:", ", ".join(f"{reason} {count}" for reason, count in ended.items()), end="")
+            print(f"; {engine.stats().preemptions} preemptions" if "preemption" in chapter.capabilities else "")
     return 0
 
 

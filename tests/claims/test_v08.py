@@ -67,6 +67,7 @@ def test_a_whole_answer_is_written_as_it_arrives_and_in_turns(module, monkeypatc
     assert len(asyncio.run(read())) == 5 and len(pauses) == 12
 
 
+@pytest.mark.until("v11")
 def test_without_max_tokens_the_whole_context_is_reserved(chapter, make_engine):
     """Of 64 requests at once, 8 (1,024 / 128 blocks) run together; with at most 256 tokens each, 60 do."""
     engine = make_engine("pocket", num_blocks=1024, max_num_seqs=64)

@@ -239,13 +239,8 @@ def test_a_hung_engine_is_noticed_and_a_long_step_is_not_a_hang(chapter, module,
         assert answer.status_code == 500
         assert "the engine's process said nothing for" in answer.json()["error"]["message"]
         health = HTTP.get(f"{server.url}/health")
-        assert health.status_code == 503 and health.json() == {
-            "status": "dead",
-            "running": 0,
-            "waiting": 0,
-            "free_blocks": 0,
-            "total_blocks": 0,
-        }
+        assert health.status_code == 503 and health.json().pop("status") == "dead"
+        assert all(count == 0 for name, count in health.json().items() if name != "status")
         wait_until(lambda: server.should_exit, 4)
         fake.gate.set()
 

@@ -12,10 +12,12 @@
     lock_start      how long a server takes to start, and its memory
     killing         what clients received when a server or its engine was killed
     levers          what cheaper ways to write an event would save of the event loop's CPU time
+    admission       steps, preemptions and speed by what is reserved for a request
+    comebacks       what a preemption costs, by the length of the request
     changes         lines added and removed from chapter to chapter, by file
     damage          random changes to the code, and whether a test notices
 
-Reads: docs/results/{suite, large, decode, overhead, attention, serving, lock, killing, levers, mutants}.json.
+Reads: docs/results/{suite, large, decode, overhead, attention, serving, lock, killing, levers, admission, mutants}.json.
 """
 from collections import Counter
 
@@ -315,6 +317,46 @@ def levers(book: Book, chapter: Chapter | None) -> list[str]:
     return lines
 
 
+ADMISSION = "python -m shared.bench.admission --write"
+# The names of ways that are rules of other engines, as a table shows them.
+RULES = {"reserve 0, as vLLM": "0, and no admission in a step that preempted", "reserve 0, watermark": "0, with a watermark of 1 %"}
+
+
+def admission(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per reservation: counts, and the median speed of interleaved runs."""
+    heads = ("steps", "sequences per step", "preemptions", "positions computed", "of them needed", "tokens per CPU second")
+    lines = ["| tokens reserved | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for kind, row in results.read(book.results / "admission.json", ADMISSION).items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(heads))
+        for name, counts in row["ways"].items():
+            cells = [f"{counts['steps']:,}", f"{counts['mean_batch']:.1f}", f"{counts['preemptions']:,}", f"{counts['positions']:,}"]
+            cells += [f"{counts['useful_share']:.0%}", f"{counts['tokens_per_cpu_s']:,.0f}"]
+            lines.append(f"| {reservation_of(name)} | {' | '.join(cells)} |")
+    return lines
+
+
+def reservation_of(name: str) -> str:
+    """The label of a way.
+
+    >>> reservation_of("reserve 16"), reservation_of("reserve 1000000"), reservation_of("v10")
+    ('16', 'up to `max_tokens`', 'v10')
+    """
+    if name in RULES:
+        return RULES[name]
+    number = name.removeprefix("reserve ")
+    return "up to `max_tokens`" if number == "1000000" else number
+
+
+def comebacks(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per length of a request: milliseconds to compute it again, and to swap it out and in."""
+    lines = ["| tokens in the cache | computed again | swapped out and in |", "|---:|---:|---:|"]
+    for kind, row in results.read(book.results / "admission.json", ADMISSION).items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | | |")
+        for length, took in row["comebacks"].items():
+            lines.append(f"| {int(length):,} | {took['computed']:,.1f} ms | {took['swapped']:,.1f} ms |")
+    return lines
+
+
 def served(row: dict, chapter: Chapter | None) -> dict[str, dict]:
     """The text's own chapter's figures under the key '' if it was measured; else all figures, by name."""
     figures = results.figures(row)
@@ -337,6 +379,8 @@ TABLES = {
     "lock_start": lock_start,
     "killing": killing,
     "levers": levers,
+    "admission": admission,
+    "comebacks": comebacks,
     "changes": changes,
     "damage": damage,
 }
