@@ -11,7 +11,7 @@ from html import escape
 
 from shared import results
 from shared.chapters import Book
-from shared.workloads import TIGHT_BLOCKS, TIMELINE_BLOCKS, TIMELINE_BLOCK_SIZE
+from shared.workloads import TIGHT_BLOCKS, TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS
 
 STYLE = """\
   text { font: 13px system-ui, sans-serif; fill: #24292f }

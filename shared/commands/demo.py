@@ -144,7 +144,7 @@ def main() -> int:
     print(f"{count(len(everyone), 'chapter')}, {count(len(RACE), 'answer')} each, all identical to Hugging Face's.")
     if others:
         names = ", ".join(lane.chapter.id for lane in others)
-        print(f"({names}: not in the race, because each does this work the way the chapter before it does.)")
+        print(f"({names}: not in the race; each does this as the one before.)")
     print(f"{last.chapter.name} took {last.clock_s:.2f} s for what took {first.chapter.name} {first.clock_s:.2f} s.")
     print(f"\nNext: open milestones/{first.chapter.name}/README.md, and ask your own question:")
     print(f'    make run-{first.chapter.id} PROMPT="What is a block table?"')
