@@ -181,8 +181,8 @@ BUGS = {
     "a more important request preempts the first": (MAKE_ROOM, MAKE_ROOM.replace("-1", "0")),
     "back to the end of the queue": ("self.add(seq)\n        seq.preempted", "self.waiting.append(seq)\n        seq.preempted"),
     "running in order of admission": (
-        "insort(self.running, self.waiting.popleft(), key=lambda seq: seq.rank)",
-        "self.running.append(self.waiting.popleft())",
+        "insort(self.running, seq, key=lambda seq: seq.rank)",
+        "self.running.append(seq)",
     ),
     "the queue in order of arrival": ("insort(self.waiting, seq, key=lambda seq: seq.rank)", "self.waiting.append(seq)"),
     "computed positions are kept without their blocks": ("seq.num_computed = 0", "pass"),
