@@ -137,7 +137,9 @@ NUM_OWNERS = 10  # colors; requests that share one differ by letter
 def blocks(trace: dict, num_blocks: int = TIMELINE_BLOCKS) -> str:
     """Which request owned which block in which pass: one lane per block, one column per pass, colored as high as the block is full."""
     size = TIMELINE_BLOCK_SIZE
-    cell, lane_height, left, top = 30, 22, 76, 60
+    # A picture that is wider would be too small to read on a phone.
+    cell = min(30, 720 // max(1, len(trace["passes"])))
+    lane_height, left, top = 22, 76, 60
     width, height = left + len(trace["passes"]) * cell + RIGHT, top + num_blocks * lane_height + 30
     title = f"{trace['chapter']}: which request owns which of {num_blocks} blocks of {size} tokens"
     body = [text(16, 24, title, "head")]
