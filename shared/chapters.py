@@ -26,6 +26,7 @@ class Row(NamedTuple):
     idea: str = ""
     adds: frozenset[str] = frozenset()
     races: bool = False
+    races_when_full: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ class Chapter:
     idea: str
     adds: frozenset[str]
     races: bool  # whether it runs many requests differently from the chapter before; the demo races these
+    races_when_full: bool  # whether it does so when the cache is too small for all; these race once more
     root: Path  # of the repository
     previous: "Chapter | None"
 
@@ -192,6 +194,13 @@ CONTENTS = (
         name="v11_preemption",
         idea="Reserve what a request needs next, not the most it may need. When memory runs out, the least important request gives its blocks back.",
         adds=frozenset({"preemption"}),
+        races_when_full=True,
+    ),
+    Row(
+        name="v12_prefix_cache",
+        idea="Equal beginnings have equal keys and values. Find full blocks by a hash of all tokens up to their end, and let many requests share them.",
+        adds=frozenset({"prefix_cache"}),
+        races_when_full=True,
     ),
 )
 

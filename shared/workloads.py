@@ -74,6 +74,31 @@ TIMELINE_BLOCKS, TIMELINE_BLOCK_SIZE = 16, 4
 # A cache in which these requests do not fit together, for chapters that preempt.
 TIGHT_BLOCKS = 9
 
+
+def shared_beginnings(vocab_size: int) -> list[Request]:
+    """Requests to draw block by block, some of which begin with the same two blocks of TIMELINE_BLOCK_SIZE tokens."""
+    rng = random.Random(18)
+    beginning = random_ids(2 * TIMELINE_BLOCK_SIZE, vocab_size, rng)
+    # Whether the prompt has this beginning, further prompt tokens, output tokens, arrival.
+    rows = [
+        (True, 3, 7, 0),
+        (True, 2, 9, 0),
+        (False, 5, 4, 2),
+        (True, 5, 4, 4),
+        (False, 9, 7, 8),
+        (True, 1, 5, 12),
+        (False, 26, 5, 15),
+        (True, 4, 4, 19),
+    ]
+    return [
+        Request([*(beginning if shares else []), *random_ids(own, vocab_size, rng)], output, arrival_step=arrival)
+        for shares, own, output, arrival in rows
+    ]
+
+
+# A cache for these in which blocks have to be reused.
+SHARED_BLOCKS = 12
+
 # Questions that the bundled model can answer.
 QUESTIONS = (
     "Explain KV cache in one sentence.",
@@ -106,3 +131,29 @@ RACE = (
     "Who are you?",
     "Tell me a story about a hedgehog.",
 )
+
+# A system prompt for these questions: 200 tokens, with what the chat template puts before and after it.
+# With it the bundled model's two best logits are never a tie.
+SYSTEM_PROMPT = (
+    "You explain how language models are served. You are a helpful assistant. "
+    "The reader is a programmer, so name the part of the engine that you mean. Give an example only if it helps. "
+    "A request is a prompt and its parameters, and a sequence is the state of one request. "
+    "The scheduler decides before every step which sequences run. The cache holds keys and values in blocks of sixteen "
+    "positions, and a block table lists the blocks of one sequence. A forward pass reads every weight once. "
+    "If the question asks for a story, tell a short story with an animal in it. "
+    "If the question asks for a record, answer with JSON and nothing else. "
+    "Do not repeat the question. Do not explain what was not asked. If you do not know, say so. "
+    "Answer in one sentence."
+)
+# Chats with this system prompt, in a cache that is too small for all: max_tokens is many times what they generate. In 96
+# blocks of 16 positions, two of them fit at full length, and all at their actual length if the system prompt is there once.
+CROWD = RACE[:16]
+CROWD_MAX_TOKENS, CROWD_BLOCKS = 512, 96
+
+
+def chat_ids(tokenizer, question: str, system: str | None = None) -> list[int]:
+    """Token ids of a question as one user turn in the checkpoint's chat template, after a system prompt if one is given."""
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": question})
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids

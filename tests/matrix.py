@@ -37,6 +37,7 @@ SERVERS = {
     "test_clients.py",
     "test_openai.py",
     "test_openai_under_stress.py",
+    "test_prefix_cache.py",
     "test_protocol.py",
     "test_responses.py",
     "test_responses_protocol.py",

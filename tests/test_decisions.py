@@ -1,24 +1,30 @@
-"""The comparison with recorded decisions: small workloads decided by hand, and schedulers with planted bugs."""
+"""The comparison with recorded decisions: small workloads decided by hand, random ones, and schedulers with planted bugs."""
 import importlib
 import inspect
 import json
+import math
+import random
+from itertools import zip_longest
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from shared.chapters import first_with
+from shared.chapters import ROOT, first_with
 from shared.verify import decisions
 from shared.verify.decisions import Driver, Sums, Trace, compare, sums
-from shared.verify.rules import AFTER_PREEMPTING, AT_ONCE, Decision
+from shared.verify.rules import AFTER_PREEMPTING, AT_ONCE, BY_RANK, ONCE_COMPUTED, Decision, Model, rules_of
 
 CHAPTER = first_with("preemption")
+CACHING = first_with("prefix_cache")
+RECORDED = sorted((ROOT / "tests" / "golden" / "scheduler").glob("*.json"))
 
 
-def request(request_id, prompt_len, max_tokens, arrives=0, priority=0, aborted=None):
+def request(request_id, prompt, max_tokens, arrives=0, priority=0, aborted=None):
+    """A request in the format of a trace's file; a prompt may be given by its length."""
     return {
         "id": request_id,
         "arrives": arrives,
-        "prompt": [5] * prompt_len,
+        "prompt": [5] * prompt if isinstance(prompt, int) else prompt,
         "max_tokens": max_tokens,
         "priority": priority,
         "aborted": aborted,
@@ -36,10 +42,10 @@ def step(scheduled, free, preempted=(), finished=(), cached=None):
     }
 
 
-def content(requests, steps, *, num_blocks, max_num_seqs=2, budget=64, policy="fcfs", prefix_caching=False):
-    """The content of a trace's file; a block has 2 positions."""
+def content(requests, steps, *, num_blocks, block_size=2, max_num_seqs=2, budget=64, policy="fcfs", prefix_caching=False):
+    """The content of a trace's file."""
     config = {
-        "block_size": 2,
+        "block_size": block_size,
         "num_blocks": num_blocks,
         "max_num_seqs": max_num_seqs,
         "budget": budget,
@@ -130,10 +136,195 @@ TIES = content(
 )
 ALL = [TIGHT, ABORTS, URGENT, LEFT_OVER, OWN_VICTIM, TIES]
 
+# 1 finds two blocks that 0 still holds, in a step in which only one is free.
+HIT = content(
+    [request(0, [1, 2, 3, 4, 5], 3), request(1, [1, 2, 3, 4, 6], 1, arrives=1)],
+    [
+        step({0: 5}, free=1),
+        step({0: 1, 1: 1}, free=0, finished=[1], cached={1: 4}),
+        step({0: 1}, free=0, finished=[0]),
+    ],
+    num_blocks=4,
+    prefix_caching=True,
+)
+# Both blocks of 1's prompt can be found, but one token is computed. 2 finds both.
+WHOLE_PROMPT = content(
+    [request(0, [1, 2, 3, 4], 1), request(1, [1, 2, 3, 4], 1, arrives=1), request(2, [1, 2, 3, 4, 5], 1, arrives=2)],
+    [
+        step({0: 4}, free=6, finished=[0]),
+        step({1: 2}, free=6, finished=[1], cached={1: 2}),
+        step({2: 1}, free=5, finished=[2], cached={2: 4}),
+    ],
+    num_blocks=8,
+    prefix_caching=True,
+)
+# 0 computes the block that 1 begins with.
+SAME_STEP = content(
+    [request(0, [1, 2, 3], 1), request(1, [1, 2, 4], 1)],
+    [step({0: 3, 1: 1}, free=5, finished=[0, 1], cached={1: 2})],
+    num_blocks=8,
+    prefix_caching=True,
+)
+# 1 and 2 find a block of 0's, and the next block of both is the same.
+SAME_STEP_AFTER_A_HIT = content(
+    [request(0, [1, 2, 7], 1), request(1, [1, 2, 3, 4, 5], 1, arrives=1), request(2, [1, 2, 3, 4, 6], 1, arrives=1)],
+    [step({0: 3}, free=6, finished=[0]), step({1: 3, 2: 1}, free=4, finished=[1, 2], cached={1: 2, 2: 4})],
+    num_blocks=8,
+    prefix_caching=True,
+)
+# Blocks 0 and 1 of request 0 can be found, block 2 is not full. Request 1 takes blocks 2, 3, 4 and 1, so that request 2
+# finds only block 0; beside it, it takes 1 and 4. Request 3 takes 4, which is not full, and 3. Request 4 finds block 2.
+EVICTION = content(
+    [
+        request(0, [1, 2, 3, 4, 5], 1),
+        request(1, [21, 22, 23, 24, 25, 26, 27], 1, arrives=1),
+        request(2, [1, 2, 3, 4, 9], 1, arrives=2),
+        request(3, [31, 32, 33], 1, arrives=3),
+        request(4, [21, 22, 29], 1, arrives=4),
+    ],
+    [
+        step({0: 5}, free=2, finished=[0]),
+        step({1: 7}, free=1, finished=[1]),
+        step({2: 3}, free=2, finished=[2], cached={2: 2}),
+        step({3: 3}, free=3, finished=[3]),
+        step({4: 1}, free=3, finished=[4], cached={4: 2}),
+    ],
+    num_blocks=5,
+    prefix_caching=True,
+)
+# 1 is preempted with two full blocks: 0 takes the second, and 1 finds the first again.
+OWN_BLOCKS = content(
+    [request(0, [1, 2, 3], 3), request(1, [11, 12, 13], 3)],
+    [
+        step({0: 3, 1: 3}, free=0),
+        step({0: 1, 1: 1}, free=0),
+        step({0: 1}, free=1, preempted=[1], finished=[0]),
+        step({1: 3}, free=1, finished=[1], cached={1: 2}),
+    ],
+    num_blocks=4,
+    prefix_caching=True,
+)
+# 2 begins as 0, and continues as 1 after another beginning.
+OTHER_BEGINNING = content(
+    [request(0, [5, 6, 7], 1), request(1, [1, 2, 3, 4, 7], 1), request(2, [5, 6, 3, 4, 8], 1, arrives=1)],
+    [step({0: 3, 1: 5}, free=3, finished=[0, 1]), step({2: 3}, free=5, finished=[2], cached={2: 2})],
+    num_blocks=8,
+    prefix_caching=True,
+)
+# 0 generates 55, which fills its second block, in the step in which 1 arrives.
+GENERATED = content(
+    [request(0, [1, 2, 3], 3), request(1, [1, 2, 3, 55, 9], 1, arrives=1)],
+    [
+        step({0: 3}, free=6),
+        step({0: 1, 1: 1}, free=5, finished=[1], cached={1: 4}),
+        step({0: 1}, free=5, finished=[0]),
+    ],
+    num_blocks=8,
+    prefix_caching=True,
+)
+# 0 and the more important 1, which was admitted later, finish together. 2 takes the full block that was freed first: the
+# second of 0 or, if 1 is served before 0, the first of 1, which 3 then does not find.
+FINISH_TOGETHER = content(
+    [
+        request(0, [1, 2, 3], 2, priority=1),
+        request(1, [11, 12, 13], 1, arrives=1),
+        request(2, [31, 32, 33, 34, 35], 1, arrives=2),
+        request(3, [11, 12, 14], 1, arrives=3),
+    ],
+    [
+        step({0: 3}, free=3),
+        step({0: 1, 1: 3}, free=1, finished=[0, 1]),
+        step({2: 5}, free=2, finished=[2]),
+        step({3: 1}, free=3, finished=[3], cached={3: 2}),
+    ],
+    num_blocks=5,
+    policy="priority",
+    prefix_caching=True,
+)
+CACHED = [HIT, WHOLE_PROMPT, SAME_STEP, SAME_STEP_AFTER_A_HIT, EVICTION, OWN_BLOCKS, OTHER_BEGINNING, GENERATED, FINISH_TOGETHER]
+
+
+def by_hand(workload):
+    return Trace("by_hand", workload)
+
+
+def chapter_for(workload):
+    """The first chapter that can run a workload."""
+    return CACHING if workload["config"]["prefix_caching"] else CHAPTER
+
+
+def random_trace(seed, prefix_caching):
+    """A workload with little room, few beginnings, and the decisions that vLLM's rules make about it."""
+    rng = random.Random(seed)
+    block_size = rng.choice((1, 2, 4))
+    beginnings = [[rng.randint(20, 1999) for _ in range(rng.randint(1, 3 * block_size))] for _ in range(3)]
+    requests = []
+    for request_id in range(rng.randint(5, 12)):
+        prompt = [*rng.choice(beginnings), *(rng.choice(beginnings) if rng.random() < 0.3 else [])]
+        prompt += [rng.randint(20, 23) for _ in range(rng.randint(0, block_size))]
+        arrives = rng.choice((0, rng.randint(0, 15)))
+        aborted = rng.randint(1, 15) if rng.random() < 0.1 else None
+        requests.append(request(request_id, prompt, rng.randint(1, 2 * block_size + 3), arrives, rng.randint(0, 2), aborted))
+    rng.shuffle(requests)
+    num_blocks = max(-(-(len(member["prompt"]) + member["max_tokens"]) // block_size) for member in requests)
+    limits = {
+        "block_size": block_size,
+        "num_blocks": num_blocks + rng.randint(0, num_blocks),
+        "max_num_seqs": rng.choice((1, 2, 3, 8)),
+        "budget": math.inf,
+        "policy": rng.choice(("fcfs", "priority", "priority")),
+    }
+    trace = Trace(f"random {seed}", content(requests, [], prefix_caching=prefix_caching, **limits))
+    trace.decisions = list(Model(trace.config, requests, rules=()).run())
+    return trace
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_vllms_rules_make_every_recorded_decision(path):
+    trace = Trace(path.stem, json.loads(path.read_text()))
+    assert all(recorded == by_rules for recorded, by_rules in zip_longest(trace.decisions, Model(trace.config, trace.requests, rules=()).run()))
+
+
+def test_all_36_recordings_are_there():
+    assert len(RECORDED) == 36
+
+
+@pytest.mark.parametrize("workload", [*ALL, *CACHED])
+def test_vllms_rules_decide_as_by_hand(workload):
+    trace = by_hand(workload)
+    assert list(Model(trace.config, trace.requests, rules=()).run()) == trace.decisions
+
+
+@pytest.mark.parametrize("tested", [CHAPTER, CACHING], ids=lambda tested: tested.id)
+def test_no_difference_in_random_workloads_is_without_a_name(tested):
+    num_equal, names = 0, set()
+    for seed in range(100):
+        comparison = compare(tested, random_trace(seed, "prefix_cache" in tested.capabilities))
+        assert comparison.step is None or comparison.names, (seed, comparison)
+        num_equal += comparison.step is None
+        names.update(comparison.names)
+    assert num_equal and AT_ONCE in names and (ONCE_COMPUTED in names) == (tested is CACHING)
+
+
+@pytest.mark.parametrize("rule", rules_of(CACHING.capabilities))
+def test_every_rule_changes_some_decision(rule):
+    rules = rules_of(CACHING.capabilities)
+    for seed in range(1000):
+        trace = random_trace(seed, prefix_caching=True)
+        with_it, without_it = (list(Model(trace.config, trace.requests, subset).run()) for subset in (rules, set(rules) - {rule}))
+        if with_it != without_it:
+            return
+    pytest.fail(f"no decision depends on: {rule}")
+
 
 @pytest.mark.parametrize(
     ("workload", "cost"),
     [
+        (HIT, Sums(steps=3, preemptions=0, computed_twice=0)),
+        (WHOLE_PROMPT, Sums(steps=3, preemptions=0, computed_twice=0)),
+        (EVICTION, Sums(steps=5, preemptions=0, computed_twice=0)),
+        (OWN_BLOCKS, Sums(steps=4, preemptions=1, computed_twice=2)),
+        (OTHER_BEGINNING, Sums(steps=2, preemptions=0, computed_twice=0)),
         (TIGHT, Sums(steps=5, preemptions=1, computed_twice=2)),
         (ABORTS, Sums(steps=5, preemptions=0, computed_twice=0)),
         (OWN_VICTIM, Sums(steps=4, preemptions=1, computed_twice=2)),
@@ -141,16 +332,23 @@ ALL = [TIGHT, ABORTS, URGENT, LEFT_OVER, OWN_VICTIM, TIES]
     ],
 )
 def test_where_nothing_differs_every_step_is_equal(workload, cost):
-    comparison = compare(CHAPTER, Trace("by_hand", workload))
+    comparison = compare(chapter_for(workload), by_hand(workload))
     assert comparison == (cost, cost, None, (), ())
 
 
 @pytest.mark.parametrize(
     ("workload", "where", "names"),
-    [(URGENT, 1, (AT_ONCE,)), (LEFT_OVER, 1, (AFTER_PREEMPTING,))],
+    [
+        (URGENT, 1, (AT_ONCE,)),
+        (LEFT_OVER, 1, (AFTER_PREEMPTING,)),
+        (SAME_STEP, 0, (ONCE_COMPUTED,)),
+        (SAME_STEP_AFTER_A_HIT, 1, (ONCE_COMPUTED,)),
+        (GENERATED, 1, (ONCE_COMPUTED,)),
+        (FINISH_TOGETHER, 3, (BY_RANK,)),
+    ],
 )
 def test_where_the_chapter_differs_on_purpose_the_rule_is_named(workload, where, names):
-    comparison = compare(CHAPTER, Trace("by_hand", workload))
+    comparison = compare(chapter_for(workload), by_hand(workload))
     assert (comparison.step, comparison.names) == (where, names)
 
 
@@ -159,7 +357,7 @@ def test_a_difference_that_vllms_rules_do_not_make_has_no_name(workload):
     wrong = json.loads(json.dumps(workload))
     changed = wrong["steps"][1]
     changed["free"] += 1
-    comparison = compare(CHAPTER, Trace("by_hand", wrong))
+    comparison = compare(CHAPTER, by_hand(wrong))
     assert (comparison.step, comparison.names) == (1, ())
     theirs, by_their_rules, ours, by_our_rules = comparison.details
     assert f"{changed['free']} blocks free" in theirs and f"{changed['free'] - 1} blocks free" in by_their_rules
@@ -170,7 +368,7 @@ def test_a_difference_that_vllms_rules_do_not_make_has_no_name(workload):
 def test_a_run_that_is_longer_or_shorter_is_a_difference_without_a_name(change):
     wrong = json.loads(json.dumps(TIGHT))
     change(wrong["steps"])
-    comparison = compare(CHAPTER, Trace("by_hand", wrong))
+    comparison = compare(CHAPTER, by_hand(wrong))
     assert (comparison.step, comparison.names) == (min(5, len(wrong["steps"])), ())
 
 
@@ -186,7 +384,7 @@ BUGS = {
     ),
     "the queue in order of arrival": ("insort(self.waiting, seq, key=lambda seq: seq.rank)", "self.waiting.append(seq)"),
     "computed positions are kept without their blocks": ("seq.num_computed = 0", "pass"),
-    "a preempted request keeps its blocks": ("self.give_back(seq)\n        self.add(seq)", "self.add(seq)"),
+    "a preempted request keeps its blocks": ("self.give_back(seq)\n        if not", "if not"),
     "a request that leaves keeps its blocks": ("self.waiting.remove(seq)\n        self.give_back(seq)", "self.waiting.remove(seq)"),
     "one more than max_num_seqs": ("len(others) == self.max_num_seqs", "len(others) > self.max_num_seqs"),
     "one token is reserved unasked": ("seq.num_tokens + self.reserve_tokens", "seq.num_tokens + 1"),
@@ -195,20 +393,70 @@ BUGS = {
     "the last in the queue is admitted first": ("self.admit(self.waiting[0]):", "self.admit(self.waiting[-1]):\n            self.waiting.rotate()"),
     "a more important request waits": ("if other.rank < seq.rank", ""),
 }
+CACHE_BUGS = {
+    "nothing is found": ("scheduler", "if seq.swap_table or not self.enable_prefix_caching", "if True"),
+    "no token is left to compute": ("scheduler", "(seq.first_draw - 1) //", "seq.first_draw //"),
+    "two tokens are computed": ("scheduler", "(seq.first_draw - 1) //", "(seq.first_draw - 2) //"),
+    "no request waits for a block": ("scheduler", "if self.awaits(seq, len(found), ahead) or not", "if not"),
+    "a request waits for generated tokens": ("scheduler", "other.num_prompt // block_size", "other.num_tokens // block_size"),
+    "a request waits for any block": ("scheduler", "other.block_key(i, block_size) == key", "True"),
+    "a request waits only for a prompt's first block": ("scheduler", "if num_found == self.most_cached(seq)", "if num_found or not self.most_cached(seq)"),
+    "a block can be found before it is computed": ("scheduler", "min(seq.num_computed //", "min(seq.num_tokens //"),
+    "a shared block counts for each table": (
+        "scheduler",
+        "return len(held) + missing <=",
+        "return len(found) + sum(len(other.block_table) for other in others) + missing <=",
+    ),
+    "found blocks take no room": ("scheduler", "held = set(found).union(", "held = set().union("),
+    "found positions are computed": ("scheduler", "seq.num_computed = len(found) * self.pool.block_size", "pass"),
+    "what a request leaves cannot be found": ("scheduler", "else:\n            self.publish(seq)", ""),
+    "only what a request leaves can be found": ("scheduler", "for seq in self.running:\n            self.publish(seq)", ""),
+    "a failed request is taken for another": ("scheduler", 'seq.finish_reason == "error"', 'seq.finish_reason != "error"'),
+    "a used block can still be found": ("cache", "self.forget(block_ids)\n", "\n"),
+    "the latest copy is found": ("cache", "self.blocks_of[key][0]", "self.blocks_of[key][-1]"),
+    "one copy can be found": ("cache", "self.key_of[block_id] = key\n", "if key in self.blocks_of:\n            return\n        self.key_of[block_id] = key\n"),
+    "a found block stays free": ("cache", "self.free_ids.pop(block_id, None)", "pass"),
+    "a shared block has one owner": ("cache", "self.num_owners[block_id] += 1", "self.num_owners[block_id] = 1"),
+    "a table's first block is used first": ("cache", "in reversed(block_ids)", "in block_ids"),
+    "all freed blocks are used last": ("cache", "last=block_id in self.key_of", "last=True"),
+    "all freed blocks are used first": ("cache", "last=block_id in self.key_of", "last=False"),
+    "blocks that can be found are used first": ("cache", "last=block_id in self.key_of", "last=block_id not in self.key_of"),
+    "a block is found by its own tokens": ("sequence", "block_key(self.block_keys[-1], ", "block_key(self.block_keys[0], "),
+    "keys move on by one token": ("sequence", "end = len(self.block_keys) * block_size", "end = len(self.block_keys) - 1 + block_size"),
+}
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    def plant(chapter, name, class_name, right, wrong):
+        """Replace a class of a chapter's module by one with a bug."""
+        module = importlib.import_module(f"milestones.{chapter.name}.{name}")
+        source = inspect.getsource(module)
+        assert source.count(right) == 1
+        changed = ModuleType(module.__name__)
+        changed.__package__ = module.__package__
+        exec(compile(source.replace(right, wrong), "changed.py", "exec"), changed.__dict__)
+        monkeypatch.setattr(module, class_name, getattr(changed, class_name))
+
+    return plant
+
+
+def is_unnamed(comparison):
+    return comparison.step is not None and not comparison.names
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_a_difference_without_a_name(bug, monkeypatch):
-    scheduler = importlib.import_module(f"milestones.{CHAPTER.name}.scheduler")
-    right, wrong = BUGS[bug]
-    source = inspect.getsource(scheduler)
-    assert source.count(right) == 1
-    changed = ModuleType(scheduler.__name__)
-    changed.__package__ = scheduler.__package__
-    exec(compile(source.replace(right, wrong), "changed.py", "exec"), changed.__dict__)
-    monkeypatch.setattr(scheduler, "Scheduler", changed.Scheduler)
-    comparisons = [compare(CHAPTER, Trace("by_hand", workload)) for workload in ALL]
-    assert any(comparison.step is not None and not comparison.names for comparison in comparisons)
+def test_a_planted_bug_is_a_difference_without_a_name(bug, plant):
+    plant(CHAPTER, "scheduler", "Scheduler", *BUGS[bug])
+    assert any(is_unnamed(compare(CHAPTER, by_hand(workload))) for workload in ALL)
+
+
+@pytest.mark.parametrize("bug", CACHE_BUGS)
+def test_a_planted_bug_of_the_prefix_cache_is_a_difference_without_a_name(bug, plant):
+    name, right, wrong = CACHE_BUGS[bug]
+    plant(CACHING, name, {"scheduler": "Scheduler", "cache": "BlockPool", "sequence": "Sequence"}[name], right, wrong)
+    traces = [by_hand(workload) for workload in CACHED] + [random_trace(seed, prefix_caching=True) for seed in range(100)]
+    assert any(is_unnamed(compare(CACHING, trace)) for trace in traces)
 
 
 def test_a_position_is_computed_twice_unless_it_is_found_in_the_cache():
@@ -219,6 +467,27 @@ def test_a_position_is_computed_twice_unless_it_is_found_in_the_cache():
         Decision({1: 1, 2: 2}, nothing, {2: 2}, 0, nothing),  # positions 2 and 3, of which 2 was computed before
     ]
     assert sums(steps) == (3, 1, 1)
+
+
+def test_a_position_that_was_found_and_later_computed_is_computed_once():
+    nothing = frozenset()
+    steps = [
+        Decision({1: 1}, nothing, {1: 4}, 0, nothing),
+        Decision({}, frozenset({1}), {}, 0, nothing),
+        Decision({1: 4}, nothing, {1: 2}, 0, nothing),  # positions 2 to 5, of which 4 was computed before
+    ]
+    assert sums(steps) == (3, 1, 1)
+
+
+def test_positions_found_after_a_preemption_are_not_those_swapped_in():
+    """A sequence that is swapped in has computed positions, but found none."""
+    driver = Driver(CACHING, by_hand(HIT), reserve_tokens=0)
+    seq = SimpleNamespace(seq_id=0, num_computed=4)
+    driver.ids[0] = 7
+    driver.scheduler = SimpleNamespace(preempt=None, admit=lambda seq: True)
+    driver.observe()
+    driver.scheduler.admit(seq)
+    assert driver.cached == {}
 
 
 def test_a_workload_is_left_to_a_chapter_that_can_run_it():

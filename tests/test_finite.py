@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from shared.checkpoints import checkpoint
+from shared.verify.findable import forget
 from shared.verify.serving import serving
 from shared.workloads import random_ids
 from tests.support.http import post
@@ -96,13 +97,14 @@ def test_a_text_that_overflows_later_keeps_what_it_had(frail, Params, monkeypatc
 
 @pytest.mark.needs("kv_cache")
 def test_what_no_request_may_read_reaches_no_sum(make_engine, Params, rng):
-    """The whole cache is filled with NaN, or with the largest number, whenever nothing runs."""
+    """The whole cache is filled with NaN, or with the largest number, whenever nothing runs and nothing can be found."""
     engine = make_engine("llama")
     prompts = [random_ids(n, engine.config.vocab_size, rng) for n in (1, 15, 16, 17, 40, 3)]
     params = [Params(max_tokens=n, ignore_eos=True) for n in (20, 1, 5, 2, 3, 30)]
     alone = [engine.generate([prompt], each)[0].token_ids for prompt, each in zip(prompts, params, strict=True)]
     engine.generate(prompts, params)
     for poison in (math.nan, math.inf, -math.inf, 3e38):
+        forget(engine)
         for cached in (engine.cache.k, engine.cache.v):
             # A slab is never read past the longest text so far.
             cached[:, :, : getattr(engine.cache, "num_used", None)] = poison

@@ -315,7 +315,9 @@ def test_a_request_that_is_never_sent_completely_does_not_delay_the_shutdown(pro
 @pytest.mark.parametrize("process", [("--drain-seconds", "5")], indirect=True)
 def test_a_step_longer_than_the_drain_does_not_keep_the_process(process):
     with httpx.Client(base_url=process.url) as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/completions", json={"model": "pocket", "prompt": [20] * 2000, "n": 32, "max_tokens": 1}, timeout=1)
+        # Different from the first token on, so that all of them are computed.
+        prompts = [[20 + i] * 2000 for i in range(32)]
+        client.post("/v1/completions", json={"model": "pocket", "prompt": prompts, "max_tokens": 1}, timeout=1)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     told = process.communicate(timeout=30)[1]

@@ -1,5 +1,6 @@
 """Every feature at once: each request generates what it generates alone."""
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ pytestmark = pytest.mark.needs(*product.NEEDS)
 # Probabilities are rounded differently in another batch. So a sampled token may differ from the one that is generated
 # alone, without a bug, if its random number is within about 5e-7 of the edge between two tokens, and a greedy one if
 # the two largest logits are as close. These seeds have no such token.
-SEEDS = 24, 19, 0, 11, 13  # few, which together exercise everything
+SEEDS = 24, 1, 10, 13, 15  # few, which together exercise everything
 MORE_SEEDS = range(30)
 
 
@@ -23,6 +24,9 @@ def test_each_request_generates_what_it_generates_alone(chapter, seeds):
     if "preemption" in chapter.capabilities:
         expected |= {*product.PREEMPTED, "steps failed while preempted requests waited"}
         expected |= {f"aborted while {state}" for state in product.PREEMPTED}
+    if "prefix_cache" in chapter.capabilities:
+        expected |= {"found the beginning of a prompt", "found tokens again after a preemption"}
+        expected |= {"waited for a block that another request computed"}
     assert expected <= {event for event, count in events.items() if count > 0}
 
 
@@ -82,8 +86,9 @@ def a_preempted_request_starts_over(module, patch):
     preempt = module("scheduler").Scheduler.preempt
 
     def bug(self, seq):
-        del seq.token_ids[seq.num_prompt :]
         preempt(self, seq)
+        if not seq.swap_table:
+            del seq.token_ids[seq.num_prompt :]
 
     patch.setattr(module("scheduler").Scheduler, "preempt", bug)
 
@@ -106,7 +111,7 @@ def copies_are_not_freed(module, patch):
     ("bug", "audited", "message"),
     [
         (a_preempted_request_counts_as_computed, True, "and holds 0 swapped"),
-        (a_preempted_request_counts_as_computed, False, "tokens .*, alone|logprobs at"),
+        (a_preempted_request_counts_as_computed, False, "tokens .*, alone|logprobs at|are not finite"),
         (a_preempted_request_starts_over, True, "tokens .*, alone"),
         (swapped_into_the_wrong_blocks, True, "tokens .*, alone|logprobs at"),
         (copies_are_not_freed, True, "swap blocks are lost"),
@@ -116,6 +121,163 @@ def test_it_notices_a_bug_in_preemption(chapter, module, monkeypatch, bug, audit
     bug(module, monkeypatch)
     if not audited:
         monkeypatch.setattr(product, "audit", lambda engine: None)
+        monkeypatch.setattr(product, "watch", lambda engine: nullcontext())
+    with pytest.raises(AssertionError, match=message):
+        product.rounds(chapter, SEEDS)
+
+
+def a_key_without_the_blocks_before_it(module, patch):
+    key = module("sequence").block_key
+    patch.setattr(module("sequence"), "block_key", lambda parent, token_ids: key(b"", token_ids))
+
+
+def a_key_without_the_salt(module, patch):
+    key = module("engine").root_key
+    patch.setattr(module("engine"), "root_key", lambda salt, *generation: key(None, *generation))
+
+
+def found_before_it_is_computed(module, patch):
+    grow = module("scheduler").Scheduler.grow
+
+    def bug(self, seq):
+        if not grow(self, seq):
+            return False
+        num_computed, seq.num_computed = seq.num_computed, seq.num_tokens
+        self.publish(seq)
+        seq.num_computed = num_computed
+        return True
+
+    patch.setattr(module("scheduler").Scheduler, "grow", bug)
+
+
+def freed_although_others_hold_it(module, patch):
+    def bug(self, block_ids):
+        for block_id in reversed(block_ids):
+            self.num_owners[block_id] = 0
+            self.free_ids[block_id] = None
+
+    patch.setattr(module("cache").BlockPool, "free", bug)
+
+
+def found_and_still_in_the_free_list(module, patch):
+    def bug(self, block_ids):
+        for block_id in block_ids:
+            self.num_owners[block_id] += 1
+
+    patch.setattr(module("cache").BlockPool, "share", bug)
+
+
+def no_token_is_left_to_feed(module, patch):
+    def bug(self, seq):
+        return 0 if seq.swap_table or seq.params.prompt_logprobs or not self.enable_prefix_caching else seq.num_tokens // self.pool.block_size
+
+    patch.setattr(module("scheduler").Scheduler, "most_cached", bug)
+
+
+def found_under_prompt_logprobs(module, patch):
+    def bug(self, seq):
+        return 0 if seq.swap_table or not self.enable_prefix_caching else (seq.num_tokens - 1) // self.pool.block_size
+
+    patch.setattr(module("scheduler").Scheduler, "most_cached", bug)
+
+
+def what_failed_can_be_found(module, patch):
+    patch.setattr(module("engine").Engine, "reset_prefix_cache", lambda self: None)
+    give_back = module("scheduler").Scheduler.give_back
+
+    def bug(self, seq):
+        reason, seq.finish_reason = seq.finish_reason, None
+        give_back(self, seq)
+        seq.finish_reason = reason
+
+    patch.setattr(module("scheduler").Scheduler, "give_back", bug)
+
+
+def an_aborted_requests_last_block_can_be_found(module, patch):
+    give_back = module("scheduler").Scheduler.give_back
+
+    def bug(self, seq):
+        if seq.finish_reason == "abort":
+            seq.num_computed = len(seq.block_table) * self.pool.block_size
+        give_back(self, seq)
+
+    patch.setattr(module("scheduler").Scheduler, "give_back", bug)
+
+
+def counted_again_after_a_preemption(module, patch):
+    share = module("scheduler").Scheduler.share
+
+    def bug(self, seq, found):
+        seq.num_cached = None
+        share(self, seq, found)
+
+    patch.setattr(module("scheduler").Scheduler, "share", bug)
+
+
+def known_by_its_old_key(module, patch):
+    allocate = module("cache").BlockPool.allocate
+
+    def bug(self, num_blocks):
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(self, "forget", lambda block_ids: None)
+            return allocate(self, num_blocks)
+
+    patch.setattr(module("cache").BlockPool, "allocate", bug)
+
+
+def nothing_waits_for_what_is_being_computed(module, patch):
+    patch.setattr(module("scheduler").Scheduler, "awaits", lambda self, *args: False)
+
+
+@pytest.mark.needs("prefix_cache")
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        (a_key_without_the_blocks_before_it, "the same key|contents with their keys|tokens; the longest beginning"),
+        (a_key_without_the_salt, "the same key|contents with their keys|tokens; the longest beginning"),
+        (found_before_it_is_computed, "hold nothing that may be|is not yet full"),
+        (freed_although_others_hold_it, "both held and free|owners are miscounted"),
+        (found_and_still_in_the_free_list, "both held and free|which holds something else"),
+        (no_token_is_left_to_feed, "tokens; the longest beginning in the cache has"),
+        (found_under_prompt_logprobs, "tokens; the longest beginning in the cache has"),
+        (what_failed_can_be_found, "hold nothing that may be"),
+        (an_aborted_requests_last_block_can_be_found, "hold nothing that may be"),
+        (counted_again_after_a_preemption, "cached tokens, earlier|cached tokens instead of"),
+        (known_by_its_old_key, "hold nothing that may be|is not yet full"),
+        (nothing_waits_for_what_is_being_computed, "that another request computes in the same step"),
+    ],
+)
+def test_it_notices_a_bug_in_the_prefix_cache(chapter, module, monkeypatch, bug, message):
+    bug(module, monkeypatch)
+    with pytest.raises(AssertionError, match=message):
+        product.rounds(chapter, SEEDS)
+
+
+def the_engine_feeds_all_again(module, patch):
+    """Nothing is ever found. All results are right."""
+    patch.setattr(module("scheduler").Scheduler, "find", lambda self, seq: [])
+
+
+def the_outputs_disagree(module, patch):
+    accept = module("engine").Engine.accept
+
+    def bug(self, seq, *args):
+        output = accept(self, seq, *args)
+        return output._replace(num_cached=output.num_cached + (seq.num_output > 1))
+
+    patch.setattr(module("engine").Engine, "accept", bug)
+
+
+@pytest.mark.needs("prefix_cache")
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        (the_engine_feeds_all_again, "tokens; the longest beginning in the cache has|computes in the same step"),
+        (the_outputs_disagree, "cached tokens, earlier"),
+    ],
+)
+def test_it_notices_what_changes_no_token(chapter, module, monkeypatch, bug, message):
+    bug(module, monkeypatch)
     with pytest.raises(AssertionError, match=message):
         product.rounds(chapter, SEEDS)
 

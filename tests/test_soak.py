@@ -21,7 +21,7 @@ def test_a_hundred_and_fifty_requests_leave_nothing_behind(chapter, make_engine)
 
 def test_no_order_of_calls_leaks_a_block(chapter, Params):
     class Calls(RuleBasedStateMachine):
-        """add, step, abort and finish in every order; after each call every block has one owner."""
+        """add, step, abort and finish in every order; after each call every block has the owners that it counts, or one."""
 
         def __init__(self):
             super().__init__()
@@ -70,6 +70,32 @@ def test_no_order_of_calls_leaks_a_block(chapter, Params):
             database=None,
         ),
     )
+
+
+@pytest.mark.needs("prefix_cache")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda pool, one, two: pool.num_owners.__setitem__(one[0], 1), "owners are miscounted"),
+        (lambda pool, one, two: pool.publish(one[-1], b"another key"), "is not yet full"),
+        (lambda pool, one, two: pool.key_of.pop(one[0]), "key_of and blocks_of differ"),
+        (lambda pool, one, two: pool.blocks_of.update({b"no block's": []}), "a key is left without a block"),
+        (lambda pool, one, two: (pool.forget(two[1:2]), pool.publish(two[1], pool.key_of[one[1]])), "contents with their keys"),
+    ],
+)
+def test_the_audit_sees_what_is_wrong_with_shared_blocks(chapter, damage, message):
+    engine = chapter.load().Engine(checkpoint("llama"), num_blocks=19, block_size=4)
+    for tail in ([8] * 5, [9] * 5):
+        engine.add_request([7] * 4 + tail, chapter.load().SamplingParams(max_tokens=9, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    engine.scheduler.schedule()
+    audit(engine)
+    one, two = (list(seq.block_table) for seq in engine.scheduler.running)
+    assert one[0] == two[0] and one[1] != two[1]
+    damage(engine.pool, one, two)
+    with pytest.raises(AssertionError, match=message):
+        audit(engine)
 
 
 @pytest.mark.parametrize(

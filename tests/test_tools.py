@@ -266,30 +266,41 @@ def test_doctor_reports_and_fails_when_something_is_missing(capsys, monkeypatch)
 
 def test_demo_races_shows_an_answer_and_that_all_agree(capsys, monkeypatch):
     monkeypatch.setattr(demo, "RACE", demo.RACE[:1])
+    monkeypatch.setattr(demo, "CROWD", demo.CROWD[8:10])
     assert demo.main() == 0
     out = capsys.readouterr().out
     assert "A KV cache keeps the keys and values" in out
     assert f"{len(CHAPTERS)} chapters, 1 answer each, all identical to Hugging Face's" in out
     hf = reference(checkpoint("pocket"))
-    num_tokens = len(hf.greedy(demo.chat_ids(hf.tokenizer, demo.RACE[0]), 160).token_ids)
+    first, second = out.split("2 of the questions again, with a system prompt of 200 tokens, max_tokens=512,\n")
+    prompts = [demo.chat_ids(hf.tokenizer, question, workloads.SYSTEM_PROMPT) for question in demo.CROWD]
+    in_both = len(hf.greedy(demo.chat_ids(hf.tokenizer, demo.RACE[0]), 160).token_ids)
+    in_crowd = sum(len(hf.greedy(prompt, 512).token_ids) for prompt in prompts)
     for chapter in CHAPTERS:
         in_race = chapter.races or chapter is CHAPTERS[-1]
-        assert out.count(f"{chapter.name:{demo.NAME_WIDTH}}\u25cf  {num_tokens:4} tokens") == in_race
-        assert in_race or re.search(rf"\(.*\b{chapter.id}\b.*: not in the race", out)
+        assert first.count(f"{chapter.name:{demo.NAME_WIDTH}}\u25cf  {in_both:4} tokens") == in_race
+        assert in_race or re.search(rf"\(.*\b{chapter.id}\b.*: not in the first race", out)
+        is_crowded = "num_blocks" in chapter.capabilities and (in_race or chapter.races_when_full)
+        assert second.count(f"{chapter.name:{demo.NAME_WIDTH}}\u25cf\u25cf  {in_crowd:4} tokens") == is_crowded
 
 
-def test_demo_fails_when_a_chapter_differs(capsys, monkeypatch):
-    race = demo.race
+@pytest.mark.parametrize(("number", "name"), [(1, "v02"), (2, first_with("preemption").id)])
+def test_demo_fails_when_a_chapter_differs(capsys, monkeypatch, number, name):
+    """In the first race or only in the second."""
+    race, races = demo.race, []
 
     def lie(lanes, prompts):
         race(lanes, prompts)
-        lanes[1].token_ids[0][-1] += 1
+        races.append(lanes)
+        if len(races) == number:
+            lanes[1].token_ids[0][-1] += 1
 
     monkeypatch.setattr(demo, "RACE", demo.RACE[:1])
+    monkeypatch.setattr(demo, "CROWD", demo.CROWD[:1])
     monkeypatch.setattr(demo, "race", lie)
     assert demo.main() == 1
     captured = capsys.readouterr()
-    assert "v02: tokens differ from Hugging Face's; `make test-v02` shows where" in captured.err
+    assert f"\n{name}: tokens differ from Hugging Face's; `make test-{name}` shows where" in captured.err
     assert "identical" not in captured.out
 
 
@@ -522,6 +533,41 @@ def test_a_staircase_whose_chapters_disagree_is_no_result(small, monkeypatch):
     monkeypatch.setattr(staircase, "record", lie)
     with pytest.raises(AssertionError, match="v02 generates other tokens than v01"):
         staircase.staircase(list(CHAPTERS[:2]), repeats=1)
+
+
+def test_the_crowd_is_served_in_fewer_steps_and_positions_from_chapter_to_chapter(monkeypatch, capsys, tmp_path):
+    elsewhere = Book(tmp_path, CHAPTERS)
+    monkeypatch.setattr(bench, "write_row", lambda *args: write_row(*args, book=elsewhere))
+    monkeypatch.setattr(workloads, "CROWD", workloads.CROWD[9:13])
+    # One at full length, three at their actual length, or all.
+    monkeypatch.setattr(workloads, "CROWD_BLOCKS", 48)
+    assert bench.main(["crowded", "--repeats", "1", "--write"]) == 0
+    [found] = rows_of(elsewhere.results / "crowded.json").values()
+    before, preempts, shares = first_with("preemption").previous.id, first_with("preemption").id, first_with("prefix_cache").id
+    assert list(found["code"]) == [before, *(each.id for each in CHAPTERS if each.races_when_full)]
+    assert found[before]["passes"] > found[preempts]["passes"] > found[shares]["passes"]
+    assert found[before]["positions"] == found[preempts]["positions"]
+    # 200 tokens are the same in all, and 12 blocks of 16 hold 192 of them.
+    assert (found[shares]["shared"], found[shares]["requests"]) == (200, 4)
+    assert found[preempts]["positions"] - found[shares]["positions"] == 3 * 192
+    assert all(found[name]["tokens"] == found[before]["tokens"] for name in (preempts, shares))
+    assert "ms to first" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench.main(["crowded", "v04"])
+    assert "crowded sizes the cache in blocks, and v04 does not; name later chapters" in capsys.readouterr().err
+
+
+def test_a_crowd_that_gets_other_answers_is_no_result(monkeypatch):
+    serve = staircase.serve
+
+    def lie(chapter, engine, prompts):
+        found = serve(chapter, engine, prompts)
+        return found | ({"token_ids": [[1]]} if chapter is CHAPTERS[-1] else {})
+
+    monkeypatch.setattr(workloads, "CROWD", workloads.CROWD[:1])
+    monkeypatch.setattr(staircase, "serve", lie)
+    with pytest.raises(AssertionError, match=f"{CHAPTERS[-1].id} generates other tokens than {CHAPTERS[-2].id}"):
+        staircase.crowded(list(CHAPTERS[-2:]), repeats=1)
 
 
 def test_batch_measures_where_several_run_together(monkeypatch, capsys):

@@ -10,7 +10,7 @@ from shared.book import pictures
 from shared.chapters import ROOT
 from shared.checkpoints import POCKET
 from shared.commands import trace
-from shared.commands.trace import small_trace, without_times
+from shared.commands.trace import shared_trace, small_trace, without_times
 from shared.results import cited, figures, rows_of
 from shared.workloads import Request, fixed
 
@@ -121,6 +121,42 @@ def test_of_a_block_the_needed_part_is_colored():
     heights = re.findall(r'class="(\w+)".*?height="(\d+)"', "".join(drawn))
     assert heights == [("waste", "14"), ("prompt", "7")]
     assert "2 of 4 positions needed" in drawn[0]
+
+
+def test_the_committed_shared_blocks_are_what_a_run_gives():
+    committed = json.loads((RESULTS / "timeline.json").read_text())
+    run = shared_trace(POCKET)
+    assert json.loads(json.dumps(without_times(run))) == committed["shared"]
+    # Nothing is preempted, so all that is computed is needed; four requests find two blocks of 4 tokens.
+    assert run.num_needed == run.num_positions == sum(prompt + output - 1 for prompt, output in run.lengths) - 4 * 8
+
+
+def test_shared_blocks_are_drawn_with_all_their_owners_and_findable_until_reused():
+    """A computes two blocks of 4 and half of one; B finds the two; both finish; C takes a block that was A's and B's."""
+
+    def run(request, num_tokens, rows):
+        return {"request": request, "num_tokens": num_tokens, "useful": num_tokens, "got_token": True, "rows": rows}
+
+    passes = [
+        {"parts": [run(0, 10, [0, 1, 2])], "waiting": [0, 1]},
+        {"parts": [run(0, 1, [0, 1, 2]), run(1, 3, [0, 1, 3])], "waiting": [1]},
+        {"parts": [run(2, 2, [1])], "waiting": [2]},
+    ]
+    drawn = pictures.shared_blocks({"chapter": "v00_by_hand", "lengths": [[10, 2], [11, 1], [2, 1]], "passes": passes}, num_blocks=4)
+    cells = re.findall(r'<rect class="([a-z]+[a-z0-9 ]*)" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', drawn)
+    shown = {}  # by pass and block: classes and the height of each color
+    for kind, x, y, _, height in cells:
+        column, block = int((float(x) - 76) // 30) + 1, int((float(y) - 84) // 22)
+        if block >= 0 and column >= 1 and kind != "waste":
+            shown.setdefault((column, block), []).append((kind, round(float(height) / 19, 2)))
+    assert shown[1, 0] == shown[1, 1] == [("owner0", 1.0)] and shown[1, 2] == [("owner0", 0.5)]
+    assert [kind for kind, _ in shown[2, 0]] == ["owner0", "owner1", "found"] == [kind for kind, _ in shown[2, 1]]
+    assert shown[2, 2] == [("owner0", 0.75)] and shown[2, 3] == [("owner1", 0.75)]
+    # Block 0 can still be found; block 1 has a new owner; blocks 2 and 3 were never full.
+    assert [kind for kind, _ in shown[3, 0]] == ["kept owner0"] and shown[3, 1] == [("owner2", 0.5)]
+    assert set(shown) == {(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1)}
+    lanes = re.findall(r'<text class="small" x="([\d.]+)" y="192" text-anchor="middle">(\w)</text>', drawn)
+    assert lanes == [("91", "B")], "only B waits, in the first pass"
 
 
 def test_one_scale_for_all_that_take_several_at_once():

@@ -45,7 +45,8 @@ class Scheduler:
 
     def admit(self, seq: Sequence) -> bool:
         """Allocate seq's first blocks, preempting sequences of a later rank if it then fits; else return False, with nothing changed."""
-        if not self.fits(seq, [other for other in self.running if other.rank < seq.rank]):
+        ahead = [other for other in self.running if other.rank < seq.rank]
+        if not self.fits(seq, ahead):
             return False
         while not self.fits(seq, self.running):
             self.preempt(self.running[-1])
@@ -73,10 +74,10 @@ class Scheduler:
     def preempt(self, seq: Sequence) -> None:
         """Stop a running sequence, free its blocks, and let it wait at its rank. Keys and values are swapped out or lost."""
         self.swap.save(seq.block_table[: self.pool.blocks_for(seq.num_computed)], seq.swap_table)
-        if not seq.swap_table:
-            seq.num_computed = 0
         self.running.remove(seq)
         self.give_back(seq)
+        if not seq.swap_table:
+            seq.num_computed = 0
         self.add(seq)
         seq.preempted = True
         self.num_preemptions += 1

@@ -51,8 +51,8 @@ class Trace:
 
     @property
     def num_needed(self) -> int:
-        """Positions that had to be computed: each once, except that of an output's last token."""
-        return sum(prompt + output - 1 for prompt, output in self.lengths if output)
+        """Positions that had to be computed: each once, except that of an output's last token and those found in a prefix cache."""
+        return sum(part.useful for each in self.passes for part in each.parts)
 
     def ledger(self) -> list[dict[int, int]]:
         """For each forward pass, the positions computed, by request."""
@@ -160,13 +160,14 @@ class Recorder:
             if seq.seq_id not in self.computed:
                 waiting.append(seq.seq_id)
             known = self.computed.get(seq.seq_id, 0)
-            reached = getattr(seq, "num_computed", 0) + width
+            start = getattr(seq, "num_computed", 0)
+            reached = start + width
             self.computed[seq.seq_id] = max(known, reached)
             parts.append(
                 Part(
                     request=self.numbers[seq.seq_id],
                     num_tokens=width if num_tokens == sum(fed) else max(fed),
-                    useful=0 if seq.finished else max(reached - known, 0),
+                    useful=0 if seq.finished else max(reached - max(known, start), 0),
                     got_token=seq.seq_id in drawn,
                     rows=held(seq, row),
                 )
@@ -182,10 +183,17 @@ def held(seq, row: int) -> list[int]:
     return [getattr(seq, "row", row)]
 
 
+def empty_prefix_cache(engine) -> None:
+    """Let the next run compute what an earlier one has computed. An engine without a prefix cache does so anyway."""
+    if hasattr(engine, "reset_prefix_cache"):
+        engine.reset_prefix_cache()
+
+
 def run(engine, package, requests: list[Request], arrived=lambda number, request_id: None) -> list[list[int]]:
     """Run a workload to its end; the tokens of each request.
 
-    Requests are added, and aborted, before the steps that the workload names. Each is greedy and runs to its max_tokens.
+    A prefix cache is emptied first. Requests are added, and aborted, before the steps that the workload names. Each is
+    greedy and runs to its max_tokens.
 
     Raises:
         ValueError: if the engine already has requests.
@@ -193,6 +201,7 @@ def run(engine, package, requests: list[Request], arrived=lambda number, request
     """
     if engine.has_unfinished_requests():
         raise ValueError(f"the engine has requests {list(engine.seqs)}; run a workload on an idle engine")
+    empty_prefix_cache(engine)
     tokens = [[] for _ in requests]
     numbers = {}
     step_id = 0

@@ -1,11 +1,15 @@
 """Every chapter on the same 32 requests of different lengths: tokens per second, and what was computed, read and reserved.
 
-Reads: shared/workloads.py, the chapters. Writes: docs/results/staircase.json, through `python -m shared.bench`.
+And chapters that manage a full cache in different ways, on chats with one system prompt in a cache that is too small for all.
+
+Reads: shared/workloads.py, the chapters. Writes: docs/results/{staircase, crowded}.json, through `python -m shared.bench`.
 """
+import os
 import statistics
+import time
 from itertools import accumulate
 
-from shared.bench.recorder import record, run
+from shared.bench.recorder import empty_prefix_cache, record, run
 from shared.bench.timing import NOISY, Timing, interleave, summary, timed, weight_bytes
 from shared.chapters import Chapter
 
@@ -127,6 +131,95 @@ def print_staircase(results: dict) -> None:
             f"{row['kv_bytes'] / 2**20:.1f}",
             f"{row['tokens_per_s']:,.0f}",
         )
+        print(f"{name:8}" + "".join(f"{cell:>16}" for cell in cells))
+        if row["spread"] > NOISY:
+            print(f"{'':8}noisy: runs differ by {row['spread']:.0%}; run it again on an idle machine")
+
+
+# ---- in a full cache
+
+
+def that_differ_when_full(chapters: list[Chapter]) -> list[Chapter]:
+    """The chapters that run many requests differently when the cache is full, and the one before the first of them."""
+    differ = [chapter for chapter in chapters if chapter.races_when_full]
+    return [differ[0].previous, *differ]
+
+
+def crowded(chapters: list[Chapter], repeats: int) -> dict:
+    """The chapters' steps, positions and speed on the chats of `workloads.CROWD`: pocket, one thread, float32.
+
+    A prefix cache is emptied before each run.
+
+    Raises:
+        AssertionError: if two chapters generate different tokens.
+    """
+    import torch
+
+    from shared.checkpoints import POCKET
+    from shared.workloads import CROWD, CROWD_BLOCKS, SYSTEM_PROMPT, chat_ids
+
+    torch.set_num_threads(1)
+    engines = {chapter.id: chapter.load().Engine(POCKET, device="cpu", num_blocks=CROWD_BLOCKS) for chapter in chapters}
+    tokenizer = engines[chapters[0].id].tokenizer
+    prompts = [chat_ids(tokenizer, question, SYSTEM_PROMPT) for question in CROWD]
+    runs = {chapter.id: [] for chapter in chapters}
+
+    def served(chapter: Chapter) -> Timing:
+        empty_prefix_cache(engines[chapter.id])
+        return timed(lambda: runs[chapter.id].append(serve(chapter, engines[chapter.id], prompts)))
+
+    timings = interleave({chapter.id: lambda chapter=chapter: served(chapter) for chapter in chapters}, repeats, "crowded")
+    results = {}
+    for chapter in chapters:
+        first, *measured = runs[chapter.id]
+        if first["token_ids"] != runs[chapters[0].id][0]["token_ids"]:
+            raise AssertionError(f"{chapter.id} generates other tokens than {chapters[0].id}")
+        tokens = sum(map(len, first["token_ids"]))
+        results[chapter.id] = row = {
+            "requests": len(prompts),
+            "prompt_len": [min(map(len, prompts)), max(map(len, prompts))],
+            "shared": len(os.path.commonprefix(prompts)),
+            "tokens": tokens,
+            "passes": first["passes"],
+            "tokens_per_pass": round(tokens / first["passes"], 2),
+            "preemptions": first["preemptions"],
+            "positions": first["positions"],
+            "ttft_ms": round(1e3 * statistics.median(statistics.median(run["ttft_s"]) for run in measured), 1),
+        }
+        row |= summary(timings[chapter.id])
+        row["tokens_per_s"] = round(1e3 * tokens / row["wall_ms"], 1)
+    return results
+
+
+def serve(chapter: Chapter, engine, prompts: list[list[int]]) -> dict:
+    """Run all chats, queued at once, to their end tokens: tokens and time to first token of each, and counts."""
+    from shared.workloads import CROWD_MAX_TOKENS
+
+    scheduler = engine.scheduler
+    before = engine.num_steps, engine.num_positions, getattr(scheduler, "num_preemptions", 0)
+    start = time.perf_counter()
+    params = chapter.load().SamplingParams(max_tokens=CROWD_MAX_TOKENS)
+    token_ids = {engine.add_request(prompt_ids, params): [] for prompt_ids in prompts}
+    ttft_s = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            token_ids[output.request_id].append(output.token_id)
+            ttft_s.setdefault(output.request_id, time.perf_counter() - start)
+    return {
+        "token_ids": list(token_ids.values()),
+        "ttft_s": list(ttft_s.values()),
+        "passes": engine.num_steps - before[0],
+        "positions": engine.num_positions - before[1],
+        "preemptions": getattr(scheduler, "num_preemptions", 0) - before[2],
+    }
+
+
+def print_crowded(results: dict) -> None:
+    columns = ("forward passes", "tokens/pass", "preemptions", "positions", "ms to first", "tokens/s")
+    print(f"{'':8}" + "".join(f"{column:>16}" for column in columns))
+    for name, row in results.items():
+        cells = [f"{row['passes']:,}", f"{row['tokens_per_pass']:.2f}", f"{row['preemptions']:,}", f"{row['positions']:,}"]
+        cells += [f"{row['ttft_ms']:,.0f}", f"{row['tokens_per_s']:,.0f}"]
         print(f"{name:8}" + "".join(f"{cell:>16}" for cell in cells))
         if row["spread"] > NOISY:
             print(f"{'':8}noisy: runs differ by {row['spread']:.0%}; run it again on an idle machine")

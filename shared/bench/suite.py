@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from shared.bench.recorder import empty_prefix_cache
 from shared.bench.timing import NOISY, interleave, progress, summary, timed, weight_bytes
 from shared.chapters import CHAPTERS, ROOT, Chapter
 from shared.workloads import Request, fixed, ragged, staircase
@@ -121,6 +122,7 @@ def limits_of(chapter: Chapter, requests: list[Request]) -> dict[str, int | str]
 
 
 def serve(engine, package, requests: list[Request]) -> list[list[int]]:
+    empty_prefix_cache(engine)
     params = [package.SamplingParams(max_tokens=request.max_tokens, ignore_eos=True) for request in requests]
     return [done.token_ids for done in engine.generate([request.prompt_ids for request in requests], params)]
 
@@ -185,6 +187,7 @@ def arrivals(chapters: list[Chapter]) -> dict:
         package = chapter.load()
         engine = package.Engine(path, **limits_of(chapter, requests))
         serve(engine, package, requests[:2])
+        empty_prefix_cache(engine)
         first, begun, next_one, number = {}, time.perf_counter(), 0, {}
         while next_one < len(requests) or engine.has_unfinished_requests():
             elapsed = time.perf_counter() - begun

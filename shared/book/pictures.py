@@ -11,7 +11,7 @@ from html import escape
 
 from shared import results
 from shared.chapters import Book
-from shared.workloads import TIGHT_BLOCKS, TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS
+from shared.workloads import SHARED_BLOCKS, TIGHT_BLOCKS, TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS
 
 STYLE = """\
   text { font: 13px system-ui, sans-serif; fill: #24292f }
@@ -165,6 +165,79 @@ def blocks(trace: dict, num_blocks: int = TIMELINE_BLOCKS) -> str:
                 body.append(text(x + cell / 2, y + 14, name_of(request), "small", "middle"))
         ran = {part["request"] for part in each["parts"]}
     return svg(width, height, title, body)
+
+
+FOUND_STYLE = """\
+<style>
+  .found { fill: none; stroke: #24292f; stroke-width: 1.6 } .kept { fill-opacity: 0.25 }
+  @media (prefers-color-scheme: dark) { .found { stroke: #e6edf3 } .kept { fill-opacity: 0.35 } }
+</style>"""
+
+
+def shared_blocks(trace: dict, num_blocks: int = SHARED_BLOCKS) -> str:
+    """Which requests own which block in which pass, which free blocks can still be found, and which requests wait."""
+    size = TIMELINE_BLOCK_SIZE
+    cell = min(30, 720 // max(1, len(trace["passes"])))
+    lane_height, left, top = 22, 76, 84
+    foot = top + (num_blocks + 1) * lane_height + 8
+    width, height = left + len(trace["passes"]) * cell + RIGHT, foot + 24
+    title = f"{trace['chapter']}: which requests own which of {num_blocks} blocks of {size} tokens"
+    body = [FOUND_STYLE, text(16, 24, title, "head")]
+    body.append(text(16, 44, "each column is a forward pass, and each letter a request that owns the block", "small"))
+    keys = (("owner0", "holds tokens", 112), ("found", "found: not computed again", 190), ("kept owner0", "free, can be found", 150), ("waste", "empty", 0))
+    x = 16
+    for kind, what, room in keys:
+        if kind == "found":
+            body.append(rect(x, 54, 14, 14, "owner0"))
+        body += [rect(x, 54, 14, 14, kind), text(x + 20, 66, what, "small")]
+        x += room
+    for block_id in range(num_blocks):
+        body.append(text(16, top + block_id * lane_height + 15, f"block {block_id}", "small"))
+    body.append(text(16, top + num_blocks * lane_height + 20, "waits", "small"))
+    reached = [0] * len(trace["lengths"])
+    ran, kept = set(), {}
+    for column, each in enumerate(trace["passes"]):
+        x, owners, level = left + column * cell, {}, {}
+        body.append(text(x + cell / 2, foot + 16, column + 1, "small", "middle"))
+        found = set()
+        for part in each["parts"]:
+            request, table = part["request"], part["rows"]
+            if request not in ran:
+                # Its new tokens fill the last blocks of its table; it has found those before them.
+                num_found = len(table) - -(-part["num_tokens"] // size)
+                reached[request] = num_found * size
+                found |= {(block_id, request) for block_id in table[:num_found]}
+            reached[request] += part["num_tokens"]
+            for index, block_id in enumerate(table):
+                owners.setdefault(block_id, []).append(request)
+                level[block_id] = min(size, reached[request] - index * size)
+        for block_id in range(num_blocks):
+            y = top + block_id * lane_height
+            if block_id in owners:
+                finders = {request for found_id, request in found if found_id == block_id}
+                body += owned(x, y, cell, lane_height - 3, owners[block_id], level[block_id] / size, finders)
+                kept[block_id] = f"kept owner{owners[block_id][0] % NUM_OWNERS}" if level[block_id] == size else None
+            elif kept.get(block_id):
+                tip = f"pass {column + 1}: block {block_id} is free, and can be found"
+                body.append(rect(x + 2, y + 1, cell - 4, lane_height - 5, kept[block_id], tip))
+        ran = {part["request"] for part in each["parts"]}
+        for row, request in enumerate(sorted(set(each["waiting"]) - ran)):
+            body.append(text(x + cell / 2 + 8 * row, top + num_blocks * lane_height + 20, name_of(request), "small", "middle"))
+    return svg(width, height, title, body)
+
+
+def owned(x: float, y: float, cell: float, height: float, owners: list[int], level: float, finders: set[int]) -> list[str]:
+    """A block in one pass: a stripe per owner, colored as high as the block is full, with a border if it has just found the block."""
+    body = []
+    stripe = (cell - 2) / len(owners)
+    for number, request in enumerate(owners):
+        left = x + 1 + number * stripe
+        body.append(rect(left, y, stripe, height, "waste"))
+        body.append(rect(left, y + height * (1 - level), stripe, height * level, f"owner{request % NUM_OWNERS}"))
+        if request in finders:
+            body.append(rect(left + 0.8, y + 0.8, stripe - 1.6, height - 1.6, "found", f"request {name_of(request)} has found this block"))
+        body.append(text(left + stripe / 2, y + 14, name_of(request), "small", "middle"))
+    return body
 
 
 def page(traces: dict[str, dict]) -> str:
@@ -460,6 +533,7 @@ PICTURES: dict[str, Picture] = {
     "v04_timeline.svg": ("timeline.json", of_chapter("v04")),
     "v05_blocks.svg": ("timeline.json", lambda found: blocks(found["v05"])),
     "v11_blocks.svg": ("timeline.json", lambda found: blocks(found["v11"], TIGHT_BLOCKS)),
+    "v12_blocks.svg": ("timeline.json", lambda found: shared_blocks(found["shared"])),
     "v01_growth.svg": ("growth.json", alone),
     "v06_moved.svg": ("staircase.json", moved),
     "v07_felt.svg": ("load.json", felt),

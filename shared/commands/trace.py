@@ -17,7 +17,16 @@ from shared.bench.recorder import Trace, record, summary
 from shared.book.pictures import name_of, page
 from shared.programs import run
 from shared.results import write
-from shared.workloads import TIGHT_BLOCKS, TIMELINE, TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS, TIMELINE_PLACES, fixed
+from shared.workloads import (
+    SHARED_BLOCKS,
+    TIGHT_BLOCKS,
+    TIMELINE,
+    TIMELINE_BLOCK_SIZE,
+    TIMELINE_BLOCKS,
+    TIMELINE_PLACES,
+    fixed,
+    shared_beginnings,
+)
 
 WAITS, PROMPT, TOKEN, WASTE = "\u00b7", "\u2593", "\u2588", "\u2591"
 
@@ -78,6 +87,7 @@ def main(argv: list[str]) -> int:
         for trace in traces.values():
             print(f"\n{trace.chapter}: {summary(trace)}", *timeline(trace), *(times(trace) if args.times else []), sep="\n")
     if args.write:
+        traces["shared"] = shared_trace(POCKET)
         path = write("timeline", {name: without_times(trace) for name, trace in traces.items()}, command(argv))
         print(f"\nwrote {path.relative_to(ROOT)}; now `make sync`")
     return 0
@@ -93,6 +103,18 @@ def small_trace(chapter, model_dir: Path) -> Trace:
     with contextlib.redirect_stderr(io.StringIO()):
         engine = chapter.load().Engine(model_dir, device="cpu", **limits)
     trace, _ = record(chapter, engine, fixed(TIMELINE, engine.config.vocab_size))
+    return trace
+
+
+def shared_trace(model_dir: Path) -> Trace:
+    """A trace of the first chapter with a prefix cache on the requests that have the same beginning."""
+    from shared.chapters import first_with
+
+    chapter = first_with("prefix_cache")
+    limits = {"max_num_seqs": TIMELINE_PLACES, "num_blocks": SHARED_BLOCKS, "block_size": TIMELINE_BLOCK_SIZE, "reserve_tokens": 0}
+    with contextlib.redirect_stderr(io.StringIO()):
+        engine = chapter.load().Engine(model_dir, device="cpu", **limits)
+    trace, _ = record(chapter, engine, shared_beginnings(engine.config.vocab_size))
     return trace
 
 

@@ -4,23 +4,26 @@
     python -m shared.verify.decisions DIR v11 --reserve 16
 
 A trace is a JSON file: the limits of a scheduler, requests, and what vLLM decided in each step. The chapter's scheduler
-runs the same requests with reserve_tokens=0, without a model. The first difference has a name if vLLM's decision follows
-from the state by vLLM's rules, and the chapter's by its own; shared/verify/rules.py knows both. From then on the two
-states differ, so the line about a workload says what each run took. The exit status is 1 if a difference has no name.
+runs the same requests with reserve_tokens=0, without a model. All of vLLM's decisions must follow from vLLM's rules, and
+all of the chapter's from its own; shared/verify/rules.py knows both. Then the first difference has a name: the fewest of
+the chapter's rules that lead to it. From then on the two states differ, so the line about a workload says what each run
+took. The exit status is 1 if a difference has no name.
 
 Reads: the traces in DIR, the chapter.
 """
 import argparse
 import importlib
 import json
+import math
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 from shared.chapters import Chapter, find, last_with
 from shared.programs import run
-from shared.verify.rules import RULES, Decision, Request, State, decide, explain
+from shared.verify.rules import Decision, Model, explain, rules_of, token_at
 
 
 class Trace:
@@ -43,7 +46,10 @@ class Trace:
         ]
 
     def missing(self, capabilities: frozenset[str]) -> list[str]:
-        """What a chapter needs beyond these capabilities to run this workload within the same limits."""
+        """What a chapter needs beyond these capabilities to decide as vLLM within the same limits.
+
+        A chapter that computes every prompt whole knows no budget: after a named difference, a step may exceed vLLM's.
+        """
         missing = []
         if self.config["prefix_caching"] and "prefix_cache" not in capabilities:
             missing.append("a prefix cache")
@@ -66,8 +72,9 @@ class Driver:
         self.Params, self.Sequence = params.SamplingParams, sequence.Sequence
         self.trace, config = trace, trace.config
         self.pool = cache.BlockPool(config["num_blocks"], config["block_size"])
-        options = {}
+        options, self.seq_options = {}, {}
         if "prefix_cache" in chapter.capabilities:
+            self.seq_options["root_key"] = b"root"
             options["enable_prefix_caching"] = config["prefix_caching"]
         if "chunked_prefill" in chapter.capabilities:
             options["max_num_batched_tokens"] = config["budget"]
@@ -97,15 +104,16 @@ class Driver:
             preempt(seq)
 
         def admit_and_record(seq) -> bool:
+            num_computed = seq.num_computed  # not 0 if it is swapped out
             admitted = admit(seq)
-            if admitted and seq.num_computed:
+            if admitted and seq.num_computed > num_computed:
                 self.cached[self.ids[seq.seq_id]] = seq.num_computed
             return admitted
 
         self.scheduler.preempt, self.scheduler.admit = preempt_and_record, admit_and_record
 
-    def run(self) -> Iterator[tuple[State, Decision]]:
-        """Yield each step's state, after arrivals and aborts, and the decision.
+    def run(self) -> Iterator[Decision]:
+        """Yield each step's decision until all requests have finished.
 
         AssertionError if requests preempt each other in one step, or never finish.
         """
@@ -121,7 +129,7 @@ class Driver:
                 # An abort before the arrival has no effect.
                 if request["aborted"] == step and request["id"] in self.seqs:
                     self.release(request["id"])
-            yield self.state(), self.step()
+            yield self.step()
             step += 1
 
     def add(self, request: dict) -> None:
@@ -136,26 +144,13 @@ class Driver:
             max_tokens=request["max_tokens"],
             end_ids=(),
             stream=SimpleNamespace(stop_ids=set()),
+            **self.seq_options,
         )
         self.seqs[request["id"]] = seq
         self.scheduler.add(seq)
 
     def release(self, request_id: int) -> None:
         self.scheduler.release(self.seqs.pop(request_id))
-
-    def state(self) -> State:
-        def request_of(seq, num_computed: int) -> Request:
-            # Not seq.rank, which is under test.
-            rank = seq.params.priority, seq.seq_id
-            return Request(rank, self.ids[seq.seq_id], num_computed, seq.num_tokens, seq.num_prompt + seq.max_tokens)
-
-        return State(
-            running=[request_of(seq, seq.num_computed) for seq in self.scheduler.running],
-            waiting=[request_of(seq, 0) for seq in self.scheduler.waiting],
-            max_num_seqs=self.trace.config["max_num_seqs"],
-            num_blocks=self.trace.config["num_blocks"],
-            block_size=self.trace.config["block_size"],
-        )
 
     def step(self) -> Decision:
         """Schedule, feed each sequence its tokens, and append the next one where all known tokens are fed."""
@@ -168,7 +163,7 @@ class Driver:
             scheduled[request_id] = len(seq.new_ids)
             seq.num_computed += len(seq.new_ids)
             if seq.num_computed == seq.num_tokens:
-                seq.append((97 * request_id + 13 * seq.num_tokens) % 2000 + 16)
+                seq.append(token_at(request_id, seq.num_tokens))
             if seq.finished:
                 finished.add(request_id)
                 self.release(request_id)
@@ -187,16 +182,18 @@ class Sums(NamedTuple):
 
 
 def sums(decisions: Iterable[Decision]) -> Sums:
-    """What these steps took. A position is computed twice if the same request was fed it before."""
-    computed, furthest = {}, {}  # positions by request: in the cache now, and the most that ever were
+    """What these steps took. A position is computed twice if the same request was fed it before; what it found in the cache does not count."""
+    num_computed: dict[int, int] = {}  # by request
+    fed: dict[int, set[int]] = {}  # by request, all positions that it was ever fed
     steps = preemptions = twice = 0
     for decision in decisions:
-        computed |= dict.fromkeys(decision.preempted, 0) | decision.cached
+        num_computed |= dict.fromkeys(decision.preempted, 0) | decision.cached
         for request_id, count in decision.scheduled.items():
-            start = computed.get(request_id, 0)
-            computed[request_id] = end = start + count
-            twice += max(0, min(end, furthest.get(request_id, 0)) - start)
-            furthest[request_id] = max(end, furthest.get(request_id, 0))
+            start = num_computed.get(request_id, 0)
+            num_computed[request_id] = start + count
+            positions, earlier = set(range(start, start + count)), fed.setdefault(request_id, set())
+            twice += len(positions & earlier)
+            earlier |= positions
         steps += 1
         preemptions += len(decision.preempted)
     return Sums(steps, preemptions, twice)
@@ -208,40 +205,42 @@ class Comparison(NamedTuple):
     theirs: Sums
     ours: Sums
     step: int | None = None  # of the first difference, or of the one without a name
-    names: tuple[str, ...] = ()  # the rules that explain it, if they do
+    names: tuple[str, ...] = ()  # the rules that lead to it, if they do
     details: tuple[str, ...] = ()  # for a difference without a name: what was decided, and what the rules say
 
 
 def compare(chapter: Chapter, trace: Trace) -> Comparison:
     """Run a trace's workload on a chapter's scheduler with nothing reserved.
 
-    Each of the chapter's decisions must follow from its rules, those after a named difference too.
+    Each of the chapter's decisions must follow from its rules, those after a named difference too, and each of vLLM's
+    from vLLM's rules.
     """
-    ran, failure = [], None
+    rules = rules_of(chapter.capabilities)
+    # A chapter that computes every prompt whole runs only workloads that vLLM's budget does not cut.
+    limits = trace.config if "chunked_prefill" in chapter.capabilities else trace.config | {"budget": math.inf}
+    ours, failure = [], None
     try:
-        for state_and_decision in Driver(chapter, trace, reserve_tokens=0).run():
-            ran.append(state_and_decision)
+        for decision in Driver(chapter, trace, reserve_tokens=0).run():
+            ours.append(decision)
     except AssertionError as error:
         failure = str(error)
-    # The rules know neither a prefix cache nor pieces: of a chapter that has them, only the first difference is explained.
-    rules_apply = chapter.capabilities.isdisjoint({"prefix_cache", "chunked_prefill"})
-    comparison = Comparison(sums(trace.decisions), sums(decision for _, decision in ran))
-    for step, (state, ours) in enumerate(ran):
-        by_rules = decide(state, RULES)
-        has_reason = ours == by_rules or not rules_apply
-        said = {chapter.id: ours, f"{chapter.id}'s rules": by_rules}
-        if not comparison.names:
-            theirs = trace.decisions[step] if step < len(trace.decisions) else None
-            said = {"vLLM": theirs or "has finished", "vLLM's rules": decide(state, ())} | said
-            if ours != theirs:
-                comparison = comparison._replace(step=step, names=explain(state, theirs, ours))
-                has_reason = bool(comparison.names)
-        if not has_reason:
-            lines = tuple(f"{who:12} {decision}" for who, decision in said.items())
+    comparison = Comparison(sums(trace.decisions), sums(ours))
+    runs = {
+        "vLLM": trace.decisions,
+        "vLLM's rules": Model(trace.config, trace.requests, rules=()).run(),
+        chapter.id: ours,
+        f"{chapter.id}'s rules": Model(limits, trace.requests, rules).run(),
+    }
+    for step, (theirs, by_their_rules, mine, by_our_rules) in enumerate(zip_longest(*runs.values())):
+        if theirs != by_their_rules or mine != by_our_rules:
+            if step == len(ours) and failure:
+                return comparison._replace(step=step, names=(), details=(failure,))
+            said = zip(runs, (theirs, by_their_rules, mine, by_our_rules))
+            lines = tuple(f"{who:12} {decision or 'has finished'}" for who, decision in said)
             return comparison._replace(step=step, names=(), details=lines)
-    if failure or not comparison.names and len(ran) < len(trace.decisions):
-        failure = failure or f"{chapter.id} has finished, vLLM has not"
-        return comparison._replace(step=len(ran), names=(), details=(failure,))
+        if mine != theirs and comparison.step is None:
+            names = explain(limits, trace.requests, rules, ours[: step + 1])
+            comparison = comparison._replace(step=step, names=names)
     return comparison
 
 
@@ -284,7 +283,7 @@ def main(argv: list[str]) -> int:
     num_unnamed = len(compared) - num_equal - num_named
     print(f"{len(compared)} of {len(traces)} compared: {num_equal} equal, {num_named} with a named difference, {num_unnamed} without a name")
     if args.reserve is not None and compared:
-        reserved = [sums(decision for _, decision in Driver(chapter, trace, args.reserve).run()) for trace in compared]
+        reserved = [sums(Driver(chapter, trace, args.reserve).run()) for trace in compared]
         print_total("vLLM", [comparison.theirs for comparison in compared.values()])
         print_total(f"{chapter.id}, reserve 0", [comparison.ours for comparison in compared.values()])
         print_total(f"{chapter.id}, reserve {args.reserve}", reserved)

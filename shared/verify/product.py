@@ -11,18 +11,20 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shared.bench.timing import progress
 from shared.chapters import CHAPTERS, Chapter, find
 from shared.checkpoints import checkpoint
 from shared.programs import run
+from shared.verify.findable import uncached, watch
 from shared.verify.soak import audit
 from shared.workloads import random_ids
 
 NEEDS = ("num_blocks", "abort", "prompt_logprobs", "stop_strings")
 # The capability that adds an option, for options that the first of these chapters lacks.
-ADDED_BY = {"priority": "preemption", "swap_bytes": "preemption", "reserve_tokens": "preemption"}
+ADDED_BY = dict.fromkeys(("priority", "swap_bytes", "reserve_tokens"), "preemption")
+ADDED_BY |= dict.fromkeys(("cache_salt", "enable_prefix_caching"), "prefix_cache")
 # Two random ones, whose tokenizers differ, and a trained one, which ends its texts.
 MODELS = ("llama", "mistral", "pocket")
 # Common enough to end many texts; some of them begin in one token and end in another.
@@ -66,6 +68,7 @@ def make_plan(seed: int, chapter: Chapter, roomy) -> Plan:
     rng = random.Random(seed)
     block_size = rng.choice((1, 3, 4, 7, 16))
     requests = make_requests(rng, chapter, roomy.config.vocab_size, block_size)
+    requests += [continued(rng, chapter, request, roomy) for request in requests[:3]]
     # A request's last token is never fed, so it needs no slot.
     smallest = max(-(-(len(each.prompt_ids) + each.params.max_tokens - 1) // block_size) for each in requests)
     block_bytes = roomy.cache.kv_bytes // (roomy.pool.num_blocks * roomy.pool.block_size) * block_size
@@ -78,13 +81,14 @@ def make_plan(seed: int, chapter: Chapter, roomy) -> Plan:
         # No swap space, one that is often full, and one that never is.
         "swap_bytes": rng.choice((0, -(-smallest // 2), 100 * smallest)) * block_bytes,
         "reserve_tokens": rng.choice((0, 0, 0, 2, 10**6)),
+        "enable_prefix_caching": rng.random() < 0.9,
     }
     faults = {step: rng.choice(("forward", "commit", "accept")) for step in rng.sample(range(60), 2)}
     return Plan(requests, available(options, chapter), faults)
 
 
 def make_requests(rng: random.Random, chapter: Chapter, vocab_size: int, block_size: int) -> list[Planned]:
-    """About 20 requests. Their prompts share beginnings that end before, at and after the end of a block."""
+    """About 20 requests. Their prompts share beginnings that end before, at and after the end of a block; some are equal."""
     choices = importlib.import_module(f"{chapter.load().__name__}.params").choices
     shared = random_ids(2 * block_size + 1, vocab_size, rng)
     lengths = 0, 1, block_size - 1, block_size, block_size + 1, 2 * block_size, 2 * block_size + 1
@@ -98,6 +102,17 @@ def make_requests(rng: random.Random, chapter: Chapter, vocab_size: int, block_s
             abort_step = arrival_step + rng.randint(0, 40) if rng.random() < 0.2 else None
             requests.append(Planned(prompt_ids, choice, arrival_step, abort_step, abort_preempted=rng.random() < 0.1))
     return requests
+
+
+def continued(rng: random.Random, chapter: Chapter, request: Planned, roomy) -> Planned:
+    """The next turn of a conversation: a request's prompt, its answer and a few more tokens."""
+    [answer] = roomy.generate([request.prompt_ids], request.params)
+    tail = random_ids(rng.choice((0, 1, 3)), roomy.config.vocab_size, rng)
+    params = replace(request.params, **available(make_options(rng, roomy.config.vocab_size), chapter))
+    if "prefix_cache" in chapter.capabilities:
+        params = replace(params, cache_salt=request.params.cache_salt)
+    arrival_step = request.arrival_step + rng.randint(1, 40)
+    return Planned(request.prompt_ids + answer.token_ids + tail, params, arrival_step, abort_step=None, abort_preempted=False)
 
 
 def make_options(rng: random.Random, vocab_size: int) -> dict[str, object]:
@@ -116,6 +131,7 @@ def make_options(rng: random.Random, vocab_size: int) -> dict[str, object]:
         "logprobs": logprobs,
         "prompt_logprobs": logprobs is not None and rng.random() < 0.6,
         "priority": rng.randint(-1, 1),
+        "cache_salt": rng.choice((None, None, "a", "b")),
     }
 
 
@@ -137,6 +153,7 @@ class Result:
     prompt_logprobs: list[dict[int, float] | None] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    num_cached: int = 0
 
     def add(self, output) -> None:
         """Add one StepOutput."""
@@ -145,6 +162,9 @@ class Result:
         if output.prompt_logprobs is not None:
             assert not self.token_ids, f"prompt logprobs with token {len(self.token_ids)}; they belong to the first"
             self.prompt_logprobs = output.prompt_logprobs
+        num_cached = getattr(output, "num_cached", 0)
+        assert not self.token_ids or num_cached == self.num_cached, f"{num_cached} cached tokens, earlier {self.num_cached}"
+        self.num_cached = num_cached
         self.token_ids.append(output.token_id)
         self.text += output.text
         self.logprobs.append(output.logprobs)
@@ -162,6 +182,11 @@ class Fault(Exception):
 
 def run_plan(engine, plan: Plan) -> tuple[list[Result], Counter]:
     """The results of a plan's requests, in order, and how often each event occurred; audits the engine after every step."""
+    with watch(engine) as model:
+        return run_watched(engine, plan, model)
+
+
+def run_watched(engine, plan: Plan, model) -> tuple[list[Result], Counter]:
     results, events, states = [Result() for _ in plan.requests], Counter(), {}
     added: dict[int, tuple[Planned, Result]] = {}  # by request id
     last_arrival = max(request.arrival_step for request in plan.requests)
@@ -180,6 +205,8 @@ def run_plan(engine, plan: Plan) -> tuple[list[Result], Counter]:
         for request_id in failed_ids:
             added[request_id][1].fail()
         audit(engine)
+        if model is not None:
+            model.check()
         before, states = states, {request_id: state_of(engine, seq) for request_id, seq in engine.seqs.items()}
         events.update(state for request_id, state in states.items() if state in PREEMPTED and state != before.get(request_id))
         if failed_ids:
@@ -189,6 +216,8 @@ def run_plan(engine, plan: Plan) -> tuple[list[Result], Counter]:
             break
     assert not states, f"after {MOST_STEPS} steps, requests {list(states)} are unfinished"
     events.update(f"finished: {ending(result)}" for result in results)
+    if model is not None:
+        events += model.events
     return results, events
 
 
@@ -293,7 +322,7 @@ def rounds(chapter: Chapter, seeds: Iterable[int]) -> Counter:
     for seed in seeds:
         name = MODELS[seed % len(MODELS)]
         if name not in roomy:
-            roomy[name] = make_engine(chapter, name, num_blocks=64)
+            roomy[name] = make_engine(chapter, name, num_blocks=64, **uncached(chapter))
         try:
             events += run_round(chapter, seed, name, roomy[name])
         except Exception as error:

@@ -13,14 +13,19 @@ from shared.bench.timing import progress
 from shared.chapters import CHAPTERS, find
 from shared.checkpoints import checkpoint
 from shared.programs import run
+from shared.verify.findable import forget, watch
 from shared.workloads import random_ids
 
 
 def audit(engine) -> None:
-    """AssertionError unless every block is free or has exactly one owner, and owners hold only the blocks their tokens need."""
+    """AssertionError unless every block is free or has an owner, and owners hold only the blocks their tokens need.
+
+    A block has exactly one owner or, if the chapter has a prefix cache, as many as it counts.
+    """
     pool, running = engine.pool, engine.scheduler.running
     held = Counter(block_id for seq in running for block_id in seq.block_table)
-    held_or_free = held + Counter(list(pool.free_ids))
+    shares = hasattr(pool, "num_owners")
+    held_or_free = (Counter(held.keys()) if shares else held) + Counter(list(pool.free_ids))
     twice = [block_id for block_id, count in held_or_free.items() if count > 1]
     assert not twice, f"blocks {twice} have several owners, or are both held and free"
     assert held_or_free.keys() == set(range(pool.num_blocks)), f"{pool.num_blocks - len(held_or_free)} blocks are lost"
@@ -30,11 +35,45 @@ def audit(engine) -> None:
         assert needs[0] <= size <= needs[1], f"sequence {seq.seq_id} holds {size} blocks, and needs {needs[0]} to {needs[1]}"
     for seq in engine.scheduler.waiting:
         assert not seq.block_table, f"sequence {seq.seq_id} is waiting and holds blocks {seq.block_table}"
+    if shares:
+        audit_owners(pool, running, held)
+        audit_findable(pool, running)
     if hasattr(engine, "swap"):
         audit_swap(engine)
     else:
         reserved = sum(engine.scheduler.reserved(seq) for seq in running)
         assert reserved <= pool.num_blocks, f"{reserved} of {pool.num_blocks} blocks are reserved"
+
+
+def audit_owners(pool, running: list, held: Counter) -> None:
+    """The pool counts for each block the tables that hold it; no table holds a block twice."""
+    for seq in running:
+        assert len(set(seq.block_table)) == len(seq.block_table), f"sequence {seq.seq_id} holds a block twice: {list(seq.block_table)}"
+    wrong = {block_id: count for block_id, count in enumerate(pool.num_owners) if count != held[block_id]}
+    assert not wrong, f"owners are miscounted: {wrong}, but the tables hold {dict(held)}"
+
+
+def audit_findable(pool, running: list) -> None:
+    """The pool's two dictionaries say the same, and of a running sequence only full blocks can be found, each by what it holds.
+
+    What it holds is compared as tokens: two blocks must have the same key if they hold the same ones, from the same root
+    on, and otherwise different keys.
+    """
+    pairs = [(block_id, key) for key, block_ids in pool.blocks_of.items() for block_id in block_ids]
+    assert dict(pairs) == pool.key_of and len(pairs) == len(pool.key_of), "key_of and blocks_of differ"
+    assert all(pool.blocks_of.values()), "a key is left without a block"
+    contents = {}
+    for seq in running:
+        for i, block_id in enumerate(seq.block_table):
+            end = (i + 1) * pool.block_size
+            if end > seq.num_computed:
+                assert block_id not in pool.key_of, f"block {block_id} of sequence {seq.seq_id} can be found, and is not yet full"
+                continue
+            content = seq.block_keys[0], seq.params.cache_salt, tuple(seq.token_ids[:end])
+            assert contents.setdefault(block_id, content) == content, f"block {block_id} is shared by sequences that differ"
+    by_key = {(pool.key_of[block_id], content) for block_id, content in contents.items() if block_id in pool.key_of}
+    ones = len({key for key, _ in by_key}), len({content for _, content in by_key})
+    assert ones == (len(by_key), len(by_key)), f"{len(by_key)} contents with their keys are {ones[0]} keys and {ones[1]} contents"
 
 
 def audit_swap(engine) -> None:
@@ -58,19 +97,33 @@ def soak(chapter, engine, num_requests: int, seed: int = 0, fault_share: float =
 
     fault_share: the share of steps whose forward pass raises. The requests in them fail; the others must not notice.
     """
-    rng, package = random.Random(seed), chapter.load()
-    ended, tokens, tried = Counter(), {}, {}
+    with watch(engine) as model:
+        ended, tried = run_soak(chapter, engine, num_requests, random.Random(seed), fault_share, model)
+    for prompt_ids, params, token_ids in tried:
+        forget(engine)
+        [alone] = engine.generate([prompt_ids], params)
+        assert alone.token_ids == token_ids, f"{prompt_ids} generates other tokens when it runs alone"
+    return ended
+
+
+def run_soak(chapter, engine, num_requests: int, rng: random.Random, fault_share: float, model) -> tuple[Counter, list[tuple]]:
+    """The finish reasons, and of every hundredth request its prompt, parameters and tokens."""
+    package, ended, tokens, tried = chapter.load(), Counter(), {}, {}
+    # Half of the prompts begin like one of these.
+    beginnings = [random_ids(30, engine.config.vocab_size, rng) for _ in range(3)]
     added = 0
     bar = progress(range(num_requests), chapter.id)
     while added < num_requests or engine.has_unfinished_requests():
         while added < num_requests and rng.random() < 0.5:
-            prompt_ids = random_ids(rng.randint(1, 40), engine.config.vocab_size, rng)
+            shared = rng.choice(beginnings)[: rng.randint(1, 30)] if rng.random() < 0.5 else []
+            prompt_ids = shared + random_ids(rng.randint(0 if shared else 1, 40 - len(shared)), engine.config.vocab_size, rng)
             params = package.SamplingParams(
                 max_tokens=rng.randint(1, 30),
                 temperature=rng.choice((0.0, 1.0)),
                 seed=added,
                 stop_token_ids=tuple(range(100, 120)) if rng.random() < 0.3 else (),
                 **({"priority": rng.randint(-1, 1)} if "preemption" in chapter.capabilities else {}),
+                **({"cache_salt": rng.choice((None, None, "a", "b"))} if "prefix_cache" in chapter.capabilities else {}),
             )
             request_id = engine.add_request(prompt_ids, params)
             tokens[request_id] = []
@@ -96,12 +149,11 @@ def soak(chapter, engine, num_requests: int, seed: int = 0, fault_share: float =
             del tokens[request_id]
             tried.pop(request_id, None)
         audit(engine)
+        if model is not None:
+            model.check()
     assert not tokens, f"requests {list(tokens)} never finished"
     assert engine.pool.num_free == engine.pool.num_blocks
-    for prompt_ids, params, token_ids in tried.values():
-        [alone] = engine.generate([prompt_ids], params)
-        assert alone.token_ids == token_ids, f"{prompt_ids} generates other tokens when it runs alone"
-    return ended
+    return ended, list(tried.values())
 
 
 class Fault(Exception):
@@ -153,7 +205,8 @@ def main(argv: list[str]) -> int:
             ended = soak(chapter, engine, args.requests, args.seed, fault_share)
             print(f"{chapter.name}: {sum(ended.values())} requests in {engine.num_steps} steps, every block is free again;", end=" ")
             print("finish reasons:", ", ".join(f"{reason} {count}" for reason, count in ended.items()), end="")
-            print(f"; {engine.stats().preemptions} preemptions" if "preemption" in chapter.capabilities else "")
+            print(f"; {engine.stats().preemptions} preemptions" if "preemption" in chapter.capabilities else "", end="")
+            print(f"; {engine.stats().cached_tokens} prompt tokens found" if "prefix_cache" in chapter.capabilities else "")
     return 0
 
 

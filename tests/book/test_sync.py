@@ -419,13 +419,14 @@ RUN = {
 def test_a_picture_is_what_its_result_draws(book):
     assert not told(book)
     book.results.mkdir(parents=True, exist_ok=True)
-    (book.results / "timeline.json").write_text(json.dumps({"command": "c", "date": "today", "v03": RUN, "v04": RUN, "v05": RUN, "v11": RUN}))
+    (book.results / "timeline.json").write_text(json.dumps({"command": "c", "date": "today", "v03": RUN, "v04": RUN, "v05": RUN, "v11": RUN, "shared": RUN}))
     assert told(book) == [
         f"docs/pictures/{name}.svg:1: does not match its result; run `make sync`"
-        for name in ("v03_timeline", "v04_timeline", "v05_blocks", "v11_blocks")
+        for name in ("v03_timeline", "v04_timeline", "v05_blocks", "v11_blocks", "v12_blocks")
     ]
     changed, problems = sync(book)
-    assert [path.name for path in changed] == ["v03_timeline.svg", "v04_timeline.svg", "v05_blocks.svg", "v11_blocks.svg"] and not problems
+    names = ["v03_timeline.svg", "v04_timeline.svg", "v05_blocks.svg", "v11_blocks.svg", "v12_blocks.svg"]
+    assert [path.name for path in changed] == names and not problems
     assert not told(book)
     path = book.root / "docs" / "pictures" / "v03_timeline.svg"
     path.write_text(path.read_text().replace("one token", "two tokens"))

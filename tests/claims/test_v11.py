@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from shared.bench.recorder import run
-from shared.chapters import ROOT
+from shared.chapters import ROOT, find
 from shared.checkpoints import checkpoint
 from shared.verify import decisions
+from shared.verify.findable import uncached
 from shared.verify.serving import serving, wait_until
 from shared.verify.soak import audit, soak
 from shared.workloads import fixed, random_ids
@@ -108,7 +109,7 @@ def test_a_victim_at_any_step_and_of_any_rank_continues_where_it_was(chapter, ma
 def test_positions_are_computed_again_or_copied(chapter, Params):
     """A request is preempted after its third token: 5 + 3 - 1 = 7 positions are computed by then, and 10 in all."""
     for swap_bytes, positions in ((0, 10 + 7), (10**7, 10)):
-        engine = chapter.load().Engine(checkpoint("qwen2"), num_blocks=9, block_size=BS, swap_bytes=swap_bytes)
+        engine = chapter.load().Engine(checkpoint("qwen2"), num_blocks=9, block_size=BS, swap_bytes=swap_bytes, **uncached(chapter))
         engine.add_request([9] * 5, Params(max_tokens=6, ignore_eos=True))
         for _ in range(3):
             engine.step()
@@ -128,8 +129,8 @@ def test_a_full_swap_space_falls_back_to_computing_again(chapter, Params):
     block_bytes = engine.cache.kv_bytes // 20
     engine = chapter.load().Engine(checkpoint("qwen2"), num_blocks=20, block_size=BS, swap_bytes=3 * block_bytes + 1)
     assert engine.swap.pool.num_blocks == 3
-    for _ in range(2):
-        engine.add_request([9] * 6, Params(max_tokens=6, ignore_eos=True))
+    for token_id in (8, 9):
+        engine.add_request([token_id] * 6, Params(max_tokens=6, ignore_eos=True))
     engine.step()
     for seq in reversed(list(engine.scheduler.running)):
         engine.scheduler.preempt(seq)
@@ -158,8 +159,8 @@ def test_a_smaller_number_is_served_first_and_equals_in_the_order_of_arrival(cha
 
 def test_when_blocks_run_out_the_last_in_rank_is_preempted(chapter, Params):
     engine = chapter.load().Engine(checkpoint("qwen2"), num_blocks=6, block_size=BS, reserve_tokens=0)
-    low = engine.add_request([9] * 7, Params(max_tokens=9, ignore_eos=True, priority=1))
-    first = engine.add_request([9] * 7, Params(max_tokens=9, ignore_eos=True))
+    low = engine.add_request([7] * 7, Params(max_tokens=9, ignore_eos=True, priority=1))
+    first = engine.add_request([8] * 7, Params(max_tokens=9, ignore_eos=True))
     second = engine.add_request([9] * 7, Params(max_tokens=9, ignore_eos=True))
     engine.step()
     assert [seq.seq_id for seq in engine.scheduler.running] == [first, second, low]
@@ -187,8 +188,8 @@ def test_an_urgent_request_starts_in_the_next_step(chapter, Params):
 def test_nothing_is_preempted_for_a_request_that_then_does_not_fit(chapter, Params):
     """It would fit only without the request that ranks before it."""
     engine = chapter.load().Engine(checkpoint("qwen2"), num_blocks=8, block_size=BS, reserve_tokens=0)
-    engine.add_request([9] * 12, Params(max_tokens=9, ignore_eos=True, priority=-5))  # 3 blocks, later 5
-    engine.add_request([9] * 8, Params(max_tokens=9, ignore_eos=True, priority=5))  # 2 blocks
+    engine.add_request([7] * 12, Params(max_tokens=9, ignore_eos=True, priority=-5))  # 3 blocks, later 5
+    engine.add_request([8] * 8, Params(max_tokens=9, ignore_eos=True, priority=5))  # 2 blocks
     engine.step()
     engine.add_request([9] * 21, Params(max_tokens=2, ignore_eos=True))  # 6 blocks
     engine.step()
@@ -215,7 +216,7 @@ def test_the_first_in_rank_is_never_preempted_and_requests_keep_finishing(chapte
         audit(engine)
 
 
-def test_with_everything_reserved_it_decides_as_the_previous_chapter(chapter):
+def test_with_everything_reserved_it_decides_as_v10(chapter):
     """The same requests run in the same steps if every request reserves blocks up to its end."""
     requests = fixed([(random.Random(seed).randint(1, 20), random.Random(-seed).randint(1, 20)) for seed in range(30)], 401)
 
@@ -226,7 +227,7 @@ def test_with_everything_reserved_it_decides_as_the_previous_chapter(chapter):
         run(engine, package, requests)
         return steps
 
-    assert ledger(chapter.load(), reserve_tokens=10**6) == ledger(chapter.previous.load())
+    assert ledger(chapter.load(), reserve_tokens=10**6, **uncached(chapter)) == ledger(find("v10").load())
 
 
 def test_it_reserves_what_is_needed_next_and_never_past_the_end(chapter, Params):
@@ -240,10 +241,11 @@ def test_it_reserves_what_is_needed_next_and_never_past_the_end(chapter, Params)
 
 
 def test_every_difference_from_vllms_decisions_has_a_name(chapter, capsys):
-    """Step by step, on the recorded workloads that need neither a prefix cache nor prompts in pieces."""
+    """Step by step, on the recorded workloads for which the chapter has everything it needs."""
     assert decisions.main([str(ROOT / "tests" / "golden" / "scheduler"), chapter.id]) == 0
     printed = capsys.readouterr().out
     assert "equal" in printed and "preempts for a more important request at once" in printed
+    assert ("finds a block only once it is computed" in printed) == ("prefix_cache" in chapter.capabilities)
 
 
 # ---- the other ways out
@@ -282,8 +284,8 @@ def test_a_preempted_request_survives_a_failed_step(chapter, Params, way, monkey
 def test_a_copy_that_fails_ends_its_request_and_leaves_nothing(chapter, Params, monkeypatch, copy):
     """On a GPU a copy may run out of memory."""
     engine = chapter.load().Engine(checkpoint("llama"), num_blocks=6, block_size=BS, reserve_tokens=0, swap_bytes=WAYS["swap"])
-    for prompt_len in (7, 6, 6):
-        engine.add_request([9] * prompt_len, Params(max_tokens=6, ignore_eos=True))
+    for token_id, prompt_len in ((7, 7), (8, 6), (9, 6)):
+        engine.add_request([token_id] * prompt_len, Params(max_tokens=6, ignore_eos=True))
     to = torch.Tensor.to
     raised = []
 

@@ -17,6 +17,7 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.fault = None
+        self.num_resets = 0
 
     def add_request(self, prompt, params):
         if 13 in prompt:
@@ -54,6 +55,9 @@ class FakeEngine:
 
     def close(self):
         self.requests.clear()
+
+    def reset_prefix_cache(self):
+        self.num_resets += 1
 
     def fail_step(self):
         failed = self.running()

@@ -23,6 +23,11 @@ def assert_names(response, param):
     return error
 
 
+def counts(usage):
+    """The numbers of tokens in a usage object of OpenAI's client, without where they came from."""
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+
+
 def events_of(response):
     """The JSON of each event of a stream; its last one must be [DONE]."""
     data = [line.removeprefix("data: ") for line in response.text.split("\n") if line.startswith("data: ")]

@@ -14,10 +14,16 @@
     levers          what cheaper ways to write an event would save of the event loop's CPU time
     admission       steps, preemptions and speed by what is reserved for a request
     comebacks       what a preemption costs, by the length of the request
+    crowded         chats with one system prompt in a cache that is too small for all, by chapter
+    prefix          chats with one system prompt, with and without a prefix cache
+    turns           a conversation: positions computed per turn, with and without a prefix cache
+    unshared        what a prefix cache costs when requests share nothing
+    hits            hit rate by the size of the cache, and by the order in which free blocks are reused
     changes         lines added and removed from chapter to chapter, by file
     damage          random changes to the code, and whether a test notices
 
-Reads: docs/results/{suite, large, decode, overhead, attention, serving, lock, killing, levers, admission, mutants}.json.
+Reads: docs/results/{suite, large, decode, overhead, attention, serving, lock, killing, levers, admission, crowded, prefix,
+mutants}.json.
 """
 from collections import Counter
 
@@ -357,6 +363,92 @@ def comebacks(book: Book, chapter: Chapter | None) -> list[str]:
     return lines
 
 
+def crowded(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per chapter, in a chapter's text up to that chapter: counts, and medians of interleaved runs."""
+    heads = ("steps", "tokens per step", "preemptions", "positions computed", "time to first token, median", "tokens per second")
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    shown = [each.id for each in (book.chapters[: chapter.number + 1] if chapter else book.chapters)]
+    for kind, row in results.read(book.results / "crowded.json", "python -m shared.bench crowded --write").items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(heads))
+        for name, found in results.figures(row).items():
+            if name in shown:
+                cells = [f"{found['passes']:,}", f"{found['tokens_per_pass']:.1f}", f"{found['preemptions']:,}", f"{found['positions']:,}"]
+                cells += [f"{found['ttft_ms']:,.0f} ms", f"{found['tokens_per_s']:,.0f}"]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+PREFIX = "python -m shared.bench.prefix --write"
+
+
+def way_of(name: str, row: dict) -> str:
+    """The label of a way to run a chapter's prefix cache: the chapter before has none."""
+    before, after = sorted(row["code"])
+    return before if name == before else f"{after}, prefix cache {name}"
+
+
+def prefix(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per arrival and way: positions beside those by arithmetic, and medians of interleaved runs."""
+    heads = ("positions computed", "by arithmetic", "steps", "time to first token, median", "CPU time")
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for kind, row in results.read(book.results / "prefix.json", PREFIX).items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(heads))
+        for arrival in ("one after another", "all at once"):
+            for name, found in row["chats"][arrival].items():
+                cells = [f"{found[key]:,}" for key in ("positions", "arithmetic", "passes")]
+                cells += [f"{found['ttft_ms']:,.1f} ms", f"{found['cpu_ms'] / 1e3:,.2f} s"]
+                lines.append(f"| {arrival}: {way_of(name, row)} | {' | '.join(cells)} |")
+    return lines
+
+
+def turns(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per turn. The same on every machine, so only the newest measurement is shown."""
+    row = results.cited(results.read(book.results / "prefix.json", PREFIX))
+    heads = ("prompt tokens", "of them cached", "output tokens", "positions computed", "without a prefix cache")
+    lines = ["| turn | " + " | ".join(heads) + " |", "|---:|" + "---:|" * len(heads)]
+    for number, found in enumerate(row["turns"], 1):
+        cells = [f"{found[key]:,}" for key in ("prompt", "cached", "output", "positions", "positions_without")]
+        lines.append(f"| {number} | {' | '.join(cells)} |")
+    return lines
+
+
+def unshared(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per comparison: the ratio of CPU times of neighboring runs, with its quartiles; then the time to hash a token."""
+    lines = ["| requests that share nothing | |", "|---|---:|"]
+    for kind, row in results.read(book.results / "prefix.json", PREFIX).items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | |")
+        before, after = sorted(row["code"])
+        found = row["unshared"]
+        names = {"on_to_off": f"{after}, prefix cache on, over off", "off_to_before": f"{after}, prefix cache off, over {before}"}
+        for key, words in names.items():
+            low, median, high = (f"{found[key][part]:.3f}" for part in ("low", "median", "high"))
+            lines.append(f"| CPU time of {words} | {median} ({low} to {high}) |")
+        lines.append(f"| hashing, per token | {found['hash_ns_per_token']:,.0f} ns |")
+    return lines
+
+
+# The orders in which free blocks are reused, as a table names them.
+ORDERS = {
+    "own": "prompt tokens cached",
+    "head first": "if heads are reused before tails",
+    "at random": "if any block is",
+    "newest first": "if the one freed last is",
+    "only running": "if only running requests' blocks are found",
+}
+
+
+def hits(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per size of the cache. The same on every machine, so only the newest measurement is shown."""
+    row = results.cited(results.read(book.results / "prefix.json", PREFIX))
+    heads = (*ORDERS.values(), "positions computed", "without a prefix cache", "steps", "without")
+    lines = ["| blocks | " + " | ".join(heads) + " |", "|---:|" + "---:|" * len(heads)]
+    for size, found in row["hits"]["sizes"].items():
+        cells = [f"{found[order]['hit_share']:.0%}" for order in ORDERS]
+        cells += [f"{found[way][key]:,}" for key in ("positions", "passes") for way in ("own", "off")]
+        lines.append(f"| {int(size):,} | {' | '.join(cells)} |")
+    return lines
+
+
 def served(row: dict, chapter: Chapter | None) -> dict[str, dict]:
     """The text's own chapter's figures under the key '' if it was measured; else all figures, by name."""
     figures = results.figures(row)
@@ -381,6 +473,11 @@ TABLES = {
     "levers": levers,
     "admission": admission,
     "comebacks": comebacks,
+    "crowded": crowded,
+    "prefix": prefix,
+    "turns": turns,
+    "unshared": unshared,
+    "hits": hits,
     "changes": changes,
     "damage": damage,
 }

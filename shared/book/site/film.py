@@ -47,7 +47,7 @@ class Film:
 
 
 FILMS = {
-    "race": Film(("make demo",), lines=28),
+    "race": Film(("make demo",), lines=42),
     "diff": Film(("make diff-v04",), lines=47, columns=108),
     "hunt": Film(
         ('make break-v03 ARGS="--seed 1"', 'make hunt ASK="What is a KV cache?"', "make reveal"),
