@@ -51,7 +51,7 @@ from shared.workloads import RACE
 # %% [markdown]
 # ## 1. What depends on what
 #
-# Three prompts of 8 tokens, in blocks of 4. The first two have the same first block. The last two have the same second block.
+# Three prompts of 8 tokens, in blocks of 4. The first two have the same tokens in their first block, the last two in their second.
 #
 # **Predict.** Which of these blocks have equal keys and values? Is the answer the same in every layer?
 
@@ -84,8 +84,8 @@ assert all(same(0, 2)) and same(1, 5) == [True] + [False] * (len(k) - 1)
 #
 # ## 2. A chain of keys
 #
-# So a block's key must stand for all tokens from the first one on. `block_key` hashes the key of the block before it together with
-# the block's tokens. The first block has no block before it: it gets a root key.
+# So the key by which a block is found (not one of attention's keys) must stand for all tokens from the first one on. `block_key`
+# hashes the previous block's key together with the block's tokens. For the first block, a root key takes that place.
 #
 # **Predict.** You change token 22 to 29 in a prompt of four blocks. Which keys change?
 
@@ -115,13 +115,13 @@ assert [x == y for x, y in zip(chain(before), chain(after))] == [True, False, Fa
 assert chain(before[:-1]) == chain(before)[:3]
 
 # %% [markdown]
-# Every key after the change is different, and the key before it is not. A block that is not full has no key.
+# From the changed block on, every key is different. The key before it is the same. A block that is not full has no key.
 #
 # ## 3. Three requests, six blocks
 #
 # A and B have prompts of 10 tokens and agree in the first 8. C has 13 tokens, agrees in the first 4, and arrives before step 5.
-# Nothing is reserved. The next cell prints, for each step, how many tokens each request feeds, its blocks, and then the owners of
-# all blocks and the free list. A star marks a block that can be found.
+# Nothing is reserved. The next cell prints, for each step, how many tokens each request feeds, its blocks, and then the number of
+# owners of each block and the free list. A star marks a block that can be found.
 #
 # **Predict.** How many tokens does B feed in step 2? At the end of step 4 no request is left: which blocks can C find, and which
 # are free? Which block is evicted first?
@@ -187,7 +187,7 @@ plt.show()
 # A request is sent, and then sent again.
 #
 # **Predict.** With blocks of 4, how many tokens does the second one find if the prompt has 3, 4, 5, 8, 9 or 12 tokens? And how
-# many if it asks for `prompt_logprobs`?
+# many if it sets `prompt_logprobs`?
 
 # %%
 roomy = v12.Engine(POCKET, device="cpu", block_size=4, num_blocks=256)
@@ -209,12 +209,12 @@ assert counts == {length: (length - 1) // 4 * 4 for length in counts}
 assert found_again(12, logprobs=0, prompt_logprobs=True) == 0
 
 # %% [markdown]
-# At least one token must be fed, because its logits choose the next one. So of 8 tokens only one block is taken, and 4 positions
-# are computed again. `prompt_logprobs` needs the logits of every prompt token, so nothing may be taken.
+# The last token must always be fed, because its logits choose the next one. So of 8 tokens only one block is taken, and 4
+# positions are computed again. `prompt_logprobs` needs the logits of every prompt token, so nothing may be taken.
 #
-# Generated tokens are found too. Here the second prompt is the first one, its output, and one more token:
+# Generated tokens are found, too. Here the second prompt is the first one, its output, and one more token.
 #
-# **Predict.** 10 tokens generate 11, so the next prompt has 22. How many of them are found?
+# **Predict.** The first prompt has 10 tokens and generates 11, so the second has 22. How many of them are found?
 
 # %%
 roomy.reset_prefix_cache()
@@ -290,8 +290,8 @@ plt.show()
 #
 # Now a small cache of 32 blocks. One chat is sent, then other prompts of one block each, then the same chat again.
 #
-# **Predict.** How does the number of tokens that it finds depend on the number of other prompts? Does it fall to 0 at once, or
-# little by little? And if a table were freed with its first block first?
+# **Predict.** How does the number of tokens that the chat finds depend on the number of other prompts? Does it fall to 0 at once,
+# or little by little? And if a table's first block were freed first?
 
 # %%
 cramped = v12.Engine(POCKET, device="cpu", num_blocks=32, block_size=16)
@@ -376,12 +376,13 @@ assert right.num_cached == 4 and wrong.num_cached == 20
 assert second_answer().text == right.text
 
 # %% [markdown]
-# Without parents it answers the other question, fluently and without an error. It has found five of its six blocks, and their keys
-# and values were computed in the first conversation, where the questions have the other order.
+# Without parents, the engine answers the other question, fluently and without an error. The request has found five of its six
+# blocks, but their keys and values were computed in the first conversation, in which the questions are in the other order.
 #
 # ## 8. Two clients
 #
-# A `cache_salt` goes into the root key, so it changes every key. The server puts a hash of the client's API key into it.
+# A `cache_salt` goes into the root key, so it changes every key. The server makes it from the client's API key and the
+# client's own salt.
 #
 # **Predict.** The same chat is sent with salt x, x, y, none, x. How many tokens does each find?
 

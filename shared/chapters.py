@@ -202,6 +202,11 @@ CONTENTS = (
         adds=frozenset({"prefix_cache"}),
         races_when_full=True,
     ),
+    Row(
+        name="v13_chunked_prefill",
+        idea="Give each step a budget of tokens. Each running request gets at least one; long prompts get the rest, piece by piece.",
+        adds=frozenset({"chunked_prefill"}),
+    ),
 )
 
 BOOK = Book.of(ROOT, CONTENTS)

@@ -4,7 +4,7 @@ import inspect
 import json
 import math
 import random
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -12,10 +12,21 @@ import pytest
 from shared.chapters import ROOT, first_with
 from shared.verify import decisions
 from shared.verify.decisions import Driver, Sums, Trace, compare, sums
-from shared.verify.rules import AFTER_PREEMPTING, AT_ONCE, BY_RANK, ONCE_COMPUTED, Decision, Model, rules_of
+from shared.verify.rules import (
+    AFTER_PREEMPTING,
+    AT_ONCE,
+    BY_RANK,
+    ONCE_COMPUTED,
+    ONE_EACH,
+    WHOLE_PROMPTS,
+    Decision,
+    Model,
+    rules_of,
+)
 
 CHAPTER = first_with("preemption")
 CACHING = first_with("prefix_cache")
+DIVIDING = first_with("chunked_prefill")
 RECORDED = sorted((ROOT / "tests" / "golden" / "scheduler").glob("*.json"))
 
 
@@ -243,6 +254,102 @@ FINISH_TOGETHER = content(
 )
 CACHED = [HIT, WHOLE_PROMPT, SAME_STEP, SAME_STEP_AFTER_A_HIT, EVICTION, OWN_BLOCKS, OTHER_BEGINNING, GENERATED, FINISH_TOGETHER]
 
+# 0 is cut into pieces of 3, 3 and 1; beside the last, 1 is cut too.
+PIECES = content(
+    [request(0, 7, 2), request(1, 4, 1)],
+    [
+        step({0: 3}, free=6),
+        step({0: 3}, free=5),
+        step({0: 1, 1: 2}, free=3),
+        step({0: 1, 1: 2}, free=2, finished=[0, 1]),
+    ],
+    num_blocks=8,
+    budget=3,
+)
+# 0 is aborted after two of its three pieces. What it computed is found by 1, of which three tokens are left.
+ABORTED_PIECE = content(
+    [request(0, [1, 2, 3, 4, 5, 6, 7], 2, aborted=2), request(1, [1, 2, 3, 4, 5, 6, 9, 10, 11], 1, arrives=1)],
+    [
+        step({0: 3}, free=6),
+        step({0: 3}, free=5),
+        step({1: 3}, free=3, finished=[1], cached={1: 6}),
+    ],
+    num_blocks=8,
+    budget=3,
+    prefix_caching=True,
+)
+# 1 finds both blocks of 0, and the rest of it is cut into two pieces.
+HIT_AND_PIECES = content(
+    [request(0, [1, 2, 3, 4], 1), request(1, [1, 2, 3, 4, 5, 6, 7, 8], 1, arrives=2)],
+    [
+        step({0: 3}, free=6),
+        step({0: 1}, free=6, finished=[0]),
+        step({1: 3}, free=4, cached={1: 4}),
+        step({1: 1}, free=4, finished=[1]),
+    ],
+    num_blocks=8,
+    budget=3,
+    prefix_caching=True,
+)
+# In the step of 0's last piece, 1 would find the block that this piece fills.
+AWAITED_PIECE = content(
+    [request(0, [1, 2, 3, 4, 5, 6], 1), request(1, [1, 2, 3, 4, 5, 6, 9], 1)],
+    [step({0: 4}, free=6), step({0: 2, 1: 1}, free=4, finished=[0, 1], cached={1: 6})],
+    num_blocks=8,
+    budget=4,
+    prefix_caching=True,
+)
+# In step 5, 0 needs the block of the less important 1. The token that was set aside for 1 goes to 0.
+SPARE_TOKEN = content(
+    [request(0, 7, 2, arrives=1), request(1, 1, 6, priority=3)],
+    [
+        step({1: 1}, free=4),
+        step({1: 1, 0: 1}, free=3),
+        step({1: 1, 0: 1}, free=2),
+        step({1: 1, 0: 1}, free=1),
+        step({1: 1, 0: 1}, free=0),
+        step({0: 1}, free=2, preempted=[1]),
+        step({0: 2}, free=1),
+        step({0: 1}, free=1, finished=[0]),
+        step({1: 2}, free=4),
+        step({1: 2}, free=3),
+        step({1: 2}, free=2, finished=[1]),
+    ],
+    num_blocks=5,
+    budget=2,
+    policy="priority",
+)
+# In step 4, 2 is preempted, which leaves a token and four blocks. The more important 0 needs three of them. But 1, whose
+# prompt is not finished, needs two more, so it is preempted for 0.
+STILL_NEEDED = content(
+    [
+        request(0, 3, 2, arrives=2),
+        request(1, 6, 1, arrives=1),
+        request(2, 1, 6, priority=2),
+        request(3, 2, 1, arrives=1),
+    ],
+    [
+        step({2: 1}, free=7),
+        step({2: 1, 1: 1}, free=5),
+        step({2: 1, 1: 1}, free=3),
+        step({2: 1, 1: 1}, free=1),
+        step({1: 1}, free=4, preempted=[2]),
+        step({1: 2}, free=2, finished=[1]),
+        step({0: 2}, free=6),
+        step({0: 1, 3: 1}, free=4),
+        step({0: 1, 3: 1}, free=2, finished=[0, 3]),
+        step({2: 2}, free=6),
+        step({2: 2}, free=4),
+        step({2: 1}, free=3),
+        step({2: 1}, free=2, finished=[2]),
+    ],
+    num_blocks=8,
+    block_size=1,
+    budget=2,
+    policy="priority",
+)
+CUT = [PIECES, ABORTED_PIECE, HIT_AND_PIECES, AWAITED_PIECE, SPARE_TOKEN, STILL_NEEDED]
+
 
 def by_hand(workload):
     return Trace("by_hand", workload)
@@ -250,11 +357,16 @@ def by_hand(workload):
 
 def chapter_for(workload):
     """The first chapter that can run a workload."""
+    if workload["config"]["budget"] < 64:
+        return DIVIDING
     return CACHING if workload["config"]["prefix_caching"] else CHAPTER
 
 
-def random_trace(seed, prefix_caching):
-    """A workload with little room, few beginnings, and the decisions that vLLM's rules make about it."""
+def random_trace(seed, prefix_caching, is_cut=False):
+    """A workload with little room, few beginnings, and the decisions that vLLM's rules make about it.
+
+    is_cut: whether the budget is small, so that prompts are cut into pieces.
+    """
     rng = random.Random(seed)
     block_size = rng.choice((1, 2, 4))
     beginnings = [[rng.randint(20, 1999) for _ in range(rng.randint(1, 3 * block_size))] for _ in range(3)]
@@ -274,6 +386,8 @@ def random_trace(seed, prefix_caching):
         "budget": math.inf,
         "policy": rng.choice(("fcfs", "priority", "priority")),
     }
+    if is_cut:
+        limits["budget"] = limits["max_num_seqs"] + rng.choice((0, 1, 2, 4))
     trace = Trace(f"random {seed}", content(requests, [], prefix_caching=prefix_caching, **limits))
     trace.decisions = list(Model(trace.config, requests, rules=()).run())
     return trace
@@ -289,28 +403,28 @@ def test_all_36_recordings_are_there():
     assert len(RECORDED) == 36
 
 
-@pytest.mark.parametrize("workload", [*ALL, *CACHED])
+@pytest.mark.parametrize("workload", [*ALL, *CACHED, *CUT])
 def test_vllms_rules_decide_as_by_hand(workload):
     trace = by_hand(workload)
     assert list(Model(trace.config, trace.requests, rules=()).run()) == trace.decisions
 
 
-@pytest.mark.parametrize("tested", [CHAPTER, CACHING], ids=lambda tested: tested.id)
+@pytest.mark.parametrize("tested", [CHAPTER, CACHING, DIVIDING], ids=lambda tested: tested.id)
 def test_no_difference_in_random_workloads_is_without_a_name(tested):
     num_equal, names = 0, set()
     for seed in range(100):
-        comparison = compare(tested, random_trace(seed, "prefix_cache" in tested.capabilities))
+        able = tested.capabilities
+        comparison = compare(tested, random_trace(seed, "prefix_cache" in able, "chunked_prefill" in able))
         assert comparison.step is None or comparison.names, (seed, comparison)
         num_equal += comparison.step is None
         names.update(comparison.names)
-    assert num_equal and AT_ONCE in names and (ONCE_COMPUTED in names) == (tested is CACHING)
+    assert num_equal and AT_ONCE in names and (ONCE_COMPUTED in names) == (tested is not CHAPTER)
 
 
-@pytest.mark.parametrize("rule", rules_of(CACHING.capabilities))
+@pytest.mark.parametrize("rule", rules_of(DIVIDING.capabilities))
 def test_every_rule_changes_some_decision(rule):
-    rules = rules_of(CACHING.capabilities)
-    for seed in range(1000):
-        trace = random_trace(seed, prefix_caching=True)
+    rules = rules_of(DIVIDING.capabilities)
+    for trace in chain(map(by_hand, CUT), (random_trace(seed, prefix_caching=True) for seed in range(1000))):
         with_it, without_it = (list(Model(trace.config, trace.requests, subset).run()) for subset in (rules, set(rules) - {rule}))
         if with_it != without_it:
             return
@@ -329,6 +443,9 @@ def test_every_rule_changes_some_decision(rule):
         (ABORTS, Sums(steps=5, preemptions=0, computed_twice=0)),
         (OWN_VICTIM, Sums(steps=4, preemptions=1, computed_twice=2)),
         (TIES, Sums(steps=4, preemptions=0, computed_twice=0)),
+        (PIECES, Sums(steps=4, preemptions=0, computed_twice=0)),
+        (ABORTED_PIECE, Sums(steps=3, preemptions=0, computed_twice=0)),
+        (HIT_AND_PIECES, Sums(steps=4, preemptions=0, computed_twice=0)),
     ],
 )
 def test_where_nothing_differs_every_step_is_equal(workload, cost):
@@ -345,6 +462,9 @@ def test_where_nothing_differs_every_step_is_equal(workload, cost):
         (SAME_STEP_AFTER_A_HIT, 1, (ONCE_COMPUTED,)),
         (GENERATED, 1, (ONCE_COMPUTED,)),
         (FINISH_TOGETHER, 3, (BY_RANK,)),
+        (AWAITED_PIECE, 1, (ONCE_COMPUTED,)),
+        (SPARE_TOKEN, 5, (ONE_EACH,)),
+        (STILL_NEEDED, 4, (AT_ONCE, AFTER_PREEMPTING, WHOLE_PROMPTS)),
     ],
 )
 def test_where_the_chapter_differs_on_purpose_the_rule_is_named(workload, where, names):
@@ -425,6 +545,24 @@ CACHE_BUGS = {
     "keys move on by one token": ("sequence", "end = len(self.block_keys) * block_size", "end = len(self.block_keys) - 1 + block_size"),
 }
 
+BUDGET_BUGS = {
+    "a prompt is not cut": ("scheduler", "min(seq.num_tokens - seq.num_computed, seq.num_scheduled + self.budget)", "seq.num_tokens - seq.num_computed"),
+    "a piece has no end": ("sequence", "self.num_computed : self.num_computed + self.num_scheduled", "self.num_computed :"),
+    "each request has the whole budget": ("scheduler", "self.budget += seq.num_scheduled - count", "pass"),
+    "nothing is set aside": ("scheduler", "seq.num_scheduled = 1\n            self.budget -= 1", "seq.num_scheduled = 0"),
+    "two tokens are set aside": ("scheduler", "self.budget -= 1", "self.budget -= 2"),
+    "a token is set aside, and not taken off": ("scheduler", "seq.num_scheduled = 1\n            self.budget -= 1", "seq.num_scheduled = 1"),
+    "a token is set aside and never used": ("scheduler", "seq.num_scheduled + self.budget)", "max(seq.num_scheduled, self.budget))"),
+    "what a step leaves is added to the next": ("scheduler", "self.budget = self.max_num_batched_tokens", "self.budget += self.max_num_batched_tokens"),
+    "one token less": ("scheduler", "self.budget = self.max_num_batched_tokens", "self.budget = self.max_num_batched_tokens - 1"),
+    "a request is admitted without budget": ("scheduler", "while self.waiting and self.budget and", "while self.waiting and"),
+    "a preempted request's tokens are lost": ("scheduler", "self.budget += seq.num_scheduled\n", "pass\n"),
+    "a preempted request keeps its tokens": ("scheduler", "seq.num_scheduled = 0", "pass"),
+    "a piece takes blocks for the whole prompt": ("scheduler", "blocks_for(seq.num_computed + count)", "blocks_for(seq.num_tokens)"),
+    "a piece takes blocks for one more token": ("scheduler", "blocks_for(seq.num_computed + count)", "blocks_for(seq.num_computed + count + 1)"),
+    "only the next token is reserved": ("scheduler", "seq.num_tokens + self.reserve_tokens", "seq.num_computed + 1"),
+}
+
 
 @pytest.fixture
 def plant(monkeypatch):
@@ -457,6 +595,14 @@ def test_a_planted_bug_of_the_prefix_cache_is_a_difference_without_a_name(bug, p
     plant(CACHING, name, {"scheduler": "Scheduler", "cache": "BlockPool", "sequence": "Sequence"}[name], right, wrong)
     traces = [by_hand(workload) for workload in CACHED] + [random_trace(seed, prefix_caching=True) for seed in range(100)]
     assert any(is_unnamed(compare(CACHING, trace)) for trace in traces)
+
+
+@pytest.mark.parametrize("bug", BUDGET_BUGS)
+def test_a_planted_bug_of_the_budget_is_a_difference_without_a_name(bug, plant):
+    name, right, wrong = BUDGET_BUGS[bug]
+    plant(DIVIDING, name, {"scheduler": "Scheduler", "sequence": "Sequence"}[name], right, wrong)
+    traces = chain(map(by_hand, CUT), (random_trace(seed, prefix_caching=True, is_cut=True) for seed in range(100)))
+    assert any(is_unnamed(compare(DIVIDING, trace)) for trace in traces)
 
 
 def test_a_position_is_computed_twice_unless_it_is_found_in_the_cache():

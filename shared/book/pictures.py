@@ -476,6 +476,21 @@ def lock(found: dict) -> str:
     return svg(width, foot + 26, title, body)
 
 
+# ---- prompts in pieces
+
+
+def gaps(found: dict) -> str:
+    """By the most tokens in a step: the longest gap between two tokens of a stream, and the long prompt's first token."""
+    def panel(key: str, form: str) -> list[tuple[str, float, str]]:
+        return [(f"{int(name):,}" if name.isdigit() else name, row[key], form.format(row[key])) for name, row in found["gaps"].items()]
+
+    panels = [
+        ("longest gap between two tokens of a stream", panel("longest_ms", "{:,.0f} ms")),
+        ("time to the long prompt's first token", panel("first_token_ms", "{:,.0f} ms")),
+    ]
+    return bars(panels, "Eight streams while a prompt of 1,900 tokens is computed, by the most tokens in a step", 50, 200)
+
+
 def where(found: dict) -> str:
     """For each way and number of streams: CPU microseconds per token of engine and event loop, and wall time."""
     [measured] = [figures for name, figures in found.items() if name.startswith("v")]
@@ -539,6 +554,7 @@ PICTURES: dict[str, Picture] = {
     "v07_felt.svg": ("load.json", felt),
     "v10_lock.svg": ("lock.json", lock),
     "v10_where.svg": ("serving.json", where),
+    "v13_gaps.svg": ("pieces.json", gaps),
 }
 
 # Pictures in which nothing depends on the machine.

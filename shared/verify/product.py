@@ -25,6 +25,7 @@ NEEDS = ("num_blocks", "abort", "prompt_logprobs", "stop_strings")
 # The capability that adds an option, for options that the first of these chapters lacks.
 ADDED_BY = dict.fromkeys(("priority", "swap_bytes", "reserve_tokens"), "preemption")
 ADDED_BY |= dict.fromkeys(("cache_salt", "enable_prefix_caching"), "prefix_cache")
+ADDED_BY["max_num_batched_tokens"] = "chunked_prefill"
 # Two random ones, whose tokenizers differ, and a trained one, which ends its texts.
 MODELS = ("llama", "mistral", "pocket")
 # Common enough to end many texts; some of them begin in one token and end in another.
@@ -34,6 +35,7 @@ TOLERANCE = 2e-4
 # Far more steps than a round takes.
 MOST_STEPS = 5000
 WAITING = "waiting to start"
+MID_PROMPT = "in the middle of its prompt"
 PREEMPTED = "preempted, swapped out", "preempted, to be computed again"
 
 
@@ -84,6 +86,8 @@ def make_plan(seed: int, chapter: Chapter, roomy) -> Plan:
         "enable_prefix_caching": rng.random() < 0.9,
     }
     faults = {step: rng.choice(("forward", "commit", "accept")) for step in rng.sample(range(60), 2)}
+    # One token for each request, a few more, and more than any step needs.
+    options["max_num_batched_tokens"] = options["max_num_seqs"] + rng.choice((0, 1, 3, 8, 10**6))
     return Plan(requests, available(options, chapter), faults)
 
 
@@ -208,9 +212,14 @@ def run_watched(engine, plan: Plan, model) -> tuple[list[Result], Counter]:
         if model is not None:
             model.check()
         before, states = states, {request_id: state_of(engine, seq) for request_id, seq in engine.seqs.items()}
-        events.update(state for request_id, state in states.items() if state in PREEMPTED and state != before.get(request_id))
+        for request_id, state in states.items():
+            if state in PREEMPTED and state != before.get(request_id):
+                events[state] += 1
+                events[f"{state}, {MID_PROMPT}"] += before.get(request_id) == MID_PROMPT
+        events[f"steps after which a request is {MID_PROMPT}"] += MID_PROMPT in states.values()
         if failed_ids:
             events["steps failed"] += 1
+            events[f"steps failed with a request {MID_PROMPT}"] += MID_PROMPT in before.values()
             events["steps failed while preempted requests waited"] += any(state in PREEMPTED for state in states.values())
         if step >= last_arrival and not states:
             break
@@ -263,9 +272,9 @@ def step_with_fault(engine, method: str | None) -> tuple[list, list[int]]:
 
 
 def state_of(engine, seq) -> str:
-    """What an unfinished request does: it runs, waits to start, or is preempted, in one of two ways."""
+    """What an unfinished request does: it runs, its prompt finished or not, waits to start, or is preempted, in one of two ways."""
     if seq in engine.scheduler.running:
-        return "running"
+        return "running" if seq.num_computed >= seq.num_prompt else MID_PROMPT
     if not getattr(seq, "preempted", False):
         return WAITING
     return PREEMPTED[0 if seq.swap_table else 1]

@@ -12,9 +12,12 @@ AT_ONCE = "preempts for a more important request at once"  # vLLM: only when a r
 AFTER_PREEMPTING = "admits in a step that preempted"  # vLLM: not before the next step
 ONCE_COMPUTED = "finds a block only once it is computed"  # vLLM: in the step that computes it, so no request waits for it
 BY_RANK = "serves running requests in order of rank"  # vLLM: in the order in which they were admitted
+ONE_EACH = "sets one token aside for every running request"  # vLLM: a prompt served first may use up the budget
+WHOLE_PROMPTS = "counts the blocks that running prompts still need"  # vLLM: those of the new request's prompt only
 RULES = {  # by the capability that needs them
     "preemption": (AT_ONCE, AFTER_PREEMPTING),
     "prefix_cache": (ONCE_COMPUTED, BY_RANK),  # without a cache, the order of serving changes nothing
+    "chunked_prefill": (ONE_EACH, WHOLE_PROMPTS),
 }
 
 
@@ -119,8 +122,11 @@ class Model:
         self.scheduled, self.preempted, self.cached = {}, set(), {}
         for request in self.running:
             self.publish(request, request.num_computed)
+        if ONE_EACH in self.rules:
+            for request in self.running:
+                self.take(request, 1)
         for request in list(self.running):
-            if request in self.running and self.budget:
+            if request in self.running and self.num_affordable(request):
                 self.grow(request)
         while self.waiting and self.budget and (not self.preempted or AFTER_PREEMPTING in self.rules):
             if not self.admit(self.waiting[0]):
@@ -140,6 +146,9 @@ class Model:
         num_tokens = self.num_affordable(request)
         while request in self.running and self.num_missing(request, request.num_computed + num_tokens) > len(self.free):
             self.preempt_last()
+            # In vLLM, what the preempted request had goes to those that are served after this one.
+            if ONE_EACH in self.rules and request in self.running:
+                num_tokens = self.num_affordable(request)
         if request in self.running:
             self.schedule(request, num_tokens)
 
@@ -183,11 +192,13 @@ class Model:
         """Whether a request can have a block for each of its tokens beside what these others hold; a block counts once."""
         held = {block for member in [request, *others] for block in member.table}
         num_blocks = len(held) + self.num_missing(request, len(request.tokens))
+        if WHOLE_PROMPTS in self.rules:
+            num_blocks += sum(self.num_missing(other, len(other.tokens)) for other in others)
         return len(others) < self.config["max_num_seqs"] and num_blocks <= self.config["num_blocks"]
 
     def num_affordable(self, request: Request) -> int:
         """The number of the request's tokens that the budget allows to feed."""
-        return min(len(request.tokens) - request.num_computed, self.budget)
+        return min(len(request.tokens) - request.num_computed, self.scheduled.get(request.id, 0) + self.budget)
 
     def num_missing(self, request: Request, num_tokens: int) -> int:
         """The number of blocks that a request does not have yet for its first num_tokens tokens."""
@@ -198,10 +209,14 @@ class Model:
             block = self.free.pop(0)
             self.contents.pop(block, None)
             request.table.append(block)
-        self.scheduled[request.id] = num_tokens
-        self.budget -= num_tokens
+        self.take(request, num_tokens)
         if ONCE_COMPUTED not in self.rules:
             self.publish(request, request.num_computed + num_tokens)
+
+    def take(self, request: Request, num_tokens: int) -> None:
+        """Let a request have this much of the budget, instead of what it has."""
+        self.budget -= num_tokens - self.scheduled.get(request.id, 0)
+        self.scheduled[request.id] = num_tokens
 
     def advance(self, request: Request) -> None:
         request.num_computed += self.scheduled[request.id]

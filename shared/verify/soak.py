@@ -200,7 +200,9 @@ def main(argv: list[str]) -> int:
     for chapter in chapters or [chapter for chapter in CHAPTERS if "num_blocks" in chapter.capabilities]:
         for options in PREEMPTING if "preemption" in chapter.capabilities else ({"num_blocks": 97},):
             with contextlib.redirect_stderr(io.StringIO()):
-                engine = chapter.load().Engine(checkpoint("llama"), device="cpu", max_num_seqs=20, block_size=7, **options)
+                # Little more than a token for each request, so that prompts are cut.
+                budget = {"max_num_batched_tokens": 24} if "chunked_prefill" in chapter.capabilities else {}
+                engine = chapter.load().Engine(checkpoint("llama"), device="cpu", max_num_seqs=20, block_size=7, **options, **budget)
             fault_share = 0.005 if hasattr(engine, "fail_step") else 0.0
             ended = soak(chapter, engine, args.requests, args.seed, fault_share)
             print(f"{chapter.name}: {sum(ended.values())} requests in {engine.num_steps} steps, every block is free again;", end=" ")

@@ -14,6 +14,9 @@
     levers          what cheaper ways to write an event would save of the event loop's CPU time
     admission       steps, preemptions and speed by what is reserved for a request
     comebacks       what a preemption costs, by the length of the request
+    gaps            what streams wait for while a long prompt is computed, by the most tokens in a step
+    pieces          throughput by the most tokens in a step
+    memory          what steps need, by the most tokens in a step and the number of long prompts
     crowded         chats with one system prompt in a cache that is too small for all, by chapter
     prefix          chats with one system prompt, with and without a prefix cache
     turns           a conversation: positions computed per turn, with and without a prefix cache
@@ -449,6 +452,49 @@ def hits(book: Book, chapter: Chapter | None) -> list[str]:
     return lines
 
 
+PIECES = "python -m shared.bench.pieces --write"
+
+
+def budget_of(name: str) -> str:
+    """The label of a budget; `whole` is the chapter before, which has none."""
+    return f"{int(name):,}" if name.isdigit() else "whole prompts"
+
+
+def gaps(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per budget: what the streams and the long prompt wait for, medians of interleaved runs."""
+    heads = ("steps for the long prompt", "longest gap of a stream", "median gap", "first token of the long prompt after")
+    lines = ["| most tokens in a step | " + " | ".join(heads) + " |", "|---:|" + "---:|" * len(heads)]
+    for kind, row in results.read(book.results / "pieces.json", PIECES).items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(heads))
+        for name, found in row["gaps"].items():
+            cells = [f"{found['steps']:,}", *(f"{found[key]:,.0f} ms" for key in ("longest_ms", "median_ms", "first_token_ms"))]
+            lines.append(f"| {budget_of(name)} | {' | '.join(cells)} |")
+    return lines
+
+
+def pieces(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per budget: steps, and the median speed of interleaved runs with its spread."""
+    lines = ["| most tokens in a step | steps | tokens per second | spread |", "|---:|---:|---:|---:|"]
+    for kind, row in results.read(book.results / "pieces.json", PIECES).items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | | | |")
+        for name, found in row["throughput"].items():
+            lines.append(f"| {budget_of(name)} | {found['steps']:,} | {found['tokens_per_s']:,.0f} | {found['spread']:.0%} |")
+    return lines
+
+
+def memory(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per budget: the memory that steps need, by the number of long prompts that arrive at once."""
+    rows = results.read(book.results / "pieces.json", PIECES)
+    counts = list(results.cited(rows)["memory"]["whole"])
+    heads = [f"{count} prompt{'s' if count != '1' else ''}" for count in counts]
+    lines = ["| most tokens in a step | " + " | ".join(heads) + " |", "|---:|" + "---:|" * len(heads)]
+    for kind, row in rows.items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(heads))
+        for name, found in row["memory"].items():
+            lines.append(f"| {budget_of(name)} | {' | '.join(f'{found[count]:,.0f} MiB' for count in counts)} |")
+    return lines
+
+
 def served(row: dict, chapter: Chapter | None) -> dict[str, dict]:
     """The text's own chapter's figures under the key '' if it was measured; else all figures, by name."""
     figures = results.figures(row)
@@ -473,6 +519,9 @@ TABLES = {
     "levers": levers,
     "admission": admission,
     "comebacks": comebacks,
+    "gaps": gaps,
+    "pieces": pieces,
+    "memory": memory,
     "crowded": crowded,
     "prefix": prefix,
     "turns": turns,
