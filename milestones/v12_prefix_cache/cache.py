@@ -38,7 +38,7 @@ def check_memory(kv_bytes: int, device: torch.device, remedy: str) -> None:
 class BlockPool:
     """The free blocks, and where to find full ones. A block that is not free belongs to all sequences whose tables hold its id.
 
-    A free block keeps its content, and can be found, until it is allocated. The one that was freed first is allocated first.
+    A free block keeps its content until it is allocated. Blocks that cannot be found are allocated first, then the one freed longest ago.
     """
 
     def __init__(self, num_blocks: int, block_size: int):

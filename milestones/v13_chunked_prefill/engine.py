@@ -293,7 +293,7 @@ class Engine:
             if seq.seq_id in self.seqs:
                 seq.finish("error")
                 self.release(seq)
-        # So is what it wrote: no later request may read it.
+        # What the step has written is unknown too, so no later request may find it.
         self.reset_prefix_cache()
         self.in_step = []
         return list(took_part)
