@@ -37,6 +37,7 @@ from shared.chapters import BOOK, CHAPTERS, ROOT, find  # noqa: E402
 from shared.checkpoints import checkpoint  # noqa: E402
 from shared.verify import serving  # noqa: E402
 from tests import matrix  # noqa: E402
+from tests.support.overflowing import write_overflowing  # noqa: E402
 from tests.support.progress import OneLine  # noqa: E402
 from tests.support.seen import Seen  # noqa: E402
 
@@ -178,6 +179,12 @@ def is_wanted(config, item) -> bool:
         return matrix.is_run(item.path, chapters_of(item), chapter, CHAPTERS[-1], values.get("checkpoint_name"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+
+
+@pytest.fixture(scope="session")
+def overflowing(tmp_path_factory):
+    """A checkpoint in which one token's values overflow."""
+    return write_overflowing(tmp_path_factory.mktemp("overflowing") / "llama")
 
 
 @pytest.fixture(scope="session", autouse=True)

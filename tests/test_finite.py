@@ -1,38 +1,18 @@
 """Numbers that are not finite fail the request that computed them, and reach no other."""
 import math
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from shared.checkpoints import checkpoint
 from shared.verify.findable import forget
 from shared.verify.serving import serving
 from shared.workloads import random_ids
 from tests.support.http import post
+from tests.support.overflowing import BAD
 
 pytestmark = pytest.mark.needs("generate", "sample", "logprobs")
-
-BAD = 7  # the token that overflows
-
-
-@pytest.fixture(scope="session")
-def overflowing(tmp_path_factory):
-    """A valid float16 checkpoint, in which one token's values overflow float16."""
-    path = tmp_path_factory.mktemp("overflowing") / "llama"
-    shutil.copytree(checkpoint("llama"), path)
-    weights = load_file(path / "model.safetensors")
-    embeddings = weights["model.embed_tokens.weight"]
-    embeddings[:, 0] = 0
-    embeddings[BAD] = 0
-    embeddings[BAD, 0] = 50
-    weights["model.layers.0.self_attn.v_proj.weight"][:, 0] = 60000
-    save_file({name: weight.half() for name, weight in weights.items()}, path / "model.safetensors", metadata={"format": "pt"})
-    return path
-
 
 @pytest.fixture(scope="session")
 def bad_text(overflowing):

@@ -10,8 +10,6 @@ chapter before, which feeds every prompt whole. At last the memory that steps al
 Reads: the chapters. Writes: docs/results/pieces.json.
 """
 import argparse
-import contextlib
-import io
 import random
 import statistics
 import subprocess
@@ -20,6 +18,7 @@ import time
 from pathlib import Path
 
 from shared import results
+from shared.bench.admission import make_engine
 from shared.bench.timing import Timing, interleave, summary, timed
 from shared.chapters import ROOT, Chapter, find, first_with
 from shared.programs import run
@@ -33,18 +32,16 @@ WHOLE = "whole"  # prompts are not cut: the chapter before
 COMMAND = "python -m shared.bench.pieces --write"
 
 
-def make_engine(chapter: Chapter, **options):
-    from shared.checkpoints import POCKET
-
-    with contextlib.redirect_stderr(io.StringIO()):
-        return chapter.load().Engine(POCKET, device="cpu", dtype="float32", enable_prefix_caching=False, **options)
+def uncached_engine(chapter: Chapter, **options):
+    """An engine that computes every prompt of every run."""
+    return make_engine(chapter, enable_prefix_caching=False, **options)
 
 
 def engines_of(chapter: Chapter, **options) -> dict[str, tuple[Chapter, object]]:
     """The chapter before, and this one with each budget: by name, the chapter and an engine."""
-    engines = {WHOLE: (chapter.previous, make_engine(chapter.previous, **options))}
+    engines = {WHOLE: (chapter.previous, uncached_engine(chapter.previous, **options))}
     for budget in BUDGETS:
-        engines[str(budget)] = chapter, make_engine(chapter, max_num_batched_tokens=budget, **options)
+        engines[str(budget)] = chapter, uncached_engine(chapter, max_num_batched_tokens=budget, **options)
     return engines
 
 
@@ -134,7 +131,7 @@ def memory(chapter: Chapter) -> dict:
 def peak(chapter: Chapter, budget: int, count: int) -> float:
     """The most MiB that this process used while it served count long prompts that arrived at once. Linux only."""
     options = {"max_num_batched_tokens": budget} if budget else {}
-    engine = make_engine(chapter, max_num_seqs=MAX_NUM_SEQS, **options)
+    engine = uncached_engine(chapter, max_num_seqs=MAX_NUM_SEQS, **options)
     rng = random.Random(5)
     # The cache's own pages are touched first, so that they do not count.
     engine.cache.k.fill_(0.0), engine.cache.v.fill_(0.0)

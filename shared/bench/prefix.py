@@ -17,9 +17,7 @@ alone. Times are medians of interleaved runs, and the cost where nothing is shar
 Reads: the chapters. Writes: docs/results/prefix.json.
 """
 import argparse
-import contextlib
 import importlib
-import io
 import os
 import random
 import statistics
@@ -27,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from shared import results
+from shared.bench.admission import make_engine
 from shared.bench.recorder import empty_prefix_cache
 from shared.bench.timing import Timing, interleave, progress, summary, timed
 from shared.chapters import Chapter, first_with
@@ -42,13 +41,6 @@ SYSTEM_LEN, USER_LEN, OUTPUT_LEN = (64, 160), (8, 40), (4, 12)
 SIZES = (14, 20, 28, 40, 56, 80, 112, 160, 1000)
 HASHED_TOKENS = 2048
 COMMAND = "python -m shared.bench.prefix --write"
-
-
-def make_engine(chapter: Chapter, **options):
-    from shared.checkpoints import POCKET
-
-    with contextlib.redirect_stderr(io.StringIO()):
-        return chapter.load().Engine(POCKET, device="cpu", dtype="float32", **options)
 
 
 Way = tuple[str, Chapter, dict, Callable | None]

@@ -14,6 +14,7 @@ from shared.verify.serving import serving, wait_until
 from shared.verify.soak import audit, soak
 from shared.workloads import fixed, random_ids
 from tests.support.http import HTTP, events_of
+from tests.support.same import assert_close, assert_same
 
 BS = 4
 WAYS = {"recompute": 0, "swap": 10**7, "swap, often full": 20_000}
@@ -35,23 +36,6 @@ def workload(vocab_size, seed, num_requests=14):
 def largest(engine, requests, Params):
     """The number of blocks that the largest of these requests needs when it runs alone."""
     return max(engine.pool.blocks_for(len(prompt) + options["max_tokens"] - 1) for prompt, options in requests)
-
-
-def assert_same(got, want):
-    """Everything exact is equal; logprobs differ by no more than float32 rounding in another batch."""
-    for mine, its in zip(got, want, strict=True):
-        assert (mine.token_ids, mine.text, mine.finish_reason, mine.stop_reason) == (its.token_ids, its.text, its.finish_reason, its.stop_reason)
-        assert_close(mine.logprobs, its.logprobs)
-        assert (mine.prompt_logprobs is None) == (its.prompt_logprobs is None)
-        if mine.prompt_logprobs is not None:
-            assert mine.prompt_logprobs[0] is None
-            assert_close(mine.prompt_logprobs[1:], its.prompt_logprobs[1:])
-
-
-def assert_close(got, want):
-    assert len(got) == len(want)
-    for mine, its in zip(got, want):
-        assert mine == pytest.approx(its, abs=2e-4)
 
 
 @pytest.mark.parametrize("way", WAYS)

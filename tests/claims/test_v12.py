@@ -1,15 +1,15 @@
 """v12: a block that is computed once is found by every request that begins with the same tokens, and by no other."""
 import random
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from shared.checkpoints import checkpoint
 from shared.verify.findable import watch
 from shared.verify.soak import audit, soak
 from shared.workloads import random_ids
+from tests.support.overflowing import BAD
+from tests.support.same import assert_close, assert_same
 
 BS = 4
 WAYS = {"recompute": 0, "swap": 10**7, "swap, often full": 20_000}
@@ -174,24 +174,6 @@ def workload(seed, num_requests=16):
         options["cache_salt"] = rng.choice((None, None, "salt"))
         requests.append((prompt, options))
     return requests
-
-
-def assert_same(got, want):
-    """Everything exact is equal; logprobs differ by no more than float32 rounding in another batch."""
-    for mine, its in zip(got, want, strict=True):
-        for name in ("prompt_ids", "token_ids", "text", "finish_reason", "stop_reason"):
-            assert getattr(mine, name) == getattr(its, name), name
-        assert_close(mine.logprobs or [], its.logprobs or [])
-        assert (mine.prompt_logprobs is None) == (its.prompt_logprobs is None)
-        if mine.prompt_logprobs is not None:
-            assert mine.prompt_logprobs[0] is None
-            assert_close(mine.prompt_logprobs[1:], its.prompt_logprobs[1:])
-
-
-def assert_close(got, want):
-    assert len(got) == len(want)
-    for mine, its in zip(got, want):
-        assert mine == pytest.approx(its, abs=2e-4)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -521,24 +503,6 @@ def test_nor_does_a_request_that_had_finished_in_it(new_engine, Params, ids, mon
     engine.fail_step()
     audit(engine)
     assert added(engine, engine.step)[0] == 9
-
-
-BAD = 7  # the token that overflows
-
-
-@pytest.fixture(scope="session")
-def overflowing(tmp_path_factory):
-    """A valid float16 checkpoint, in which one token's values overflow float16."""
-    path = tmp_path_factory.mktemp("overflowing") / "llama"
-    shutil.copytree(checkpoint("llama"), path)
-    weights = load_file(path / "model.safetensors")
-    embeddings = weights["model.embed_tokens.weight"]
-    embeddings[:, 0] = 0
-    embeddings[BAD] = 0
-    embeddings[BAD, 0] = 50
-    weights["model.layers.0.self_attn.v_proj.weight"][:, 0] = 60000
-    save_file({name: weight.half() for name, weight in weights.items()}, path / "model.safetensors", metadata={"format": "pt"})
-    return path
 
 
 def test_a_request_that_overflows_leaves_nothing_to_find_and_its_neighbor_everything(new_engine, overflowing, Params, ids):

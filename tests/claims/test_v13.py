@@ -16,7 +16,7 @@ from shared.verify.serving import serving, wait_until
 from shared.verify.soak import audit, soak
 from shared.workloads import random_ids
 from tests.support.http import HTTP
-from tests.test_finite import BAD, overflowing  # noqa: F401
+from tests.support.overflowing import BAD
 
 BS = 4
 UNLIMITED = 10**6
@@ -392,7 +392,7 @@ def test_a_step_that_fails_in_the_middle_of_a_prompt_leaves_nothing_to_find(new_
 
 @pytest.mark.parametrize("prompt_logprobs", [False, True])
 @pytest.mark.parametrize("place", [0, 7, 13, 18])
-def test_nothing_of_a_prompt_that_overflows_stays_to_be_found(new_engine, overflowing, Params, ids, place, prompt_logprobs):  # noqa: F811
+def test_nothing_of_a_prompt_that_overflows_stays_to_be_found(new_engine, overflowing, Params, ids, place, prompt_logprobs):
     """It may be noticed only when its last piece draws. Its neighbors, one of them with the same beginning, do not notice."""
     engine = new_engine(overflowing, dtype="float16")
     params = Params(max_tokens=9, ignore_eos=True)
