@@ -28,7 +28,7 @@ ON_GPU = if nvidia-smi -L > /dev/null 2>&1; then echo "on the GPU:"; $(PY) -m py
 .PHONY: help setup setup-book demo test test-tools test-all doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
 	$(CHAPTERS:%=diff-%) $(CHAPTERS:%=nbdiff-%) $(CHAPTERS:%=traps-%) $(CHAPTERS:%=break-%) hunt reveal traps-answers \
 	notebooks nbdime docs docs-serve film mutants \
-	$(CHAPTERS:%=bench-%) bench bench-all bench-gpu bench-attention traps traps-matrix propagate trace soak serve chat load
+	$(CHAPTERS:%=bench-%) bench bench-all bench-peers bench-gpu bench-attention traps traps-matrix propagate trace soak serve chat load
 
 help:
 	@echo "start here"
@@ -55,6 +55,7 @@ help:
 	@echo "  make bench          every chapter beside Hugging Face and the machine's limit: ten minutes on an idle machine"
 	@echo "  make bench-vNN      a chapter, the one before it, and Hugging Face"
 	@echo "  make bench-all      the same, then larger workloads and models: an hour on an idle machine"
+	@echo "  make bench-peers    on the CPU: v14 and the chapter before it beside Hugging Face, vLLM and OpenVINO, where these are installed"
 	@echo "  make bench-gpu      on a GPU: every chapter beside Hugging Face and the memory bandwidth's limit; ARGS=--dry-run anywhere"
 	@echo "  make bench-attention  on a GPU: the attention kernel against torch and the memory bandwidth's limit; ARGS=--dry-run anywhere"
 	@echo "  make soak           thousands of requests with aborts, and an audit of the cache after every step"
@@ -175,6 +176,9 @@ bench: $(READY)
 bench-all: $(READY)
 	@$(PY) -m shared.bench suite --repeats 3 $(ARGS)
 	@$(PY) -m shared.bench large --repeats 3 $(ARGS)
+
+bench-peers: $(READY)
+	@$(PY) -m shared.bench.engines $(ARGS)
 
 bench-gpu: $(READY)
 	@$(PY) -m shared.bench.gpu $(ARGS)

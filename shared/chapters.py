@@ -207,6 +207,16 @@ CONTENTS = (
         idea="Give each step a budget of tokens. Each running request gets at least one; long prompts get the rest, piece by piece.",
         adds=frozenset({"chunked_prefill"}),
     ),
+    Row(
+        name="v14_fused_step",
+        idea="A step of few tokens takes as long as its reads and its launches. Store weights in the form that this processor reads fastest, and join what can be one operation.",
+        adds=frozenset({"linear"}),
+    ),
+    Row(
+        name="v15_graphs",
+        idea="A decode step launches the same kernels every time, and Python takes longer to launch them than they run. Keep its tensors, record it once, and replay it.",
+        adds=frozenset({"graphs"}),
+    ),
 )
 
 BOOK = Book.of(ROOT, CONTENTS)

@@ -74,6 +74,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "needs(*capabilities): run for the chapters that have them all")
     config.addinivalue_line("markers", "until(chapter): a claim that this chapter ends")
     config.addinivalue_line("markers", "whole: left to `make test-vNN`, which runs all of a chapter's tests")
+    config.addinivalue_line("markers", "chooses_form: the engine measures which form of its weights is fastest, as users' engines do")
     config.addinivalue_line("markers", "gpu: run with --gpu as well, and then on the GPU")
     full = config.getoption("--full")
     only = [*(config.getoption("--chapter") or ()), *([full] if full else [])]
@@ -191,6 +192,22 @@ def overflowing(tmp_path_factory):
 def engine_way(request):
     """How servers run their engines, in chapters where an engine can have its own process."""
     serving.ENGINE = getattr(request, "param", "process")
+
+
+@pytest.fixture(autouse=True)
+def plain_products(request, monkeypatch):
+    """Let no measurement of speed decide about bits: by default, an engine on the CPU multiplies as PyTorch does."""
+    values = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    chapter = values.get("chapter")
+    if chapter is None or "linear" not in chapter.capabilities or request.node.get_closest_marker("chooses_form"):
+        return
+    storage = importlib.import_module(f"milestones.{chapter.name}.storage")
+    choose_form = storage.choose_form
+
+    def choose_plain(model):
+        return "plain" if model.lm_head.weight.device.type == "cpu" else choose_form(model)
+
+    monkeypatch.setattr(storage, "choose_form", choose_plain)
 
 
 @lru_cache(maxsize=None)

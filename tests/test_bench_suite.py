@@ -1,5 +1,6 @@
 """The benchmark against Hugging Face: all do the same work, and the counts are right. Speed is not tested."""
 import dataclasses
+import importlib
 import subprocess
 import sys
 import time
@@ -84,7 +85,7 @@ def test_the_parts_of_a_step_are_timed_separately_and_nothing_stays_wrapped(name
     monkeypatch.setattr(bench_overhead, "SIZES", (1, 3))
     monkeypatch.setattr(bench_overhead, "STEPS", 2)
     package = find(name).load()
-    module = sys.modules[f"{package.__name__}.engine"]
+    module = importlib.import_module(f"{package.__name__}.engine")
     before = dict(vars(module))
     results = bench_overhead.overhead([find(name)], repeats=1)
     assert dict(vars(module)) == before
@@ -113,7 +114,8 @@ def test_time_in_a_part_is_counted_once_and_the_wrapping_undone():
 def test_the_gpu_benchmark_rehearses_on_a_cpu(capsys):
     assert bench_gpu.main(["--dry-run"]) == 0
     out = capsys.readouterr().out
-    for name in (*(chapter.id for chapter in CHAPTERS), "HF continuous", "decode step of"):
+    last = CHAPTERS[-1].id
+    for name in (*(chapter.id for chapter in CHAPTERS), "HF continuous", "decode step of", f"{last}_eager"):
         assert name in out
 
 
@@ -139,8 +141,37 @@ def test_the_gpu_benchmark_keeps_what_there_is_and_stops_when_the_time_is_up(mon
     monkeypatch.setattr(bench_gpu, "time", SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter))
     bench_gpu.bench_gpu(bench_gpu.DRY_RUN, 50, keep=lambda found, measured: kept.append([each.id for each in measured]))
     last, before = CHAPTERS[-1].id, CHAPTERS[-2].id
-    assert kept == [[last], [last], [last, before]]
+    # After each throughput, Hugging Face's, and the steps of each engine.
+    others = [[last, before]] * (1 + len(bench_gpu.decoders(CHAPTERS[-2])))
+    assert kept == [[last]] * (2 + len(bench_gpu.decoders(CHAPTERS[-1]))) + others
     assert f"time is up; not measured: {CHAPTERS[-3].id}, " in capsys.readouterr().out
+
+
+def test_decode_steps_are_timed_with_and_without_what_made_them_faster():
+    timed = {name: options for chapter in CHAPTERS for name, options in bench_gpu.decoders(chapter).items()}
+    last = CHAPTERS[-1].id
+    assert timed == {"v13": {}, "v14": {}, last: {}, f"{last}_eager": {"graphs": False}}
+
+
+def test_what_comes_before_the_first_request_is_timed_apart(monkeypatch, capsys):
+    engine, ticks, free = SimpleNamespace(warm_up=lambda: free.append(2**30)), iter([10.0, 13.5]), [2**31]
+    monkeypatch.setattr(bench_gpu, "finished", lambda device: next(ticks))
+    monkeypatch.setattr(bench_gpu, "free_bytes", lambda device: free[-1])
+    start = bench_gpu.warmed_up(engine, "cuda")
+    assert start == {"warm_up_s": 3.5, "warm_up_mib": 1024.0}
+    assert bench_gpu.warmed_up(object(), "cuda") == {}
+    row = {"requests": 3, "tokens": 40, "seconds": [2.0], "tokens_per_s": 20.0}
+    for each in (row, row | start):
+        bench_gpu.report_row("v15", each)
+    without, beside = capsys.readouterr().out.splitlines()
+    assert without.split() == ["v15", "3", "40", "2.00", "20"] and beside.split() == [*without.split(), "3.50", "1,024"]
+
+
+def test_a_step_with_a_piece_of_a_prompt_is_not_timed_as_a_decode_step(monkeypatch):
+    real = bench_gpu.engine_of
+    monkeypatch.setattr(bench_gpu, "engine_of", lambda *args, **options: real(*args, **options | {"max_num_batched_tokens": 9}))
+    with pytest.raises(AssertionError, match="2 decode steps of 3 sequences fed"):
+        bench_gpu.decode_steps(CHAPTERS[-1], {}, checkpoint("llama"), bench_gpu.DRY_RUN, bytes_per_s=1e6)
 
 
 def test_a_chapter_gets_as_many_requests_as_it_can_use(monkeypatch):
@@ -159,7 +190,7 @@ def test_without_a_gpu_the_measurement_is_refused(capsys):
 def test_a_decode_step_stands_beside_the_bytes_it_must_read(monkeypatch):
     ticks = iter(range(1000))
     monkeypatch.setattr(bench_gpu, "finished", lambda device: 12.0 * next(ticks))
-    rows = bench_gpu.decode_steps(checkpoint("llama"), bench_gpu.DRY_RUN, bytes_per_s=1e6)
+    rows = bench_gpu.decode_steps(CHAPTERS[-1], {}, checkpoint("llama"), bench_gpu.DRY_RUN, bytes_per_s=1e6)
     engine = CHAPTERS[-1].load().Engine(checkpoint("llama"), dtype="float32")
     weights = weight_bytes(engine.model)
     for row, (size, context) in zip(rows, bench_gpu.DRY_RUN.decode, strict=True):
@@ -172,17 +203,17 @@ def test_a_decode_step_stands_beside_the_bytes_it_must_read(monkeypatch):
 
 def test_sequences_that_have_no_room_are_not_timed(monkeypatch):
     monkeypatch.setattr(bench_gpu, "DRY_RUN", dataclasses.replace(bench_gpu.DRY_RUN, decode=((8, 20), (2, 5))))
-    rows = bench_gpu.decode_steps(checkpoint("llama"), bench_gpu.DRY_RUN, bytes_per_s=1e6)
+    rows = bench_gpu.decode_steps(CHAPTERS[-1], {}, checkpoint("llama"), bench_gpu.DRY_RUN, bytes_per_s=1e6)
     assert rows[0] == {"sequences": 8, "context": 20, "error": "only 4 sequences fit into the cache"} and "step_ms" in rows[1]
 
 
 def test_a_contestant_that_does_not_fit_is_reported_and_another_has_its_share(monkeypatch, capsys):
     real, too_large = bench_gpu.engine_of, first_with("max_num_seqs")
 
-    def engine_of(chapter, *more):
+    def engine_of(chapter, *more, **options):
         if chapter is too_large:
             raise ValueError("a slab of 14 GiB\ndoes not fit")
-        return real(chapter, *more)
+        return real(chapter, *more, **options)
 
     monkeypatch.setattr(bench_gpu, "engine_of", engine_of)
     requests = [Request([9] * 3, 4), Request([8] * 5, 2), Request([7], 5)]
@@ -224,7 +255,8 @@ def test_time_in_two_calls_of_a_part_adds_up(monkeypatch):
 def test_every_function_that_a_step_calls_is_in_one_part():
     """Timed functions are called by `advance`, directly or not, and do not nest; choosing has two of them."""
     named = [name for functions in bench_overhead.PARTS.values() for _, name in functions]
-    assert sorted(named) == ["build_batch", "commit", "compute_logits", "forward", "sample", "schedule", "top_logprobs"]
+    names = ["accepts", "build", "build_batch", "commit", "compute_logits", "forward", "sample", "schedule", "top_logprobs"]
+    assert sorted(named) == names
 
 
 def test_a_step_of_sixteen_is_not_asked_of_chapters_that_take_one(capsys):

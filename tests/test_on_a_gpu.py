@@ -1,6 +1,5 @@
-"""Every chapter on a GPU: with --gpu on a real one, otherwise on a simulated one, which runs no kernels."""
+"""Every chapter on a GPU: with --gpu on a real one, otherwise on a simulated one."""
 import contextlib
-import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +7,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from shared.checkpoints import checkpoint
-from shared.verify.pretend_gpu import pretend_gpu
+from shared.verify.pretend_gpu import launches, pretend_gpu
 from shared.verify.reference import reference, settled
 from shared.workloads import QUESTIONS, ragged
+from tests.claims.test_v06 import names_of, needs_triton
 
 # The simulated one computes on the CPU, which other tests compare for all checkpoints.
 FAMILIES = ["llama3", "mistral", "qwen2", "qwen3"] if torch.cuda.is_available() else ["llama3", "qwen3"]
@@ -24,7 +24,7 @@ def gpu():
 
 @pytest.fixture
 def limits(chapter):
-    """Kernels cannot run on a simulated GPU."""
+    """On a simulated GPU, Triton's interpreter runs kernels, which takes too long for most tests."""
     return {} if torch.cuda.is_available() or "attention" not in chapter.capabilities else {"attention": "torch"}
 
 
@@ -84,31 +84,26 @@ def test_a_forward_pass_finds_all_it_needs_on_the_gpu(chapter, gpu, limits, modu
 
 
 @pytest.mark.needs("attention")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is available for Linux only")
-def test_kernels_are_given_what_is_on_the_gpu(chapter, module, monkeypatch, Params):
-    """Kernels cannot run on the simulated GPU, so checks of their arguments replace them."""
-    launched = set()
-
-    class Launch:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            return self.launch
-
-        def launch(self, *args, **constants):
-            launched.add(self.name)
-            assert {each.device.type for each in args if isinstance(each, torch.Tensor)} == {"cuda"}
-            if self.name != "_write_kernel":
-                args[0].zero_()
-
-    with pretend_gpu():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is pretended")
+@needs_triton
+def test_kernels_are_given_what_is_on_the_gpu(chapter, module, monkeypatch, make_engine, Params):
+    """Triton's interpreter runs them, and the simulated GPU refuses a launch with tensors that are elsewhere."""
+    prompts, params = [[5, 6, 7], [8]], [Params(max_tokens=3, temperature=0.8, seed=seed, logprobs=2, ignore_eos=True) for seed in range(2)]
+    counts = []
+    with pretend_gpu() as crossings:
         engine = chapter.load().Engine(checkpoint("llama"), device="cuda", max_model_len=300)
-        for name in ("_write_kernel", "_attend_kernel", "_combine_kernel"):
-            monkeypatch.setattr(module("kernels.paged_attention"), name, Launch(name))
         monkeypatch.setattr(module("kernels.paged_attention"), "MIN_SPLIT_KEYS", 1)
-        engine.generate([[5, 6, 7], [8]], Params(max_tokens=2))
-    assert launched == {"_write_kernel", "_attend_kernel", "_combine_kernel"}
+        engine.model.register_forward_pre_hook(lambda *_: counts.append(len(crossings)))
+        engine.model.register_forward_hook(lambda *_: counts.append(len(crossings)))
+        ours = engine.generate(prompts, params)
+        assert names_of(chapter) <= set(launches)
+        with pytest.raises(RuntimeError, match="same device"):
+            module("kernels.paged_attention")._combine_kernel[(1,)](engine.cache.k, torch.zeros(1))
+    assert counts[::2] == counts[1::2] and len(counts) == 6
+    for mine, other in zip(ours, make_engine("llama", device="cpu").generate(prompts, params), strict=True):
+        assert mine.token_ids == other.token_ids
+        for got, want in zip(mine.logprobs, other.logprobs, strict=True):
+            assert got == pytest.approx(want, abs=1e-3)
 
 
 @pytest.mark.gpu
@@ -177,3 +172,29 @@ def test_copies_between_devices_are_reported(inference):
             before = len(crossings)
             cross()
             assert len(crossings) == before + 1
+
+
+def test_what_a_gpu_would_run_is_counted():
+    with pretend_gpu(), torch.inference_mode():
+        there, weight, index = torch.ones(2, 4, device="cuda"), torch.ones(3, 4, device="cuda"), torch.arange(1, device="cuda")
+        launches.clear()
+        for nothing in (
+            lambda: there.view(4, 2).transpose(0, 1)[1:],
+            lambda: there.split([1, 3], dim=-1),
+            lambda: torch.empty_like(there),
+            lambda: torch.empty(3, device="cuda"),
+            lambda: torch.ones(3) + 1,
+        ):
+            nothing()
+            assert not launches
+        for run in (
+            lambda: there + 1,
+            lambda: there.add_(1),
+            lambda: torch.zeros(3, device="cuda"),
+            lambda: there[index],
+            lambda: torch.nn.functional.linear(there, weight),
+            lambda: there[:, 1:].clone(),
+        ):
+            launches.clear()
+            run()
+            assert len(launches) == 1, launches

@@ -17,7 +17,7 @@ MORE_SEEDS = range(30)
 
 
 @pytest.mark.parametrize("seeds", [pytest.param(SEEDS, id="few"), pytest.param(MORE_SEEDS, id="many", marks=pytest.mark.whole)])
-def test_each_request_generates_what_it_generates_alone(chapter, seeds):
+def test_each_request_generates_what_it_generates_alone(chapter, module, seeds):
     events = product.rounds(chapter, seeds)
     expected = {f"finished: {reason}" for reason in ("length", "stop string", "stop token", "abort", "error")}
     expected |= {"aborted while running", "aborted while waiting to start", "steps failed"}
@@ -27,6 +27,8 @@ def test_each_request_generates_what_it_generates_alone(chapter, seeds):
     if "prefix_cache" in chapter.capabilities:
         expected |= {"found the beginning of a prompt", "found tokens again after a preemption"}
         expected |= {"waited for a block that another request computed"}
+    if "linear" in chapter.capabilities and module("storage").HAS_BLOCKS and module("storage").HAS_HALVES:
+        expected |= {f"engines with linear layers {form}" for form in ("plain", *module("storage").FORMS)}
     assert expected <= {event for event, count in events.items() if count > 0}
 
 
@@ -279,6 +281,32 @@ def the_outputs_disagree(module, patch):
 def test_it_notices_what_changes_no_token(chapter, module, monkeypatch, bug, message):
     bug(module, monkeypatch)
     with pytest.raises(AssertionError, match=message):
+        product.rounds(chapter, SEEDS)
+
+
+def keys_and_values_change_places(module, patch):
+    """In each step alike. What an engine generates alone, with plain layers, is right."""
+    groups_of = module("storage").groups_of
+
+    def bug(model):
+        for group in groups_of(model):
+            yield [group[0], group[2], group[1]] if len(group) == 3 else group
+
+    patch.setattr(module("storage"), "groups_of", bug)
+
+
+def weights_lose_bits(module, patch):
+    """All keep as many as bfloat16 has. One of the checkpoints of these rounds has more."""
+    for form in module("storage").FORMS.values():
+        init = form.__init__
+        patch.setattr(form, "__init__", lambda self, weight, *bias, init=init: init(self, weight.bfloat16().float(), *bias))
+
+
+@pytest.mark.needs("linear")
+@pytest.mark.parametrize("bug", [keys_and_values_change_places, weights_lose_bits])
+def test_it_notices_a_bug_in_a_form(chapter, module, monkeypatch, bug):
+    bug(module, monkeypatch)
+    with pytest.raises(AssertionError, match="tokens .*, alone|logprobs at"):
         product.rounds(chapter, SEEDS)
 
 

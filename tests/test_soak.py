@@ -13,7 +13,8 @@ pytestmark = pytest.mark.needs("num_blocks", "abort")
 
 
 def test_a_hundred_and_fifty_requests_leave_nothing_behind(chapter, make_engine):
-    engine = make_engine("llama", max_num_seqs=9, num_blocks=31, block_size=7)
+    form = {"linear": "joined"} if "linear" in chapter.capabilities else {}
+    engine = make_engine("llama", max_num_seqs=9, num_blocks=31, block_size=7, **form)
     ended = soak(chapter, engine, num_requests=150)
     assert sum(ended.values()) == 150
     assert ended["abort"] > 5 and ended["length"] > 50 and ended["stop"] > 0

@@ -8,8 +8,10 @@
 The workload is nano-vllm's published one: 256 requests with prompts and outputs of 100 to 1,024 tokens, all added at the
 start, in bfloat16. The last chapter runs all of them. The other chapters run only the first few, depending on what they can
 do; their rows say how many, and are comparable only with rows of the same number. The last chapter is measured first, then
-Hugging Face, then the last chapter's decode steps, then the other chapters from newest to oldest while time remains. A decode
-step is compared with the time to read all weights, and all keys and values of its sequences, at the bandwidth of a large copy.
+Hugging Face, then the last chapter's decode steps, with recorded passes and without, then the other chapters from newest to
+oldest while time remains. Of those, the last one without recordings, and the last one without fused kernels, show their decode
+steps too. A decode step is compared with the time to read all weights, and all keys and values of its sequences, at the
+bandwidth of a large copy. What comes before the first request, such as compiling and recording, is timed apart.
 
 Reads: the chapters. Writes: docs/results/gpu.json.
 """
@@ -57,7 +59,7 @@ GPU = Setting(
     shares=(("kv_bytes", 64), ("max_num_seqs", 16), ("generate", 1)),
     places=256,
     slab_places=16,
-    decode=((1, 512), (16, 512), (64, 1024), (256, 1024)),
+    decode=((1, 512), (64, 512), (256, 512), (64, 2048)),
     decode_steps=16,
     repeats=1,
 )
@@ -77,9 +79,21 @@ DRY_RUN = Setting(
 )
 
 
-def engine_of(chapter: Chapter, path: Path, setting: Setting, max_model_len: int):
+# Of chapters before the last, decode steps are timed for the newest without each of these.
+COMPARED = ("graphs", "linear")
+
+
+def decoders(chapter: Chapter) -> dict[str, dict]:
+    """The engines of a chapter whose decode steps are timed: by name, their options."""
+    if chapter is CHAPTERS[-1]:
+        return {chapter.id: {}} | ({f"{chapter.id}_eager": {"graphs": False}} if "graphs" in chapter.capabilities else {})
+    without = [[each for each in CHAPTERS if capability not in each.capabilities] for capability in COMPARED]
+    return {chapter.id: {}} if any(chapter is chapters[-1] for chapters in without if chapters) else {}
+
+
+def engine_of(chapter: Chapter, path: Path, setting: Setting, max_model_len: int, **options):
     """The chapter's engine with the setting's limits."""
-    limits = {"device": setting.device, "dtype": setting.dtype, "max_model_len": max_model_len}
+    limits = {"device": setting.device, "dtype": setting.dtype, "max_model_len": max_model_len} | options
     if "max_num_seqs" in chapter.capabilities:
         limits["max_num_seqs"] = setting.places if "kv_bytes" in chapter.capabilities else setting.slab_places
     return chapter.load().Engine(path, **limits)
@@ -92,6 +106,23 @@ def finished(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def warmed_up(engine, device: str) -> dict:
+    """Do what an engine can do before its first request; the seconds and the device's memory that it took."""
+    if not hasattr(engine, "warm_up"):
+        return {}
+    free, start = free_bytes(device), finished(device)
+    engine.warm_up()
+    seconds = finished(device) - start
+    return {"warm_up_s": round(seconds, 2), "warm_up_mib": round((free - free_bytes(device)) / 2**20, 1)}
+
+
+def free_bytes(device: str) -> int:
+    """A GPU's free memory; 0 on a CPU, where nothing is recorded."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else 0
 
 
 def emptied(device: str) -> None:
@@ -132,7 +163,8 @@ def throughput(chapter: Chapter, path: Path, requests: list[Request], setting: S
     emptied(setting.device)
     try:
         engine = engine_of(chapter, path, setting, longest)
-        return measure(partial(serve, engine, chapter.load()), requests[: share(chapter, setting)], setting)
+        start = warmed_up(engine, setting.device)
+        return measure(partial(serve, engine, chapter.load()), requests[: share(chapter, setting)], setting) | start
     except REFUSED as error:
         return {"error": " ".join(str(error).split())[:200]}
     finally:
@@ -183,12 +215,15 @@ def measure(run, requests: list[Request], setting: Setting) -> dict:
     }
 
 
-def decode_steps(path: Path, setting: Setting, bytes_per_s: float) -> list[dict]:
-    """The last chapter's decode steps, each with its floor: the time to read every weight, key and value once."""
-    chapter = CHAPTERS[-1]
+def decode_steps(chapter: Chapter, options: dict, path: Path, setting: Setting, bytes_per_s: float) -> list[dict]:
+    """An engine's decode steps, each with its floor: the time to read every weight, key and value once."""
     emptied(setting.device)
     longest = max(context for _, context in setting.decode) + setting.decode_steps + 2
-    engine = engine_of(chapter, path, setting, longest)
+    if "chunked_prefill" in chapter.capabilities:
+        # All prompts in one step, so that the next steps have no piece of one.
+        options = options | {"max_num_batched_tokens": max(size * context for size, context in setting.decode)}
+    engine = engine_of(chapter, path, setting, longest, **options)
+    warmed_up(engine, setting.device)
     rows = []
     for size, context in setting.decode:
         row = {"sequences": size, "context": context}
@@ -211,14 +246,18 @@ def decode_step(engine, package, size: int, context: int, setting: Setting, byte
     engine.step()
     engine.step()
     running = engine.stats().running
+    fed = engine.num_positions
     start = finished(setting.device)
     for _ in range(setting.decode_steps):
         engine.step()
     step_s = (finished(setting.device) - start) / setting.decode_steps
+    fed = engine.num_positions - fed
     while engine.has_unfinished_requests():
         engine.step()
     if running < size:
         return {"error": f"only {running} sequences fit into the cache"}
+    if fed != size * setting.decode_steps:
+        raise AssertionError(f"{setting.decode_steps} decode steps of {size} sequences fed {fed} tokens")
     # The positions of each sequence that a timed step reads, on average over the steps.
     mean_context = context + 2 + (setting.decode_steps - 1) / 2
     token_bytes = engine.cache.kv_bytes // (engine.pool.num_blocks * engine.pool.block_size)
@@ -255,8 +294,8 @@ def bench_gpu(setting: Setting, seconds: float, keep: Callable[[dict, list[Chapt
     path = checkpoint(setting.shape)
     vocab_size = json.loads((path / "config.json").read_text())["vocab_size"]
     requests = ragged(setting.requests, vocab_size, prompt_len=setting.prompt_len, output_len=setting.output_len, seed=0)
-    rows, measured = {}, []
-    found = {"copy_gb_per_s": round(bytes_per_s / 1e9, 1), setting.shape: {"throughput": rows}}
+    rows, decode, measured = {}, {}, []
+    found = {"copy_gb_per_s": round(bytes_per_s / 1e9, 1), setting.shape: {"throughput": rows, "decode": decode}}
     newest_first = CHAPTERS[::-1]
     report_head(setting.shape)
     for chapter in newest_first:
@@ -271,14 +310,17 @@ def bench_gpu(setting: Setting, seconds: float, keep: Callable[[dict, list[Chapt
         if chapter is CHAPTERS[-1]:
             rows["HF continuous"] = peer(path, requests, setting)
             report_row("HF continuous", rows["HF continuous"])
-            found[setting.shape]["decode"] = decode_steps(path, setting, bytes_per_s)
             keep(found, measured)
-    report_decode(found[setting.shape].get("decode", []))
+        for name, options in decoders(chapter).items():
+            decode[name] = decode_steps(chapter, options, path, setting, bytes_per_s)
+            keep(found, measured)
+    report_decode(decode)
     return found
 
 
 def report_head(shape: str) -> None:
-    print(f"\n{shape}\n{'':16}{'requests':>10}{'tokens':>10}{'seconds':>10}{'tokens/s':>12}")
+    columns = f"{'requests':>10}{'tokens':>10}{'seconds':>10}{'tokens/s':>12}{'warm-up s':>11}{'MiB':>8}"
+    print(f"\n{shape}\n{'':16}{columns}")
 
 
 def report_row(name: str, row: dict) -> None:
@@ -286,14 +328,16 @@ def report_row(name: str, row: dict) -> None:
         print(f"{name:16}{row['error']}", flush=True)
         return
     cells = f"{row['requests']:10,}{row['tokens']:10,}{min(row['seconds']):10.2f}{row['tokens_per_s']:12,.0f}"
-    print(f"{name:16}{cells}", flush=True)
+    start = f"{row['warm_up_s']:11.2f}{row['warm_up_mib']:8,.0f}" if "warm_up_s" in row else ""
+    print(f"{name:16}{cells}{start}", flush=True)
 
 
-def report_decode(rows: list[dict]) -> None:
-    print(f"\n{'decode step of':16}{'context':>10}{'ms':>10}{'floor ms':>10}{'share':>8}")
-    for row in rows:
-        cells = f"  {row['error']}" if "error" in row else f"{row['step_ms']:10.2f}{row['floor_ms']:10.2f}{row['share']:8.0%}"
-        print(f"{row['sequences']:16,}{row['context']:10,}{cells}", flush=True)
+def report_decode(decode: dict[str, list[dict]]) -> None:
+    print(f"\n{'decode step of':16}{'sequences':>10}{'context':>10}{'ms':>10}{'floor ms':>10}{'share':>8}")
+    for name, rows in decode.items():
+        for row in rows:
+            cells = f"  {row['error']}" if "error" in row else f"{row['step_ms']:10.2f}{row['floor_ms']:10.2f}{row['share']:8.0%}"
+            print(f"{name:16}{row['sequences']:10,}{row['context']:10,}{cells}", flush=True)
 
 
 def main(argv: list[str]) -> int:

@@ -1,7 +1,7 @@
 """Compile a chapter's kernels for several GPUs, none of which needs to be present, and report their resource usage.
 
-    python -m shared.bench.kernels                             # prints JSON: the first chapter that has kernels, all GPUs
-    python -m shared.bench.kernels v07 --targets sm_80 sm_90   # another chapter, or only some GPUs
+    python -m shared.bench.kernels                             # prints JSON: each kernel of the first chapter that has it, all GPUs
+    python -m shared.bench.kernels v07 --targets sm_80 sm_90   # the kernels of one chapter, or only some GPUs
     python -m shared.bench.kernels --write                     # also writes the result
 
 Triton's cuobjdump reads registers and stack (where registers are spilled) from the machine code; Triton reports shared memory.
@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from shared.chapters import Chapter, find, first_with
+from shared.chapters import CHAPTERS, Chapter, find
 from shared.programs import run
 from shared.results import write
 
@@ -27,16 +27,23 @@ TARGETS = {"sm_75": 75, "sm_80": 80, "sm_86": 86, "sm_90": 90}
 LLAMA = {"GROUP": 4, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 16, "HEAD_DIM": 64, "PADDED_DIM": 64}
 QWEN = LLAMA | {"GROUP": 2, "HEAD_DIM": 128, "PADDED_DIM": 128}
 DECODE, PREFILL = {"TILE_ROWS": 16}, {"TILE_ROWS": 64}
-# Each kernel with its constants, then the model's dtype and that of the output: splits write float32 parts.
+ROTATE_LLAMA = {"NORM": False, "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HALF": 32, "PADDED_HALF": 32, "num_warps": 1}
+ROTATE_QWEN = ROTATE_LLAMA | {"NORM": True, "NUM_HEADS": 16, "HALF": 64, "PADDED_HALF": 64}
+# Each kernel with the module it is in and its constants, then the model's dtype and that of the output: splits write
+# float32 parts.
 KERNELS = {
-    "llama_decode": ("_attend_kernel", LLAMA | DECODE),
-    "llama_decode_split": ("_attend_kernel", LLAMA | DECODE, "bf16", "fp32"),
-    "llama_prefill": ("_attend_kernel", LLAMA | PREFILL),
-    "qwen_decode": ("_attend_kernel", QWEN | DECODE),
-    "qwen_prefill": ("_attend_kernel", QWEN | PREFILL),
-    "qwen_prefill_float32": ("_attend_kernel", QWEN | {"TILE_ROWS": 32}, "fp32"),
-    "llama_combine": ("_combine_kernel", {"HEAD_DIM": 64, "PADDED_DIM": 64, "PADDED_SPLITS": 16}),
-    "llama_write": ("_write_kernel", {"HEAD_DIM": 64, "SIZE": 512, "PADDED_SIZE": 512}),
+    "llama_decode": ("paged_attention", "_attend_kernel", LLAMA | DECODE),
+    "llama_decode_split": ("paged_attention", "_attend_kernel", LLAMA | DECODE, "bf16", "fp32"),
+    "llama_prefill": ("paged_attention", "_attend_kernel", LLAMA | PREFILL),
+    "qwen_decode": ("paged_attention", "_attend_kernel", QWEN | DECODE),
+    "qwen_prefill": ("paged_attention", "_attend_kernel", QWEN | PREFILL),
+    "qwen_prefill_float32": ("paged_attention", "_attend_kernel", QWEN | {"TILE_ROWS": 32}, "fp32"),
+    "llama_combine": ("paged_attention", "_combine_kernel", {"HEAD_DIM": 64, "PADDED_DIM": 64, "PADDED_SPLITS": 16}),
+    "llama_write": ("paged_attention", "_write_kernel", {"HEAD_DIM": 64, "SIZE": 512, "PADDED_SIZE": 512}),
+    "llama_norm": ("fused", "_norm_kernel", {"ADD": True, "SIZE": 2048, "PADDED_SIZE": 2048}),
+    "llama_rotate": ("fused", "_rotate_kernel", ROTATE_LLAMA),
+    "qwen_rotate": ("fused", "_rotate_kernel", ROTATE_QWEN),
+    "llama_gate": ("fused", "_gate_kernel", {"SIZE": 8192, "TILE": 1024}),
 }
 TYPES = {
     "block_tables_ptr": "*i32",
@@ -46,11 +53,19 @@ TYPES = {
     "lse_ptr": "*fp32",
     "parts_ptr": "*fp32",
     "scale": "fp32",
+    "eps": "fp32",
 }
+OF_MODEL = ("stride_q", "stride_k", "stride_v", "stride_gate", "stride_up")
+
+
+def kernels_of(chapter: Chapter) -> list[str]:
+    """The names of those of KERNELS that a chapter has."""
+    files = {path.stem: path.read_text() for path in (chapter.path / "kernels").glob("*.py")}
+    return [name for name, (file, kernel, *_) in KERNELS.items() if f"def {kernel}(" in files.get(file, "")]
 
 
 def compiled(
-    chapter: Chapter, target: int, kernel: str, constants: dict, dtype: str = "bf16", out_dtype: str | None = None
+    chapter: Chapter, target: int, file: str, kernel: str, constants: dict, dtype: str = "bf16", out_dtype: str | None = None
 ) -> dict:
     """A kernel's resource usage on a GPU of this compute capability, compiled for the arguments a launch passes.
 
@@ -61,8 +76,10 @@ def compiled(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module = importlib.import_module(f"milestones.{chapter.name}.kernels.paged_attention")
+    module = importlib.import_module(f"milestones.{chapter.name}.kernels.{file}")
     function = getattr(module, kernel)
+    options = {"num_warps": constants["num_warps"]} if "num_warps" in constants else {}
+    constants = {name: value for name, value in constants.items() if name not in options}
     if kernel == "_attend_kernel":
         tile_dtype = {"bf16": triton.language.bfloat16, "fp32": triton.language.float32}[dtype]
         tile_keys = module.choose_tile(constants["PADDED_DIM"], tile_dtype.primitive_bitwidth // 8)
@@ -72,10 +89,10 @@ def compiled(
         types["out_ptr"] = f"*{out_dtype}"
     types |= {name: "constexpr" for name in constants}
     signature = {name: types[name] for name in function.arg_names}
-    aligned = [name.endswith("_ptr") or name.startswith(("stride_q", "stride_k", "stride_v")) for name in function.arg_names]
+    aligned = [name.endswith("_ptr") or name.startswith(OF_MODEL) for name in function.arg_names]
     attrs = {(i,): [["tt.divisibility", 16]] for i, is_aligned in enumerate(aligned) if is_aligned}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
-    binary = triton.compile(source, target=GPUTarget("cuda", target, 32))
+    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     usage = resources(binary.asm["cubin"])
     return {
         "registers": usage["REG"],
@@ -99,17 +116,23 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.bench.kernels", description="Compile the kernels and report their resource usage.")
-    parser.add_argument("chapter", nargs="?", metavar="vNN", type=find, default=first_with("attention"))
+    parser.add_argument("chapter", nargs="?", metavar="vNN", type=find, help="default: of each kernel, the first that has it")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
     args = parser.parse_args(argv)
     if args.write and argv != ["--write"]:
-        parser.error("--write allows no other argument, since the texts show the default chapter and all targets")
+        parser.error("--write allows no other argument, since the texts show the default chapters and all targets")
+    chapters = [args.chapter] if args.chapter else CHAPTERS
+    # From the last chapter to the first, so that the first one with a kernel stays.
+    chapter_of = {name: chapter for chapter in reversed(chapters) for name in kernels_of(chapter)}
+    if not chapter_of:
+        parser.error(f"{args.chapter.id} has no kernels")
     # Interpreted functions cannot be compiled.
     os.environ["TRITON_INTERPRET"] = "0"
     usage = {
-        name: {target: compiled(args.chapter, TARGETS[target], *kernel) for target in args.targets}
+        name: {target: compiled(chapter_of[name], TARGETS[target], *kernel) for target in args.targets}
         for name, kernel in KERNELS.items()
+        if name in chapter_of
     }
     print(json.dumps(usage, indent=2))
     if args.write:

@@ -23,10 +23,10 @@ SIZES = (1, 16, 64)
 WAYS = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.9}}
 STEPS, PROMPT = 16, (16, 128)
 MODEL = ("model", "head")  # the rest of a step is the engine's own
-# Each part of a step, and its functions, as (owner, name); `parts_timed` says what the owners are.
+# Each part of a step, and its functions, as (owner, name); `parts_timed` says what the owners are, of which a chapter may lack one.
 PARTS = {
     "schedule": (("scheduler", "schedule"),),
-    "build": (("module", "build_batch"),),
+    "build": (("module", "build_batch"), ("runner", "accepts"), ("runner", "build")),
     "model": (("model", "forward"),),
     "head": (("model", "compute_logits"),),
     "choose": (("module", "sample"), ("module", "top_logprobs")),
@@ -46,6 +46,8 @@ def overhead(chapters: list[Chapter], repeats: int) -> dict:
         package = chapter.load()
         together = "max_num_seqs" in chapter.capabilities
         limits = {"device": "cpu", "max_model_len": PROMPT[1] + STEPS + 1} | ({"max_num_seqs": max(SIZES)} if together else {})
+        if "chunked_prefill" in chapter.capabilities:
+            limits["max_num_batched_tokens"] = max(SIZES) * PROMPT[1]  # all prompts in one step, as in earlier chapters
         engine = package.Engine(POCKET, **limits)
         for size in SIZES if together else SIZES[:1]:
             for way, settings in WAYS.items():
@@ -84,13 +86,15 @@ def parts_timed(package: ModuleType, engine) -> Iterator[dict[str, float]]:
         "engine": engine,
         "scheduler": engine.scheduler,
         "model": engine.model,
+        "runner": getattr(engine, "runner", None),
     }
     spent = dict.fromkeys(PARTS, 0.0)
     with ExitStack() as undo:
         for part, functions in PARTS.items():
             for owner, name in functions:
-                undo.callback(restore(owners[owner], name))
-                setattr(owners[owner], name, clocked(getattr(owners[owner], name), spent, part))
+                if owners[owner] is not None:
+                    undo.callback(restore(owners[owner], name))
+                    setattr(owners[owner], name, clocked(getattr(owners[owner], name), spent, part))
         yield spent
 
 

@@ -100,6 +100,7 @@ def counts(engine, trace) -> dict:
         "kv_bytes": trace.kv_bytes,
         "kv_read_bytes": trace.kv_read_bytes,
         "weight_read_bytes": weight_bytes(engine.model) * len(trace.passes),
+        "linear": getattr(engine, "linear", "plain"),
         "late_ttft_ms": round(1e3 * trace.seconds_to_first(watched), 1),
         "short": {
             "requests": len(ended),

@@ -6,12 +6,16 @@
 
 One thread, float32, greedy. Each forward pass has to read every weight once, which limits a single stream. Each
 position has to be multiplied with every weight once, which limits a prompt and many requests. Memory bandwidth and
-multiplication rate are measured here, in the same run. No engine can be faster than the limit; its share of the limit
-says how close it comes.
+multiplication rate are measured here, in the same run. The bytes of a weight are those of the contestant that stores the
+weights in the fewest. No engine can be faster than the limit; its share of the limit says how close it comes.
+
+Every chapter runs the bundled model. If all chapters are measured, larger models run only on those whose steps on a CPU
+differ from the steps of the one before.
 
 Reads: shared/workloads.py, the chapters. Writes: docs/results/{suite, large}.json, through `python -m shared.bench`.
 """
 import json
+import math
 import random
 import re
 import statistics
@@ -19,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,16 +52,21 @@ RAGGED_FEW = Work(
     "ragged: 8 requests, 16 to 64 and 16 to 64",
     lambda vocab: ragged(8, vocab, prompt_len=(16, 64), output_len=(16, 64), seed=3),
 )
+RAGGED_MANY = Work(
+    "ragged: 32 requests, 4 to 32 and 4 to 32",
+    lambda vocab: ragged(32, vocab, prompt_len=(4, 32), output_len=(4, 32), seed=3),
+)
 RAGGED = Work(
     "ragged: 32 requests, 16 to 256 and 16 to 256",
     lambda vocab: ragged(32, vocab, prompt_len=(16, 256), output_len=(16, 256), seed=3),
 )
 # The workloads for each model, each with the capability a chapter needs for it: without a KV cache, the larger models
 # would take hours. The largest run on the last chapter only.
+CHANGES_STEPS = {"chunked_prefill", "linear"}  # beside the chapters that race
 LAST = None  # no chapter has this capability, but the last chapter is always measured
 QUICK = {
     POCKET: ((SINGLE, "generate"), (FIRST, "generate"), (STAIRS, "generate")),
-    SMOLLM: ((SINGLE, "kv_cache"), (FIRST, "kv_cache"), (RAGGED_FEW, "kv_cache")),
+    SMOLLM: ((SINGLE, "kv_cache"), (FIRST, "kv_cache"), (RAGGED_MANY, "max_num_seqs")),
 }
 LARGE = {
     SMOLLM: ((RAGGED, "max_num_seqs"),),
@@ -68,42 +78,47 @@ LARGE = {
 # ---- the machine's limits
 
 def bandwidth() -> float:
-    """Bytes per second that one thread reads in a matrix-vector product."""
+    """Bytes per second of CPU time that one thread reads in a matrix-vector product."""
     import torch
 
     matrix = torch.rand(8192, 8192)
     vector = torch.rand(8192)
     matrix @ vector
-    return matrix.nbytes / min(timed(lambda: matrix @ vector).wall_s for _ in range(9))
+    return matrix.nbytes / min(timed(lambda: matrix @ vector).cpu_s for _ in range(9))
 
 
 def multiplications() -> float:
-    """Floating-point operations per second of one thread in a product of large matrices, with the faster of two libraries."""
+    """Floating-point operations per second of CPU time, in a product of large matrices, with the faster of two libraries."""
     import torch
 
     matrix = torch.rand(2048, 2048)
     products = [lambda: matrix @ matrix]
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         products.append(lambda: torch.ops.mkldnn._linear_pointwise(matrix, matrix, None, "none", [], ""))
-    return 2 * 2048**3 / min(timed(product).wall_s for product in products for _ in range(6))
+    return 2 * 2048**3 / min(timed(product).cpu_s for product in products for _ in range(6))
 
 
 def num_tokens(requests: list[Request]) -> int:
     return sum(request.max_tokens for request in requests)
 
 
+def operations(model, positions: int, tokens: int) -> int:
+    """Floating-point operations to compute so many positions and to generate so many tokens; attention is left out."""
+    head = model.lm_head.in_features * model.lm_head.out_features
+    body = sum(each.numel() for each in model.model.layers.parameters())
+    return 2 * (body * positions + head * tokens)
+
+
 def least_seconds(requests: list[Request], model, limits: dict[str, float]) -> float:
     """The least time any engine needs: each forward pass reads the weights, and each position is multiplied with them.
 
     There is at least one forward pass for each token of the longest output. The head is computed once per generated token.
-    Attention is left out, so the true minimum is a little higher.
+    Weights are read in the bytes in which this model stores them. Attention is left out, so the true minimum is a little higher.
     """
-    head = model.lm_head.in_features * model.lm_head.out_features
-    body = sum(each.numel() for each in model.model.layers.parameters())
     positions = sum(len(request.prompt_ids) + request.max_tokens - 1 for request in requests)
-    operations = 2 * (body * positions + head * num_tokens(requests))
     passes = max(request.max_tokens for request in requests)
-    return max(operations / limits["operations_per_s"], passes * weight_bytes(model) / limits["bytes_per_s"])
+    multiplied = operations(model, positions, num_tokens(requests)) / limits["operations_per_s"]
+    return max(multiplied, passes * weight_bytes(model) / limits["bytes_per_s"])
 
 
 # ---- contestants
@@ -135,12 +150,12 @@ def contest(model_name: str, work: Work, chapters: list[Chapter], repeats: int, 
     path = checkpoint(model_name)
     requests = work.requests(json.loads((path / "config.json").read_text())["vocab_size"])
     short = [Request(each.prompt_ids[:16], min(each.max_tokens, 4)) for each in requests[:2]]
-    jobs = {}
+    jobs, least = {}, math.inf
     for chapter in chapters:
         package = chapter.load()
         engine = package.Engine(path, **limits_of(chapter, requests))
         jobs[chapter.id] = partial(serve, engine, package)
-    least = least_seconds(requests, engine.model, limits)
+        least = min(least, least_seconds(requests, engine.model, limits))
     batching = ContinuousBatching(path, 2 * sum(len(each.prompt_ids) + each.max_tokens for each in requests) + 256 * 64)
     jobs |= {PEERS[0]: HuggingFace(path).generate, PEERS[1]: batching.generate}
     outputs = {}
@@ -253,7 +268,10 @@ def suite(chapters: list[Chapter], repeats: int) -> dict:
     results["arrivals"] = arrivals(chapters)
     names = [chapter.id for chapter in chapters] + list(PEERS)
     if sys.platform == "linux":  # it is read from /proc
-        results["peak_mib"] = {name: round(peak_mib(name), 1) for name in progress(names, "memory")}
+        # Nothing is timed here, so two run at once.
+        with ThreadPoolExecutor(2) as pool:
+            peaks = progress(pool.map(peak_mib, names), "memory")
+            results["peak_mib"] = {name: round(peak, 1) for name, peak in zip(names, peaks, strict=True)}
     return results
 
 
@@ -273,6 +291,8 @@ def contests(works: dict, chapters: list[Chapter], repeats: int) -> dict:
         results[model_name] = {}
         for work, needed in each:
             able = [chapter for chapter in chapters if needed in chapter.capabilities or chapter is CHAPTERS[-1]]
+            if needed is not LAST and model_name != POCKET and len(chapters) == len(CHAPTERS):
+                able = [chapter for chapter in able if chapter.races or not CHANGES_STEPS.isdisjoint(chapter.adds)]
             if able:
                 results[model_name][work.what] = contest(model_name, work, able, repeats, limits)
     return results

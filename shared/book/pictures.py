@@ -491,6 +491,78 @@ def gaps(found: dict) -> str:
     return bars(panels, "Eight streams while a prompt of 1,900 tokens is computed, by the most tokens in a step", 50, 200)
 
 
+# ---- forms of weights
+
+# The forms that are drawn, as the picture names them.
+FORMS = {"plain": "plain", "joined": "joined", "blocks": "blocks", "halves": "halves"}
+
+
+def forms(found: dict) -> str:
+    """By the number of rows: the time of all products in each form with the least it could take, and the speed relative to plain."""
+    drawn = {name: {int(rows): each["ms"] for rows, each in found["rows"][name].items()} for name in FORMS if name in found["rows"]}
+    counts = sorted(drawn["plain"])
+    stored, limits = found["steps"]["weight_bytes"], found["limits"]
+    operations = 2 * stored["plain"] / 4
+
+    def least(form: str) -> dict[int, float]:
+        read_ms = 1e3 * stored[form] / (1e9 * limits["gb_per_s"])
+        return {rows: max(read_ms, 1e3 * rows * operations / (1e9 * limits["gflops"])) for rows in counts}
+
+    title = "All products of a step of SmolLM2-135M's shape, by rows and the form of the weights"
+    body = [text(16, 22, title, "head")]
+    x = 56
+    for number, name in enumerate(drawn):
+        body += [f'<path class="curve{number}" stroke-width="2" d="M{x} 42h18"/>', text(x + 24, 46, FORMS[name])]
+        x += 90
+    body += [f'<path class="waits" d="M{x} 42h18"/>', text(x + 24, 46, "the machine's limit")]
+    top, bottom, height = 84, 320, 366
+    every = [ms for each in (*drawn.values(), *map(least, drawn)) for ms in each.values()]
+    low, high = math.floor(math.log10(min(every))), math.ceil(math.log10(max(every)))
+    left = Frame(56, 330, top, bottom, counts, low, high)
+    body += left.grid({power: f"{10**power:,g}" for power in range(low, high + 1)}, "ms")
+    for bytes_stored in sorted({stored[name] for name in drawn}):
+        form = next(name for name in drawn if stored[name] == bytes_stored)
+        body.append(f'<path class="waits" fill="none" d="{left.way({rows: math.log10(ms) for rows, ms in least(form).items()})}"/>')
+    speeds = {name: {rows: drawn["plain"][rows] / ms for rows, ms in each.items()} for name, each in drawn.items()}
+    most = math.ceil(max(speed for each in speeds.values() for speed in each.values()))
+    right = Frame(410, 684, top, bottom, counts, 0, most)
+    body += right.grid({speed: f"{speed}" for speed in range(most + 1)}, "times as fast as plain")
+    for number, name in enumerate(drawn):
+        body += left.curve({rows: math.log10(ms) for rows, ms in drawn[name].items()}, number)
+        body += right.curve(speeds[name], number)
+    return svg(700, height, title, body)
+
+
+class Frame:
+    """A plot's frame: sizes across on a logarithmic scale, values up on a linear one."""
+
+    def __init__(self, left: float, right: float, top: float, bottom: float, sizes: list[int], low: float, high: float):
+        self.left, self.right, self.top, self.bottom = left, right, top, bottom
+        self.sizes, self.low, self.high = sizes, low, high
+
+    def place(self, size: int, value: float) -> tuple[float, float]:
+        across = math.log2(size / self.sizes[0]) / math.log2(self.sizes[-1] / self.sizes[0])
+        up = (value - self.low) / (self.high - self.low)
+        return self.left + (self.right - self.left) * across, self.bottom - (self.bottom - self.top) * up
+
+    def grid(self, marks: dict[float, str], what: str) -> list[str]:
+        body = [text(self.left - 40, self.top - 14, what, "small")]
+        for size in self.sizes:
+            x, _ = self.place(size, self.low)
+            body += [f'<path class="grid" d="M{x:g} {self.top}V{self.bottom}"/>', text(x, self.bottom + 16, size, "small", "middle")]
+        for value, label in marks.items():
+            _, y = self.place(self.sizes[0], value)
+            body += [f'<path class="grid" d="M{self.left} {y:g}H{self.right}"/>', text(self.left - 6, y + 4, label, "small", "end")]
+        return [*body, text((self.left + self.right) / 2, self.bottom + 34, "rows", "small", "middle")]
+
+    def way(self, values: dict[int, float]) -> str:
+        return "M" + "L".join(f"{x:g} {y:g}" for x, y in (self.place(*each) for each in sorted(values.items())))
+
+    def curve(self, values: dict[int, float], number: int) -> list[str]:
+        dots = [f'<circle class="dot{number}" cx="{x:g}" cy="{y:g}" r="2.5"/>' for x, y in (self.place(*each) for each in values.items())]
+        return [f'<path class="curve{number}" fill="none" stroke-width="2" d="{self.way(values)}"/>', *dots]
+
+
 def where(found: dict) -> str:
     """For each way and number of streams: CPU microseconds per token of engine and event loop, and wall time."""
     [measured] = [figures for name, figures in found.items() if name.startswith("v")]
@@ -555,6 +627,7 @@ PICTURES: dict[str, Picture] = {
     "v10_lock.svg": ("lock.json", lock),
     "v10_where.svg": ("serving.json", where),
     "v13_gaps.svg": ("pieces.json", gaps),
+    "v14_forms.svg": ("forms.json", forms),
 }
 
 # Pictures in which nothing depends on the machine.

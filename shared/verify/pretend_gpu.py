@@ -1,11 +1,13 @@
 """A simulated GPU: tensors that report cuda:0 as their device, cannot be mixed with the CPU's, and compute on the CPU.
 
 A chapter that forgets a `device=` works on a CPU and fails on a GPU. Under `pretend_gpu` it fails on a CPU too; code that
-does not fail computes the same numbers as on the CPU. This says nothing about kernels, speed, or a real GPU's arithmetic.
+does not fail computes the same numbers as on the CPU. Kernels run in Triton's interpreter. This says nothing about speed, or a real GPU's arithmetic.
 It supports only the parts of PyTorch that an engine uses: no gradients, streams or second GPU. Pinned memory is the CPU's own.
 """
 import contextlib
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -21,10 +23,14 @@ MOVE = ("aten::to", "aten::_to_copy", "aten::copy_")
 # Computed directly on the CPU tensors, because PyTorch would look for a real GPU before it dispatches any operation.
 READ = (Tensor.tolist, Tensor.__int__, Tensor.__float__, Tensor.__bool__, Tensor.__index__)
 DIRECT = (F.scaled_dot_product_attention, Tensor.__getitem__, Tensor.__setitem__, Tensor.__invert__, Tensor.copy_, *READ)
+# These run nothing on a GPU.
+ALLOCATE = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach", "aten::_unsafe_view")
 # The only operations on GPU tensors for which PyTorch accepts indices on the CPU.
 TAKE_CPU_INDICES = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
 crossings: list[str] = []
+launches: list[str] = []
+recording: list["Graph"] = []  # the one that is being recorded, if any
 
 
 class OnGpu(Tensor):
@@ -70,6 +76,14 @@ def refuse_mixed(name: str, tensors: list[Tensor]) -> None:
         raise RuntimeError(f"{name} expects all tensors to be on the same device, got {mixed}")
 
 
+def cross(names: Iterable[str]) -> None:
+    """Report operations that move data between the devices; RuntimeError while a graph is recorded, as on a GPU."""
+    names = list(names)
+    if names and recording:
+        raise RuntimeError(f"{names[0]} is not permitted while a graph is recorded")
+    crossings.extend(names)
+
+
 def compute(func, args: tuple, kwargs: dict):
     """Run one operation on the CPU, and return its result on the device where the real operation would leave it."""
     schema = func._schema
@@ -78,17 +92,71 @@ def compute(func, args: tuple, kwargs: dict):
     on_gpu = GPU in devices if devices else any(isinstance(tensor, OnGpu) for tensor in tensors)
     if schema.name in TAKE_CPU_INDICES and isinstance(args[0], OnGpu):
         refuse_mixed(schema.name, [args[0], *tensors_of(args[2:])])
-        crossings.extend(schema.name for index in tensors_of(args[1]) if not isinstance(index, OnGpu))
+        cross(schema.name for index in tensors_of(args[1]) if not isinstance(index, OnGpu))
     elif schema.name in MOVE or schema.name in ("aten::item", "aten::_local_scalar_dense"):
         there = isinstance(args[0], OnGpu) if schema.name == "aten::copy_" else on_gpu and schema.name in MOVE
-        crossings.extend(schema.name for tensor in tensors if isinstance(tensor, OnGpu) != there)
+        cross(schema.name for tensor in tensors if isinstance(tensor, OnGpu) != there)
     else:
         refuse_mixed(schema.name, tensors)
     on_cpu, options = tree_map_only(torch.device, lambda device: CPU if device == GPU else device, held((args, kwargs)))
+    writes = bool(schema.arguments and schema.arguments[0].alias_info and schema.arguments[0].alias_info.is_write)
+    if recording and writes and on_gpu:
+        recording[0].add(func, on_cpu, options)
+        return args[0]
     result = func(*on_cpu, **options)
-    if schema.arguments and schema.arguments[0].alias_info and schema.arguments[0].alias_info.is_write:
+    # A view runs nothing, nor does a conversion to the dtype that a tensor has.
+    if on_gpu and schema.name not in ALLOCATE and (writes or not share_memory(result, on_cpu)):
+        if recording:
+            recording[0].add(func, on_cpu, options, result)
+        else:
+            launches.append(schema.name)
+    if writes:
         return args[0]
     return moved(result) if on_gpu else result
+
+
+def share_memory(result, args: tuple) -> bool:
+    """Whether a result is in the memory of an argument."""
+    places = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(args)}
+    return any(tensor.untyped_storage().data_ptr() in places for tensor in tensors_of(result))
+
+
+class Graph:
+    """Stands in for torch.cuda.CUDAGraph: replays the recorded operations on the tensors that they were recorded on.
+
+    As on a GPU, nothing runs while it is recorded: until the first replay, what an operation will compute is NaN, and
+    nothing is written. A tensor that takes the place of a recorded one is not seen by a replay, and Python's numbers do not change.
+    """
+
+    def __init__(self):
+        self.operations = []
+
+    def add(self, run: Callable, args: tuple, kwargs: dict, result=()) -> None:
+        """Record an operation; result are the tensors that each replay fills, unless it writes to its arguments."""
+        for tensor in tensors_of(result):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+        self.operations.append((run, args, kwargs, result))
+
+    def replay(self) -> None:
+        launches.append("replay")
+        for run, args, kwargs, result in self.operations:
+            new = run(*args, **kwargs)
+            for tensor, value in zip(tensors_of(result), tensors_of(new)):
+                tensor.copy_(value)
+
+    def pool(self) -> tuple[int, int]:
+        return (id(self), 0)
+
+
+@contextlib.contextmanager
+def record(graph: Graph, pool: tuple[int, int] | None = None) -> Iterator[None]:
+    """Stands in for torch.cuda.graph."""
+    assert not recording, "a graph is being recorded already"
+    recording.append(graph)
+    try:
+        yield
+    finally:
+        recording.clear()
 
 
 class Operations(TorchDispatchMode):
@@ -107,8 +175,9 @@ class Calls(TorchFunctionMode):
             kwargs["device"] = torch.device(kwargs["device"])
         args, kwargs = tree_map_only(torch.device, lambda device: GPU if device.type == "cuda" else device, (args, kwargs))
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == GPU:
-            crossings.append(func.__name__)
+            cross([func.__name__])
             return OnGpu(func(*args, **kwargs | {"device": CPU}))
+        kwargs.pop("pin_memory", None)
         if func is Tensor.pin_memory:
             assert not isinstance(args[0], OnGpu), "only the CPU's memory can be pinned"
             return args[0]
@@ -116,37 +185,61 @@ class Calls(TorchFunctionMode):
         if func not in DIRECT or not any(isinstance(tensor, OnGpu) for tensor in tensors):
             return func(*args, **kwargs)
         if func in READ:
-            crossings.append(func.__name__)
+            cross([func.__name__])
         elif func in (Tensor.__getitem__, Tensor.__setitem__):
             # Assigning to a slice is a copy, which may cross devices; assigning by indices may not.
             picked = tensors_of(args[1])
             refuse_mixed("aten::index", [args[0], *(() if isinstance(args[0], OnGpu) else picked)])
-            crossings.extend("aten::index" for index in picked if not isinstance(index, OnGpu))
+            cross("aten::index" for index in picked if not isinstance(index, OnGpu))
             if func is Tensor.__setitem__ and isinstance(args[2], Tensor):
                 if picked:
                     refuse_mixed("aten::index_put_", [args[0], args[2]])
                 elif isinstance(args[0], OnGpu) != isinstance(args[2], OnGpu):
-                    crossings.append("aten::copy_")
+                    cross(["aten::copy_"])
         elif func is Tensor.copy_:
             if isinstance(args[0], OnGpu) != isinstance(args[1], OnGpu):
-                crossings.append("aten::copy_")
+                cross(["aten::copy_"])
         else:
             refuse_mixed(func.__name__, tensors)
-        result = func(*held(args), **held(kwargs))
+        runs = func not in READ and (func is not Tensor.__getitem__ or bool(picked))
+        writes = func in (Tensor.copy_, Tensor.__setitem__)
+        result = None if recording and writes else func(*held(args), **held(kwargs))
+        if runs and recording:
+            recording[0].add(func, held(args), held(kwargs), () if writes else result)
+        elif runs:
+            launches.append(func.__name__)
         if func is Tensor.copy_:
             return args[0]
         return moved(result) if isinstance(result, Tensor) and isinstance(tensors[0], OnGpu) else result
 
 
+def launch_interpreted(run: Callable) -> Callable:
+    """The launch of a kernel by Triton's interpreter, for tensors on the simulated GPU."""
+
+    def launch(kernel, *args, grid, warmup=False, **constants):
+        tensors = tensors_of(args)
+        refuse_mixed(kernel.__name__, tensors)
+        launch_held = partial(run, kernel, *held(args), grid=grid, warmup=warmup, **constants)
+        if recording:
+            recording[0].add(launch_held, (), {})
+        else:
+            launches.append(kernel.__name__)
+            launch_held()
+
+    return launch
+
+
 @contextlib.contextmanager
 def pretend_gpu() -> Iterator[list[str]]:
-    """While entered, cuda:0 exists, has 8 GiB, and computes on the CPU.
+    """While entered, cuda:0 exists, has 8 GiB, and computes on the CPU, and Triton's interpreter runs kernels on it.
 
-    Yields a list that collects the name of each operation that moved data between the devices.
+    Yields a list that collects the name of each operation that moved data between the devices. `launches` collects the
+    name of each operation and kernel that a GPU would have run; it starts empty.
     """
     assert not torch.cuda.is_available(), "this machine has a GPU, and PyTorch could not use it any more after the simulation"
     torch._C._ensureCUDADeviceGuardSet()
     crossings.clear()
+    launches.clear()
     there = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
@@ -154,10 +247,18 @@ def pretend_gpu() -> Iterator[list[str]]:
         "mem_get_info": lambda device=None: (2**33, 2**33),
         "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=16),
         "device_of": lambda tensor: contextlib.nullcontext(),
+        "device": lambda device: contextlib.nullcontext(),
+        "synchronize": lambda device=None: None,
+        "CUDAGraph": Graph,
+        "graph": record,
     }
     with contextlib.ExitStack() as stack:
         for name, stand_in in there.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        if importlib.util.find_spec("triton") is not None:
+            from triton.runtime.interpreter import InterpretedFunction
+
+            stack.enter_context(mock.patch.object(InterpretedFunction, "run", launch_interpreted(InterpretedFunction.run)))
         stack.enter_context(Calls())
         stack.enter_context(Operations())
         yield crossings

@@ -26,6 +26,7 @@ NEEDS = ("num_blocks", "abort", "prompt_logprobs", "stop_strings")
 ADDED_BY = dict.fromkeys(("priority", "swap_bytes", "reserve_tokens"), "preemption")
 ADDED_BY |= dict.fromkeys(("cache_salt", "enable_prefix_caching"), "prefix_cache")
 ADDED_BY["max_num_batched_tokens"] = "chunked_prefill"
+ADDED_BY["linear"] = "linear"
 # Two random ones, whose tokenizers differ, and a trained one, which ends its texts.
 MODELS = ("llama", "mistral", "pocket")
 # Common enough to end many texts; some of them begin in one token and end in another.
@@ -58,7 +59,7 @@ class Plan:
     """One round: its requests, the options of the engine that runs them, and the steps that fail."""
 
     requests: list[Planned]
-    options: dict[str, int]
+    options: dict[str, int | str]
     faults: dict[int, str]  # by step: the method that raises in it
 
 
@@ -88,7 +89,20 @@ def make_plan(seed: int, chapter: Chapter, roomy) -> Plan:
     faults = {step: rng.choice(("forward", "commit", "accept")) for step in rng.sample(range(60), 2)}
     # One token for each request, a few more, and more than any step needs.
     options["max_num_batched_tokens"] = options["max_num_seqs"] + rng.choice((0, 1, 3, 8, 10**6))
+    if "linear" in chapter.capabilities:
+        options["linear"] = rng.choice(forms(chapter, roomy))
     return Plan(requests, available(options, chapter), faults)
+
+
+def forms(chapter: Chapter, roomy) -> list[str]:
+    """The forms in which this machine can store the weights of the engine roomy, which stores them plain."""
+    storage = importlib.import_module(f"{chapter.load().__name__}.storage")
+    possible = ["plain"]
+    for form in reversed(storage.FORMS):
+        with contextlib.suppress(ValueError):
+            storage.check_form(roomy.model, form)
+            possible.append(form)
+    return possible
 
 
 def make_requests(rng: random.Random, chapter: Chapter, vocab_size: int, block_size: int) -> list[Planned]:
@@ -331,7 +345,8 @@ def rounds(chapter: Chapter, seeds: Iterable[int]) -> Counter:
     for seed in seeds:
         name = MODELS[seed % len(MODELS)]
         if name not in roomy:
-            roomy[name] = make_engine(chapter, name, num_blocks=64, **uncached(chapter))
+            options = {"num_blocks": 64, "linear": "plain"} | uncached(chapter)
+            roomy[name] = make_engine(chapter, name, **available(options, chapter))
         try:
             events += run_round(chapter, seed, name, roomy[name])
         except Exception as error:
@@ -343,7 +358,10 @@ def rounds(chapter: Chapter, seeds: Iterable[int]) -> Counter:
 def run_round(chapter: Chapter, seed: int, name: str, roomy) -> Counter:
     """Run one plan, and compare each of its requests with itself alone in the engine roomy."""
     plan = make_plan(seed, chapter, roomy)
-    results, events = run_plan(make_engine(chapter, name, **plan.options), plan)
+    engine = make_engine(chapter, name, **plan.options)
+    results, events = run_plan(engine, plan)
+    if "linear" in chapter.capabilities:
+        events[f"engines with linear layers {engine.linear}"] += 1
     for index, (request, result) in enumerate(zip(plan.requests, results)):
         if not result.token_ids:
             continue  # aborted or failed before its first token
@@ -356,7 +374,7 @@ def run_round(chapter: Chapter, seed: int, name: str, roomy) -> Counter:
     return events
 
 
-def make_engine(chapter: Chapter, name: str, **options: int):
+def make_engine(chapter: Chapter, name: str, **options: int | str):
     with contextlib.redirect_stderr(io.StringIO()):
         return chapter.load().Engine(checkpoint(name), device="cpu", **options)
 

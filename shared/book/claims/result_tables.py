@@ -17,6 +17,10 @@
     gaps            what streams wait for while a long prompt is computed, by the most tokens in a step
     pieces          throughput by the most tokens in a step
     memory          what steps need, by the most tokens in a step and the number of long prompts
+    step            where the time of a step goes, and what is left between it and the least it could take
+    forms           the products of a step by number of rows, in each form of the weights
+    step_levers     whole steps with one form or one lever changed at a time
+    engines         the last two chapters beside other engines on the CPU
     crowded         chats with one system prompt in a cache that is too small for all, by chapter
     prefix          chats with one system prompt, with and without a prefix cache
     turns           a conversation: positions computed per turn, with and without a prefix cache
@@ -26,12 +30,13 @@
     damage          random changes to the code, and whether a test notices
 
 Reads: docs/results/{suite, large, decode, overhead, attention, serving, lock, killing, levers, admission, crowded, prefix,
-mutants}.json.
+pieces, step, forms, engines, mutants}.json.
 """
 from collections import Counter
 
 from shared import results
 from shared.bench.serving_child import GROUPS
+from shared.bench.step import words_of
 from shared.bench.suite import PEERS
 from shared.book.diff import lines_changed
 from shared.chapters import Book, Chapter
@@ -495,6 +500,127 @@ def memory(book: Book, chapter: Chapter | None) -> list[str]:
     return lines
 
 
+STEP = "python -m shared.bench.step --write"
+# The parts of a step, as a table names them.
+STEP_PARTS = {
+    "products": "products",
+    "attention": "attention",
+    "between": "norms, rotation, gate",
+    "embedding": "embedding, head",
+    "own": "the engine's own",
+}
+
+
+def step(book: Book, chapter: Chapter | None) -> list[str]:
+    """For each model and step one row per chapter: milliseconds of the parts, the step, the bound, and what is between them."""
+    heads = (*STEP_PARTS.values(), "step, median", "best", "bound", "left above the bound")
+    lines = ["| ms | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for kind, row in results.read(book.results / "step.json", STEP).items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(heads))
+        for what, found in ((f"{words}, {words_of(work)}", found) for model, words in MODELS.items() for work, found in row.get(model, {}).items()):
+            for name, took in found.items():
+                keys = (*(f"{part}_ms" for part in STEP_PARTS), "step_ms", "best_ms", "bound_ms", "left_ms")
+                lines.append(f"| {what}: {name}, {took['linear']} | " + " | ".join(milliseconds(took[key]) for key in keys) + " |")
+    return lines
+
+
+def milliseconds(ms: float) -> str:
+    """A time with about three digits.
+
+    >>> milliseconds(0.456), milliseconds(45.6), milliseconds(1456.7)
+    ('0.46', '45.6', '1,457')
+    """
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+
+
+FORMS = "python -m shared.bench.forms --write"
+# The forms of weights as a table names them.
+FORM_NAMES = {
+    "plain": "plain",
+    "joined": "joined",
+    "blocks_apart": "blocks, not joined",
+    "blocks": "blocks",
+    "halves_apart": "halves, not joined",
+    "halves": "halves",
+    "transposed": "joined, transposed copy",
+    "packed": "joined, MKL's packed order",
+}
+LEVER_NAMES = {
+    "apart": "not joined",
+    "padded": "rectangles padded to the longest",
+    "gathered": "queries always gathered",
+}
+
+
+def forms(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per form: milliseconds of all products of a forward pass, by the number of rows."""
+    rows = results.read(book.results / "forms.json", FORMS)
+    counts = list(results.cited(rows)["rows"]["plain"])
+    lines = ["| ms, by rows | " + " | ".join(counts) + " |", "|---|" + "---:|" * len(counts)]
+    for kind, row in rows.items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(counts))
+        for form, name in FORM_NAMES.items():
+            if form in row["rows"]:
+                lines.append(f"| {name} | " + " | ".join(milliseconds(row["rows"][form][count]["ms"]) for count in counts) + " |")
+    return lines
+
+
+def step_levers(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per contestant: the ratio of its time to the chapter before's, and its median time, by workload."""
+    rows = results.read(book.results / "forms.json", FORMS)
+    cited = results.cited(rows)["steps"]["works"]
+    heads = ["32 ragged requests" if work == "ragged" else words_of(work) for work in cited]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for kind, row in rows.items():
+        before, after = sorted(row["code"])
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(cited))
+        found = row["steps"]["works"]
+        for name in next(iter(found.values())):
+            cells = [f"{took['ratio']['median']:.2f} ({milliseconds(took['ms'])} ms)" for took in (found[what][name] for what in cited)]
+            lines.append(f"| {lever_of(name, before, after)} | {' | '.join(cells)} |")
+    return lines
+
+
+def lever_of(name: str, before: str, after: str) -> str:
+    """The label of a contestant.
+
+    >>> lever_of("v13", "v13", "v14"), lever_of("halves", "v13", "v14"), lever_of("halves_padded", "v13", "v14")
+    ('v13', 'v14, halves', 'v14, halves, rectangles padded to the longest')
+    """
+    form, _, lever = name.partition("_")
+    if name == before:
+        return name
+    return f"{after}, {form}, {LEVER_NAMES[lever]}" if lever else f"{after}, {form}"
+
+
+ENGINES = "make bench-peers ARGS=--write"
+
+
+# The workloads and the other engines, as a table names them.
+ENGINE_WORKS = {"single": "single stream", "first": "first token of 512", "ragged": "32 ragged requests"}
+ENGINE_NAMES = {
+    "hf": "Hugging Face `generate`",
+    "vllm": "vLLM, float32",
+    "vllm_as_it_comes": "vLLM, as it comes",
+    "openvino": "OpenVINO GenAI, float32",
+    "openvino_as_it_comes": "OpenVINO GenAI, as it comes",
+}
+
+
+def engines(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per engine: CPU seconds of each workload, and how many requests got other tokens than from the first engine."""
+    rows = results.read(book.results / "engines.json", ENGINES)
+    heads = [*(f"{words}, CPU s" for words in ENGINE_WORKS.values()), "other answers"]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for kind, row in rows.items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(heads))
+        for name, words in row["about"].items():
+            taken = [row["works"][work][name] for work in ENGINE_WORKS]
+            cells = [f"{took['cpu_ms'] / 1e3:.2f}" for took in taken] + [str(sum(took["other_answers"] for took in taken))]
+            lines.append(f"| {ENGINE_NAMES.get(name, name)} ({words}) | {' | '.join(cells)} |")
+    return lines
+
+
 def served(row: dict, chapter: Chapter | None) -> dict[str, dict]:
     """The text's own chapter's figures under the key '' if it was measured; else all figures, by name."""
     figures = results.figures(row)
@@ -522,6 +648,10 @@ TABLES = {
     "gaps": gaps,
     "pieces": pieces,
     "memory": memory,
+    "step": step,
+    "forms": forms,
+    "step_levers": step_levers,
+    "engines": engines,
     "crowded": crowded,
     "prefix": prefix,
     "turns": turns,

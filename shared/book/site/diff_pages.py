@@ -249,7 +249,8 @@ def code_html(line: Line) -> str:
             html.append(span(kind, token))
             chained = chained if token == "." else ""
         before = token
-    return "".join(html)
+    # In Markdown, `names[index](*arguments)` would be a link.
+    return "".join(html).replace("](", "]&#40;")
 
 
 def span(kind, token: str) -> str:

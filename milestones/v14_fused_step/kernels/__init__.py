@@ -1,0 +1,76 @@
+"""Attention, and what is between the products, by Triton kernels. Imported only when selected, because Triton is not installed everywhere.
+
+N tokens of this step   H query heads   KV key/value heads   D head_dim
+"""
+import torch
+from torch import Tensor
+
+from ..attention import Attention
+from ..batch import Backend, Batch, build_ranges
+from ..cache import KVCache
+from .fused import rms_norm, rotate_and_write, silu_times
+from .paged_attention import paged_attention, warm_up
+
+
+def normalize(hidden: Tensor, weight: Tensor, eps: float, result: Tensor | None = None) -> Tensor:
+    """RMSNorm of hidden [N, E], to which result [N, E] is added first, in place."""
+    # Triton launches on the thread's current GPU, wherever the tensors are.
+    with torch.cuda.device_of(hidden):
+        return rms_norm(hidden, weight, eps, result)
+
+
+def store_rotated(
+    attention: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    batch: Batch,
+) -> Tensor:
+    """Normalize queries and keys where the family does, and rotate them; store keys and values, and return the queries."""
+    weights = (attention.q_norm.weight, attention.k_norm.weight) if attention.qk_norm else None
+    eps = attention.q_norm.eps if attention.qk_norm else 0.0
+    k_cache, v_cache = batch.cache.k[attention.layer_id], batch.cache.v[attention.layer_id]
+    with torch.cuda.device_of(q):
+        return rotate_and_write(q, k, v, cos, sin, weights, eps, k_cache, v_cache, batch.slot_mapping)
+
+
+def attend_in_place(q: Tensor, layer_id: int, batch: Batch) -> Tensor:
+    """Attend to the blocks in place: q [N, H, D] to [N, H, D]."""
+    [ranges] = batch.view
+    k_cache, v_cache = batch.cache.k[layer_id], batch.cache.v[layer_id]
+    with torch.cuda.device_of(q):
+        return paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            ranges.block_tables,
+            ranges.query_starts,
+            ranges.context_lens,
+            ranges.max_query_len,
+            ranges.max_context_len,
+        )
+
+
+def gate(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [N, I]."""
+    with torch.cuda.device_of(gate):
+        return silu_times(gate, up)
+
+
+def compile_kernels(cache: KVCache, num_heads: int, max_model_len: int) -> None:
+    """Compile every kernel of attention that a step of an engine with this cache may launch."""
+    with torch.cuda.device_of(cache.k):
+        warm_up(cache.k[0], cache.v[0], num_heads, max_model_len)
+
+
+TRITON = Backend(
+    name="triton",
+    build_view=build_ranges,
+    norm=normalize,
+    store=store_rotated,
+    attend=attend_in_place,
+    gate=gate,
+    warm_up=compile_kernels,
+)
