@@ -32,13 +32,13 @@ from typing import NamedTuple
 from shared.bench.suite import FIRST, RAGGED_MANY, SINGLE, SMOLLM, num_tokens
 from shared.bench.timing import NOISY, Timing, interleave, summary
 from shared.chapters import ROOT, find, first_with
-from shared.commands.install import CPU_INDEX
 from shared.programs import run
 from shared.results import write_row
 from shared.workloads import Request
 
 WORKS = {"single": SINGLE, "first": FIRST, "ragged": RAGGED_MANY}
 PEERS = ROOT / "build" / "peers"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch without CUDA
 MAX_LEN, MAX_SEQS = 1024, 64
 KV_GIB = 1
 Generate = Callable[[list[Request]], list[list[int]]]
