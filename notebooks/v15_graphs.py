@@ -299,7 +299,7 @@ plt.show()
 # A padding row has a context of 0 and the slot -1. Attention has no keys for it.
 #
 # **Predict.** What does attention return for a context of 0, with one split, and with two? (To combine two splits, the kernel subtracts
-# the largest of their logarithms from each. Here both are minus infinity.) Does it matter?
+# the largest of their logarithms from each. Here both are minus infinity.) And if a padding row were NaN, would it matter?
 
 # %%
 with np.errstate(invalid="ignore"):
@@ -314,8 +314,9 @@ print("rows of a product that are NaN:", (broken @ weight).isnan().any(-1).tolis
 assert torch.equal((broken @ weight)[:2], (hidden @ weight)[:2])
 
 # %% [markdown]
-# With splits, a padding row's result is NaN, and stays so through all layers. No other row sees it: between attention and attention,
-# everything is computed row by row, and nothing is stored for a padding row, so no sequence attends to it.
+# Both are 0: where all logarithms are minus infinity, the kernel subtracts 0, because the difference of two infinities is NaN.
+# A NaN would stay in its row through all layers. No other row would see it: between attention and attention, everything is computed
+# row by row, and nothing is stored for a padding row, so no sequence attends to it.
 #
 # ## 6. Slot -1
 #

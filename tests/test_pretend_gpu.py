@@ -268,3 +268,39 @@ def test_views_are_recorded_as_what_they_are_views_of(gpu):
 def test_a_recording_within_a_recording_is_refused(gpu):
     with pytest.raises(AssertionError, match="a graph is being recorded already"):
         record(lambda: record(lambda: None))
+
+
+@pytest.mark.parametrize("target", ["cuda", "cuda:0", torch.device("cuda")])
+def test_the_devices_share_no_memory(gpu, target):
+    here = torch.arange(3.0)
+    x = here.to(target)
+    back = x.cpu()
+    here += 10
+    assert x.tolist() == back.tolist() == [0, 1, 2]
+    x += 20
+    assert back.tolist() == [0, 1, 2]
+
+
+def test_a_list_as_an_index_is_uploaded(gpu):
+    """As a tensor on the CPU is."""
+    x = there(3, 4)
+    for use in (lambda: x[[1]], lambda: x[[1], None], lambda: x.__setitem__([1], 4.0)):
+        gpu.clear()
+        use()
+        assert gpu == ["aten::index"]
+        with pytest.raises(RuntimeError, match="not permitted while a graph is recorded"):
+            record(use)
+
+
+def test_waiting_for_the_gpu_is_refused_while_recording(gpu):
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="synchronize is not permitted while a graph is recorded"):
+        record(torch.cuda.synchronize)
+
+
+def test_a_recording_takes_its_memory_from_the_pool_that_it_is_given(gpu):
+    first, second, third = (torch.cuda.CUDAGraph() for _ in range(3))
+    for graph, pool in ((first, None), (second, first.pool()), (third, None)):
+        with torch.cuda.graph(graph, pool=pool):
+            pass
+    assert first.pool() == second.pool() != third.pool()

@@ -313,7 +313,7 @@ class Engine:
         seq = Sequence(
             seq_id=0,
             prompt_ids=[0] * num_tokens,
-            params=SamplingParams(),
+            params=SamplingParams(seed=0),
             max_tokens=1,
             end_ids=(),
             stream=TextStream(self.tokenizer, None, ()),

@@ -112,6 +112,8 @@ def compute(func, args: tuple, kwargs: dict):
             launches.append(schema.name)
     if writes:
         return args[0]
+    if schema.name in MOVE and isinstance(args[0], OnGpu) != on_gpu:
+        result = result.clone()  # the devices share no memory
     return moved(result) if on_gpu else result
 
 
@@ -130,6 +132,7 @@ class Graph:
 
     def __init__(self):
         self.operations = []
+        self.memory_of = (id(self), 0)  # the pool
 
     def add(self, run: Callable, args: tuple, kwargs: dict, result=()) -> None:
         """Record an operation; result are the tensors that each replay fills, unless it writes to its arguments."""
@@ -145,7 +148,7 @@ class Graph:
                 tensor.copy_(value)
 
     def pool(self) -> tuple[int, int]:
-        return (id(self), 0)
+        return self.memory_of
 
 
 @contextlib.contextmanager
@@ -153,6 +156,8 @@ def record(graph: Graph, pool: tuple[int, int] | None = None) -> Iterator[None]:
     """Stands in for torch.cuda.graph."""
     assert not recording, "a graph is being recorded already"
     recording.append(graph)
+    if pool is not None:
+        graph.memory_of = pool
     try:
         yield
     finally:
@@ -173,6 +178,8 @@ class Calls(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if isinstance(kwargs.get("device"), str):
             kwargs["device"] = torch.device(kwargs["device"])
+        if func is Tensor.to and len(args) > 1 and isinstance(args[1], str):
+            args = (args[0], torch.device(args[1]), *args[2:])
         args, kwargs = tree_map_only(torch.device, lambda device: GPU if device.type == "cuda" else device, (args, kwargs))
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == GPU:
             cross([func.__name__])
@@ -188,7 +195,9 @@ class Calls(TorchFunctionMode):
             cross([func.__name__])
         elif func in (Tensor.__getitem__, Tensor.__setitem__):
             # Assigning to a slice is a copy, which may cross devices; assigning by indices may not.
-            picked = tensors_of(args[1])
+            # A list becomes a tensor of the CPU.
+            indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+            picked = [torch.tensor(index) if isinstance(index, list) else index for index in indices if isinstance(index, (list, Tensor))]
             refuse_mixed("aten::index", [args[0], *(() if isinstance(args[0], OnGpu) else picked)])
             cross("aten::index" for index in picked if not isinstance(index, OnGpu))
             if func is Tensor.__setitem__ and isinstance(args[2], Tensor):
@@ -248,7 +257,7 @@ def pretend_gpu() -> Iterator[list[str]]:
         "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=16),
         "device_of": lambda tensor: contextlib.nullcontext(),
         "device": lambda device: contextlib.nullcontext(),
-        "synchronize": lambda device=None: None,
+        "synchronize": lambda device=None: cross(["synchronize"] if recording else []),
         "CUDAGraph": Graph,
         "graph": record,
     }

@@ -69,8 +69,9 @@ def attend(out, lse, q, k_cache, v_cache, tables, starts, lens, *rest, GROUP: in
 
 
 def combine(out: Tensor, parts: Tensor, lse: Tensor, *_, **__) -> None:
-    weights = (lse - lse.amax(0)).exp()
-    out.copy_((parts * weights[..., None]).sum(0) / weights.sum(0)[..., None])
+    weights = (lse - lse.amax(0).nan_to_num(neginf=0.0)).exp()
+    total = weights.sum(0)
+    out.copy_((parts * weights[..., None]).sum(0) / total.where(total > 0, 1.0)[..., None])
 
 
 def gate(out: Tensor, gate: Tensor, up: Tensor, *_, **__) -> None:

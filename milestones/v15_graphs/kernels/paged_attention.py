@@ -163,13 +163,16 @@ def _combine_kernel(
     dim_mask = offs_d < HEAD_DIM
     rows = offs_x.to(tl.int64) * num_rows + r
     lse = tl.load(lse_ptr + rows, mask=split_mask, other=float("-inf"))
-    weights = tl.exp(lse - tl.max(lse, axis=0))
+    # for a row that only pads the batch, all are -inf: -inf - -inf would be NaN
+    lse_max = tl.max(lse, axis=0)
+    weights = tl.exp(lse - tl.where(lse_max == float("-inf"), 0.0, lse_max))
     parts = tl.load(
         parts_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :],
         mask=split_mask[:, None] & dim_mask[None, :],
         other=0.0,
     )
-    out = tl.sum(parts * weights[:, None], axis=0) / tl.sum(weights, axis=0)
+    weight_sum = tl.sum(weights, axis=0)
+    out = tl.sum(parts * weights[:, None], axis=0) / tl.where(weight_sum == 0.0, 1.0, weight_sum)
     tl.store(out_ptr + r * HEAD_DIM + offs_d, out.to(out_ptr.dtype.element_ty), mask=dim_mask)
 
 
