@@ -323,9 +323,10 @@ def test_a_replay_reads_every_field_of_the_rows(new_engine, gpu, Params, ids):
 
 @pytest.mark.gpu
 @needs_triton
-@pytest.mark.parametrize("max_num_seqs", [7, 12])
-def test_rows_that_pad_a_batch_read_and_write_nothing(new_engine, gpu, Params, ids, max_num_seqs):
+@pytest.mark.parametrize(("max_num_seqs", "min_split_keys"), [(7, 256), (12, 256), (7, 8)], ids=["7", "12", "splits"])
+def test_rows_that_pad_a_batch_read_and_write_nothing(new_engine, gpu, module, monkeypatch, Params, ids, max_num_seqs, min_split_keys):
     """All blocks that no request holds are NaN, the first and the last too; what is not used of the tables says the first."""
+    monkeypatch.setattr(module("kernels.paged_attention"), "MIN_SPLIT_KEYS", min_split_keys)
     engine = new_engine(max_num_seqs=max_num_seqs, enable_prefix_caching=False)
     engine.pool.free_ids.move_to_end(0)
     options = {"ignore_eos": True, "logprobs": 2}
@@ -471,7 +472,8 @@ def seen(engine):
     keys = dict(pool.key_of), {key: list(blocks) for key, blocks in pool.blocks_of.items()}
     counters = engine.num_requests, engine.num_steps, engine.num_resets, engine.num_positions
     owners = list(pool.free_ids), list(pool.num_owners)
-    return bits(engine).tolist(), owners, keys, seqs, queues, counters, engine.stats(), torch.get_rng_state().tolist()
+    generators = random.getstate(), torch.get_rng_state().tolist()
+    return bits(engine).tolist(), owners, keys, seqs, queues, counters, engine.stats(), generators
 
 
 @pytest.mark.gpu
@@ -811,7 +813,6 @@ def copied(args):
 
 @needs_triton
 @only_pretended
-@pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("name", ["llama-two-layers", "qwen3-two-layers"])
 def test_the_stand_ins_compute_what_the_kernels_compute(new_engine, module, monkeypatch, Params, ids, name):
     """Each launch of a few steps, of prompts and of single tokens, with split contexts, padding and NaN where no one reads."""
