@@ -601,6 +601,18 @@ def where(found: dict) -> str:
 Picture = tuple[str, Callable[[dict], str]]
 
 
+def own_time(found: dict[str, dict]) -> str:
+    """The engine's own time in a greedy decode step, by part, in the last chapters: one panel per number of sequences."""
+    last = [name for name in found if name >= "v13"]
+    panels = []
+    for size in (16, 64):
+        rows = {name: found[name][f"greedy {size}"] for name in last}
+        panels.append((f"{size} sequences: all but the model", [(name, row["own"], f"{row['own']:,.0f} µs ({row['own_share']:.0%})") for name, row in rows.items()]))
+        for what, part in (("building the batch", "build"), ("committing and detokenizing", "report"), ("scheduling", "schedule")):
+            panels.append((f"{size} sequences: {what}", [(name, row[part], f"{row[part]:,.0f} µs") for name, row in rows.items()]))
+    return bars(panels, "The engine's own microseconds in a decode step of pocket, and their share of it", 32, 190)
+
+
 def of_chapter(name: str) -> Callable[[dict], str]:
     """The chapter's timeline, on the scale of the longest one that batches requests."""
 
@@ -628,6 +640,7 @@ PICTURES: dict[str, Picture] = {
     "v10_where.svg": ("serving.json", where),
     "v13_gaps.svg": ("pieces.json", gaps),
     "v14_forms.svg": ("forms.json", forms),
+    "v15_own.svg": ("overhead.json", own_time),
 }
 
 # Pictures in which nothing depends on the machine.
