@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from shared.checkpoints import TWO_LAYERS, checkpoint
 from shared.verify import product
 from shared.verify.findable import uncached
-from shared.verify.pretend_gpu import READ, launches, pretend_gpu
+from shared.verify.pretend_gpu import READ, launches, pretend_gpu, recording
 from shared.verify.soak import audit
 from shared.workloads import random_ids
 from tests.claims.test_v06 import CHANGING, DEVICE, needs_triton
@@ -412,7 +412,20 @@ def test_a_pass_is_recorded_for_each_size_with_as_many_rows(new_engine, gpu, mod
     engine = new_engine(max_num_seqs=max_num_seqs)
     engine.warm_up()
     sizes = module("runner").choose_sizes(max_num_seqs)
-    assert {size: len(hidden) for size, (_, hidden) in engine.runner.recorded.items()} == {size: size for size in sizes}
+    # The largest first: what it needs of the pool suffices for the others.
+    assert [(size, len(hidden)) for size, (_, hidden) in engine.runner.recorded.items()] == [(size, size) for size in sizes[::-1]]
+
+
+@needs_triton
+@only_pretended
+def test_a_pass_runs_once_before_it_is_recorded_and_is_recorded_once(new_engine, gpu):
+    """What compiles or allocates when it first runs must not be recorded."""
+    engine, passes = new_engine(), []
+    engine.model.register_forward_pre_hook(lambda _model, args: passes.append((len(args[0].token_ids), bool(recording))))
+    engine.warm_up()
+    assert passes[-8:] == [(size, is_recorded) for size in (7, 4, 2, 1) for is_recorded in (False, True)]
+    engine.warm_up()
+    assert [is_recorded for _, is_recorded in passes].count(True) == 4
 
 
 # ---- warming up
