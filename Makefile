@@ -55,7 +55,7 @@ help:
 	@echo "  make bench          every chapter beside Hugging Face and the machine's limit: ten minutes on an idle machine"
 	@echo "  make bench-vNN      a chapter, the one before it, and Hugging Face"
 	@echo "  make bench-all      the same, then larger workloads and models: an hour on an idle machine"
-	@echo "  make bench-peers    on the CPU: v14 and the chapter before it beside Hugging Face, vLLM and OpenVINO, where these are installed"
+	@echo "  make bench-peers    on the CPU: v13 and v14 beside Hugging Face, vLLM and OpenVINO, where these are installed"
 	@echo "  make bench-gpu      on a GPU: every chapter beside Hugging Face and the memory bandwidth's limit; ARGS=--dry-run anywhere"
 	@echo "  make bench-attention  on a GPU: the attention kernel against torch and the memory bandwidth's limit; ARGS=--dry-run anywhere"
 	@echo "  make soak           thousands of requests with aborts, and an audit of the cache after every step"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from html import escape
 
 from shared import results
-from shared.chapters import Book
+from shared.chapters import CHAPTERS, Book, first_with
 from shared.workloads import SHARED_BLOCKS, TIGHT_BLOCKS, TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS
 
 STYLE = """\
@@ -491,6 +491,21 @@ def gaps(found: dict) -> str:
     return bars(panels, "Eight streams while a prompt of 1,900 tokens is computed, by the most tokens in a step", 50, 200)
 
 
+# ---- the engine's own time
+
+def own_time(found: dict[str, dict]) -> str:
+    """The engine's own time in a greedy decode step, and its parts, in the chapters that shorten a step and the one before them."""
+    first, last = first_with("linear").previous, first_with("graphs")
+    names = [chapter.id for chapter in CHAPTERS[first.number : last.number + 1]]
+    panels = []
+    for size in (16, 64):
+        rows = {name: found[name][f"greedy {size}"] for name in names}
+        panels.append((f"{size} sequences: all but the model", [(name, row["own"], f"{row['own']:,.0f} µs ({row['own_share']:.0%})") for name, row in rows.items()]))
+        for what, part in (("building the batch", "build"), ("committing and detokenizing", "report"), ("scheduling", "schedule")):
+            panels.append((f"{size} sequences: {what}", [(name, row[part], f"{row[part]:,.0f} µs") for name, row in rows.items()]))
+    return bars(panels, "The engine's own microseconds in a decode step of pocket, and their share of it", 32, 190)
+
+
 # ---- forms of weights
 
 # The forms that are drawn, as the picture names them.
@@ -599,18 +614,6 @@ def where(found: dict) -> str:
 # ---- what is drawn from which result
 
 Picture = tuple[str, Callable[[dict], str]]
-
-
-def own_time(found: dict[str, dict]) -> str:
-    """The engine's own time in a greedy decode step, by part, in the last chapters: one panel per number of sequences."""
-    last = [name for name in found if name >= "v13"]
-    panels = []
-    for size in (16, 64):
-        rows = {name: found[name][f"greedy {size}"] for name in last}
-        panels.append((f"{size} sequences: all but the model", [(name, row["own"], f"{row['own']:,.0f} µs ({row['own_share']:.0%})") for name, row in rows.items()]))
-        for what, part in (("building the batch", "build"), ("committing and detokenizing", "report"), ("scheduling", "schedule")):
-            panels.append((f"{size} sequences: {what}", [(name, row[part], f"{row[part]:,.0f} µs") for name, row in rows.items()]))
-    return bars(panels, "The engine's own microseconds in a decode step of pocket, and their share of it", 32, 190)
 
 
 def of_chapter(name: str) -> Callable[[dict], str]:

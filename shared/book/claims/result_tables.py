@@ -20,7 +20,7 @@
     step            where the time of a step goes, and what is left between it and the least it could take
     forms           the products of a step by number of rows, in each form of the weights
     step_levers     whole steps with one form or one lever changed at a time
-    engines         the last two chapters beside other engines on the CPU
+    engines         two chapters beside other engines on the CPU
     crowded         chats with one system prompt in a cache that is too small for all, by chapter
     prefix          chats with one system prompt, with and without a prefix cache
     turns           a conversation: positions computed per turn, with and without a prefix cache
@@ -594,8 +594,6 @@ def lever_of(name: str, before: str, after: str) -> str:
 
 
 ENGINES = "make bench-peers ARGS=--write"
-
-
 # The workloads and the other engines, as a table names them.
 ENGINE_WORKS = {"single": "single stream", "first": "first token of 512", "ragged": "32 ragged requests"}
 ENGINE_NAMES = {
