@@ -171,11 +171,11 @@ def choose_form(model: CausalLM) -> str:
     shapes = sorted({tuple(layer.weight.shape) for group in groups_of(model) for layer in group})
     dtype, threads = model.lm_head.weight.dtype, torch.get_num_threads()
     key = f"{processor()}; torch {torch.__version__}; {threads} threads; {dtype}; {shapes}; {names}"
-    known = read_choices()
-    if known.get(key) not in names:
-        known = {key: fastest(measure(model, names))}
-        write_choices(read_choices() | known)
-    return known[key]
+    form = read_choices().get(key)
+    if form not in names:
+        form = fastest(measure(model, names))
+        write_choices(read_choices() | {key: form})
+    return form
 
 
 @torch.inference_mode()
@@ -187,19 +187,19 @@ def measure(model: CausalLM, names: list[str]) -> dict[str, list[float]]:
         if sample and nbytes > SAMPLE_BYTES:
             break
         sample.append(group)
-    products = {name: [FORMS[name](*join(group)) for group in sample] for name in names if name != "plain"}
-    products["plain"] = [layer for group in sample for layer in group]
-    sizes = {name: [each.in_features for each in products["plain"]] if name == "plain" else [group[0].in_features for group in sample] for name in names}
+    # Each product with the size of its input.
+    products = {name: [(FORMS[name](*join(group)), group[0].in_features) for group in sample] for name in names if name != "plain"}
+    products["plain"] = [(layer, layer.in_features) for group in sample for layer in group]
     seconds = {name: [math.inf] * len(NUM_TOKENS) for name in names}
     end = time.perf_counter() + SECONDS
     num_rounds = 0
     while num_rounds < 2 or time.perf_counter() < end and num_rounds < 20:
         num_rounds += 1
         for i, num_tokens in enumerate(NUM_TOKENS):
-            inputs = {size: torch.randn(num_tokens, size, dtype=model.lm_head.weight.dtype) for size in sizes["plain"]}
+            inputs = {size: torch.randn(num_tokens, size, dtype=model.lm_head.weight.dtype) for _, size in products["plain"]}
             for name in names:
                 start = time.perf_counter()
-                for product, size in zip(products[name], sizes[name], strict=True):
+                for product, size in products[name]:
                     product(inputs[size])
                 seconds[name][i] = min(seconds[name][i], time.perf_counter() - start)
     return seconds

@@ -159,7 +159,7 @@ def build_batch(seqs: list[Sequence], cache: KVCache, backend: Backend) -> Batch
 
 
 def build_rectangles(seqs: list[Sequence]) -> list[Rectangle]:
-    """Group the sequences into rectangles: in each, the numbers of new tokens are equal, and lengths differ by less than half.
+    """Group the sequences into rectangles: in each, the numbers of new tokens are equal, and no length is twice another.
 
     A shorter sequence in a rectangle is padded. Up to MIN_LEN positions, that costs less than another rectangle.
     """

@@ -72,7 +72,7 @@ class Runner:
     def build(self, seqs: list[Sequence]) -> Batch:
         """The batch that feeds the last token of each sequence; valid until the next one is built."""
         num_seqs, block_size = len(seqs), self.cache.block_size
-        size = next((size for size in self.sizes if size >= num_seqs), num_seqs)
+        size = self.size_of(num_seqs)
         rows = self.arrays
         changed = self.update_tables(seqs)
         positions = rows.positions[:num_seqs]
@@ -93,6 +93,10 @@ class Runner:
         new_blocks = move(torch.from_numpy(blocks[offsets == 0]), self.device)
         draws = [Draw(seq, len(seq.token_ids)) for seq in seqs]
         return self.batch_of(num_seqs, draws, new_blocks, max_context_len=int(rows.context_lens[:num_seqs].max()))
+
+    def size_of(self, num_seqs: int) -> int:
+        """The number of rows of a batch, with those that pad it; without recordings there are none."""
+        return next((size for size in self.sizes if size >= num_seqs), num_seqs)
 
     def update_tables(self, seqs: list[Sequence]) -> list[int]:
         """Write to each sequence's row what its block table has in addition; return the rows that have changed."""
@@ -127,10 +131,10 @@ class Runner:
 
     def run(self, batch: Batch) -> Tensor:
         """The final hidden states [S, E] of a batch from `build`."""
-        num_seqs = len(batch.draws)
-        size = next((size for size in self.sizes if size >= num_seqs), None)
-        if size is None:
+        if not self.sizes:
             return self.model(batch)
+        num_seqs = len(batch.draws)
+        size = self.size_of(num_seqs)
         if size not in self.recorded:
             self.record(size)
         graph, hidden = self.recorded[size]

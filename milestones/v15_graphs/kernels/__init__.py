@@ -2,6 +2,8 @@
 
 N tokens of this step   H query heads   KV key/value heads   D head_dim
 """
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,11 +14,14 @@ from .fused import rms_norm, rotate_and_write, silu_times
 from .paged_attention import paged_attention, warm_up
 
 
-def normalize(hidden: Tensor, weight: Tensor, eps: float, result: Tensor | None = None) -> Tensor:
-    """RMSNorm of hidden [N, E], to which result [N, E] is added first, in place."""
-    # Triton launches on the thread's current GPU, wherever the tensors are.
-    with torch.cuda.device_of(hidden):
-        return rms_norm(hidden, weight, eps, result)
+def where_it_is(function: Callable) -> Callable:
+    """The function, called with the GPU of its first argument as the current one."""
+
+    def call(tensor: Tensor, *args) -> Tensor:
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *args)
+
+    return call
 
 
 def store_rotated(
@@ -40,6 +45,7 @@ def attend_in_place(q: Tensor, layer_id: int, batch: Batch) -> Tensor:
     """Attend to the blocks in place: q [N, H, D] to [N, H, D]."""
     [ranges] = batch.view
     k_cache, v_cache = batch.cache.k[layer_id], batch.cache.v[layer_id]
+    # Triton launches on the thread's current GPU, wherever the tensors are.
     with torch.cuda.device_of(q):
         return paged_attention(
             q,
@@ -53,12 +59,6 @@ def attend_in_place(q: Tensor, layer_id: int, batch: Batch) -> Tensor:
         )
 
 
-def gate(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, [N, I]."""
-    with torch.cuda.device_of(gate):
-        return silu_times(gate, up)
-
-
 def compile_kernels(cache: KVCache, num_heads: int, max_model_len: int) -> None:
     """Compile every kernel of attention that a step of an engine with this cache may launch."""
     with torch.cuda.device_of(cache.k):
@@ -69,9 +69,9 @@ TRITON = Backend(
     name="triton",
     build_view=build_ranges,
     view_rows=ranges_of_rows,
-    norm=normalize,
+    norm=where_it_is(rms_norm),
     store=store_rotated,
     attend=attend_in_place,
-    gate=gate,
+    gate=where_it_is(silu_times),
     warm_up=compile_kernels,
 )
