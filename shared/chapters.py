@@ -214,8 +214,13 @@ CONTENTS = (
     ),
     Row(
         name="v15_graphs",
-        idea="A decode step launches the same kernels every time, and Python takes longer to launch them than they run. Keep its tensors, record it once, and replay it.",
+        idea="A decode step launches the same kernels every time, and Python takes longer to launch them than the GPU takes to run them. Keep the step's tensors in place, record it once, and replay it.",
         adds=frozenset({"graphs"}),
+    ),
+    Row(
+        name="v16_same_bits",
+        idea="Floating-point addition is not associative, and libraries choose the order of a sum by the size of the batch. Fix the order, and a request's numbers no longer depend on its company.",
+        adds=frozenset({"exact"}),
     ),
 )
 

@@ -19,6 +19,7 @@ def exercise(chapter):
     if has_kernels and interpreter_fault():
         pytest.skip(interpreter_fault())
     ways = [{"attention": "torch"}, {"attention": "triton"}] if has_kernels else [{}]
+    ways += [{"exact": True}] if "exact" in chapter.capabilities else []
     for name, options in itertools.product(("llama3", "qwen2", "qwen3"), ways):
         engine = package.Engine(checkpoint(name), **options)
         params = [

@@ -1,4 +1,4 @@
-// The scripts of the site's own pages: show a name's values, fold and unfold code, replay a run. No libraries, no network.
+// The scripts of the site's own pages: show a name's values, fold and unfold code, replay a run, compare bits. No libraries, no network.
 (() => {
   "use strict";
 
@@ -32,6 +32,55 @@
   }
   const data = document.getElementById("replay-data");
   if (data) replay(document.getElementById("replay"), JSON.parse(data.textContent));
+
+  const recorded = document.getElementById("bits-data");
+  if (recorded) bits(document.getElementById("bits"), JSON.parse(recorded.textContent));
+
+  // ---- one request's numbers, beside others
+  function bits(root, numbers) {
+    const ways = { fastest: "exact off", exact: "exact on" };
+    const counts = Object.keys(numbers.exact).map(Number).sort((a, b) => a - b);
+    root.innerHTML = `<div class="controls"><input type="range" min="0" max="${counts.length - 1}" value="0" aria-label="other requests"><span><output></output></span></div>
+      <div class="ways"></div>`;
+    const slider = root.querySelector("input"), output = root.querySelector("output"), tables = root.querySelector(".ways");
+    const cell = (row, text, kind) => {
+      const added = row.insertCell();
+      added.textContent = text;
+      if (kind) added.className = kind;
+    };
+    // Each digit that is not the one of the request alone is marked.
+    const digits = (row, value, alone) => {
+      const added = row.insertCell();
+      for (const [index, digit] of [...value].entries()) {
+        const part = document.createElement(digit === alone[index] ? "span" : "mark");
+        part.textContent = digit;
+        added.append(part);
+      }
+    };
+    function draw() {
+      const count = counts[slider.value];
+      output.textContent = count === 0 ? "alone" : count === 1 ? "beside 1 other request" : `beside ${count} other requests`;
+      tables.replaceChildren(...Object.entries(ways).map(([way, label]) => {
+        const rows = numbers[way][count], alone = Object.fromEntries(numbers[way][0].map((each) => [each.token, each.bits]));
+        const seen = new Set(counts.filter((each) => each <= count).map((each) => numbers[way][each].map((token) => token.bits).join()));
+        const section = document.createElement("section"), head = document.createElement("h3"), table = document.createElement("table");
+        head.textContent = label;
+        table.className = "numbers";
+        for (const each of rows) {
+          const row = table.insertRow();
+          cell(row, JSON.stringify(each.token), "token");
+          cell(row, each.logprob.toPrecision(9), "number");
+          digits(row, each.bits, alone[each.token] || "");
+        }
+        const told = document.createElement("p");
+        told.textContent = `${seen.size} ${seen.size === 1 ? "kind" : "kinds"} of numbers so far`;
+        section.append(head, table, told);
+        return section;
+      }));
+    }
+    slider.addEventListener("input", draw);
+    draw();
+  }
 
   // ---- a run, replayed
   function replay(root, traces) {

@@ -28,6 +28,7 @@ LLAMA = {"GROUP": 4, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 16, "HEAD_DIM": 64, "PADDE
 QWEN = LLAMA | {"GROUP": 2, "HEAD_DIM": 128, "PADDED_DIM": 128}
 DECODE, PREFILL = {"TILE_ROWS": 16}, {"TILE_ROWS": 64}
 ROTATE_LLAMA = {"NORM": False, "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HALF": 32, "PADDED_HALF": 32, "num_warps": 1}
+PRODUCT = {"BIAS": False, "SIZE_IN": 2048, "SIZE_OUT": 2048, "TILE_OUT": 64, "TILE_IN": 64}
 ROTATE_QWEN = ROTATE_LLAMA | {"NORM": True, "NUM_HEADS": 16, "HALF": 64, "PADDED_HALF": 64}
 # Each kernel with the module it is in and its constants, then the model's dtype and that of the output: splits write
 # float32 parts.
@@ -44,6 +45,9 @@ KERNELS = {
     "llama_rotate": ("fused", "_rotate_kernel", ROTATE_LLAMA),
     "qwen_rotate": ("fused", "_rotate_kernel", ROTATE_QWEN),
     "llama_gate": ("fused", "_gate_kernel", {"SIZE": 8192, "TILE": 1024}),
+    "llama_product_few": ("product", "_product_kernel", PRODUCT | {"TILE_ROWS": 16}),
+    "llama_product_many": ("product", "_product_kernel", PRODUCT | {"TILE_ROWS": 64}),
+    "llama_product_float32": ("product", "_product_kernel", PRODUCT | {"TILE_ROWS": 32, "TILE_IN": 32}, "fp32"),
 }
 TYPES = {
     "block_tables_ptr": "*i32",
@@ -79,9 +83,12 @@ def compiled(
     module = importlib.import_module(f"milestones.{chapter.name}.kernels.{file}")
     function = getattr(module, kernel)
     options = {"num_warps": constants["num_warps"]} if "num_warps" in constants else {}
-    constants = {name: value for name, value in constants.items() if name not in options}
+    # A later version of a kernel may no longer have all of them.
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    tile_dtype = {"bf16": triton.language.bfloat16, "fp32": triton.language.float32}[dtype]
+    if kernel == "_product_kernel":
+        constants = constants | {"TILE_DTYPE": tile_dtype}
     if kernel == "_attend_kernel":
-        tile_dtype = {"bf16": triton.language.bfloat16, "fp32": triton.language.float32}[dtype]
         tile_keys = module.choose_tile(constants["PADDED_DIM"], tile_dtype.primitive_bitwidth // 8)
         constants = constants | {"TILE_KEYS": tile_keys, "TILE_DTYPE": tile_dtype}
     types = {name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in function.arg_names} | TYPES

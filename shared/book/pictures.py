@@ -506,6 +506,39 @@ def own_time(found: dict[str, dict]) -> str:
     return bars(panels, "The engine's own microseconds in a decode step of pocket, and their share of it", 32, 190)
 
 
+# ---- one request's numbers
+
+def bits(found: dict) -> str:
+    """How far the log-probabilities of one request's likeliest tokens move from those alone, by the number of others, with exact off and on."""
+    numbers = found["numbers"]
+    counts = sorted(map(int, numbers["exact"]))
+    title = "How far one request's log-probabilities move, by the number of other requests"
+    tokens = [each["token"] for each in numbers["exact"]["0"]][:4]
+    moved = {}
+    for way in ("fastest", "exact"):
+        alone = {each["token"]: each["logprob"] for each in numbers[way]["0"]}
+        moved[way] = [(count, each["token"], 1e6 * (each["logprob"] - alone[each["token"]])) for count in counts for each in numbers[way][str(count)] if each["token"] in tokens]
+    most = max(1, math.ceil(max(abs(value) for each in moved.values() for _, _, value in each)))
+    top, bottom = 86, 300
+    body = [text(16, 22, title, "head")]
+    for number, token in enumerate(tokens):
+        body += [f'<circle class="dot{number}" cx="{64 + 110 * number}" cy="46" r="4"/>', text(74 + 110 * number, 50, repr(token))]
+    for way, left in (("fastest", 56), ("exact", 400)):
+        right = left + 284
+        body.append(text(left, top - 14, "exact off, millionths" if way == "fastest" else "exact on, millionths", "small"))
+        for value in (-most, 0, most):
+            y = (top + bottom) / 2 - value / most * (bottom - top) / 2
+            body += [f'<path class="grid" d="M{left} {y:g}H{right}"/>', text(left - 6, y + 4, value, "small", "end")]
+        place = {count: left + 12 + index * (right - left - 24) / (len(counts) - 1) for index, count in enumerate(counts)}
+        body += [text(x, bottom + 16, count, "small", "middle") for count, x in place.items()]
+        body.append(text((left + right) / 2, bottom + 34, "other requests", "small", "middle"))
+        for count, token, value in moved[way]:
+            number = tokens.index(token)
+            y = (top + bottom) / 2 - value / most * (bottom - top) / 2
+            body.append(f'<circle class="dot{number}" cx="{place[count] + 2 * number - 3:g}" cy="{y:g}" r="2.5"/>')
+    return svg(700, bottom + 46, title, body)
+
+
 # ---- forms of weights
 
 # The forms that are drawn, as the picture names them.
@@ -644,6 +677,7 @@ PICTURES: dict[str, Picture] = {
     "v13_gaps.svg": ("pieces.json", gaps),
     "v14_forms.svg": ("forms.json", forms),
     "v15_own.svg": ("overhead.json", own_time),
+    "v16_bits.svg": ("exact.json", bits),
 }
 
 # Pictures in which nothing depends on the machine.

@@ -238,6 +238,15 @@ def launch_interpreted(run: Callable) -> Callable:
     return launch
 
 
+def dot_in_order(builder, a, b, d, *precision):
+    """Stands in for the interpreter's tl.dot: each element of the product is summed in the same order, as on a GPU.
+
+    The interpreter's own is NumPy's, whose order depends on an element's place and on the shape.
+    """
+    product = (a.data[:, :, None].astype(d.data.dtype) * b.data[None].astype(d.data.dtype)).sum(1)
+    return type(a)(product + d.data, d.dtype.scalar)
+
+
 @contextlib.contextmanager
 def pretend_gpu() -> Iterator[list[str]]:
     """While entered, cuda:0 exists, has 8 GiB, and computes on the CPU, and Triton's interpreter runs kernels on it.
@@ -265,9 +274,10 @@ def pretend_gpu() -> Iterator[list[str]]:
         for name, stand_in in there.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         if importlib.util.find_spec("triton") is not None:
-            from triton.runtime.interpreter import InterpretedFunction
+            from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
             stack.enter_context(mock.patch.object(InterpretedFunction, "run", launch_interpreted(InterpretedFunction.run)))
+            stack.enter_context(mock.patch.object(InterpreterBuilder, "create_dot", dot_in_order))
         stack.enter_context(Calls())
         stack.enter_context(Operations())
         yield crossings

@@ -27,11 +27,12 @@ ADDED_BY = dict.fromkeys(("priority", "swap_bytes", "reserve_tokens"), "preempti
 ADDED_BY |= dict.fromkeys(("cache_salt", "enable_prefix_caching"), "prefix_cache")
 ADDED_BY["max_num_batched_tokens"] = "chunked_prefill"
 ADDED_BY["linear"] = "linear"
+ADDED_BY["exact"] = "exact"
 # Two random ones, whose tokenizers differ, and a trained one, which ends its texts.
 MODELS = ("llama", "mistral", "pocket")
 # Common enough to end many texts; some of them begin in one token and end in another.
 STOP_STRINGS = ("at", "e", "en", "ok", "s ", " t", "th", "?!")
-# Logprobs are sums of float32 in an order that depends on the batch.
+# Logprobs are sums of float32 in an order that depends on the batch, unless the engine is exact.
 TOLERANCE = 2e-4
 # Far more steps than a round takes.
 MOST_STEPS = 5000
@@ -59,7 +60,7 @@ class Plan:
     """One round: its requests, the options of the engine that runs them, and the steps that fail."""
 
     requests: list[Planned]
-    options: dict[str, int | str]
+    options: dict[str, int | str | bool]
     faults: dict[int, str]  # by step: the method that raises in it
 
 
@@ -303,7 +304,7 @@ def ending(result: Result) -> str:
 # ---- comparing it
 
 
-def compare(result: Result, alone) -> None:
+def compare(result: Result, alone, tolerance: float = TOLERANCE) -> None:
     """AssertionError unless a request's result is what it generates alone or, if it was cut short, the beginning of it."""
     count = len(result.token_ids)
     tokens = f"tokens {result.token_ids}, alone {alone.token_ids}"
@@ -316,12 +317,12 @@ def compare(result: Result, alone) -> None:
         assert result.text == alone.text, f"text {result.text!r}, alone {alone.text!r}"
         reasons = [(each.finish_reason, each.stop_reason) for each in (result, alone)]
         assert reasons[0] == reasons[1], f"finished by {reasons[0]}, alone by {reasons[1]}"
-    compare_logprobs(result.logprobs, (alone.logprobs or [None] * count)[:count])
-    compare_logprobs(result.prompt_logprobs or [], alone.prompt_logprobs or [])
+    compare_logprobs(result.logprobs, (alone.logprobs or [None] * count)[:count], tolerance)
+    compare_logprobs(result.prompt_logprobs or [], alone.prompt_logprobs or [], tolerance)
 
 
-def compare_logprobs(result: list[dict[int, float] | None], alone: list[dict[int, float] | None]) -> None:
-    """AssertionError unless both have the same logprobs at each position, up to rounding.
+def compare_logprobs(result: list[dict[int, float] | None], alone: list[dict[int, float] | None], tolerance: float) -> None:
+    """AssertionError unless both have the same logprobs at each position, up to the tolerance; with 0, the same bits.
 
     The likeliest tokens may differ in the last one, if another is as likely.
     """
@@ -329,45 +330,64 @@ def compare_logprobs(result: list[dict[int, float] | None], alone: list[dict[int
     for position, (ours, its) in enumerate(zip(result, alone)):
         message = f"logprobs at {position}: {ours}, alone {its}"
         assert (ours is None) == (its is None), message
-        if ours is not None:
+        if not tolerance:
+            assert ours == its, message
+        elif ours is not None:
             assert len(ours) == len(its), message
             least = min(ours.values()), min(its.values())
             for token_id in ours.keys() | its.keys():
-                assert abs(ours.get(token_id, least[0]) - its.get(token_id, least[1])) <= TOLERANCE, message
+                assert abs(ours.get(token_id, least[0]) - its.get(token_id, least[1])) <= tolerance, message
 
 
 # ---- rounds
 
 
-def rounds(chapter: Chapter, seeds: Iterable[int]) -> Counter:
-    """Run a round per seed; how often each event occurred. An exception has a note with the seed."""
+def rounds(chapter: Chapter, seeds: Iterable[int], names: tuple[str, ...] = MODELS) -> Counter:
+    """Run a round per seed, with the checkpoints in turn; how often each event occurred. An exception has a note with the seed."""
     events, roomy = Counter(), {}
     for seed in seeds:
-        name = MODELS[seed % len(MODELS)]
-        if name not in roomy:
-            options = {"num_blocks": 64, "linear": "plain"} | uncached(chapter)
-            roomy[name] = make_engine(chapter, name, **available(options, chapter))
+        name = names[seed % len(names)]
         try:
-            events += run_round(chapter, seed, name, roomy[name])
+            events += run_round(chapter, seed, name, roomy)
         except Exception as error:
             error.add_note(f"to see it again: python -m shared.verify.product {chapter.id} --seed {seed} --rounds 1")
             raise
     return events
 
 
-def run_round(chapter: Chapter, seed: int, name: str, roomy) -> Counter:
-    """Run one plan, and compare each of its requests with itself alone in the engine roomy."""
-    plan = make_plan(seed, chapter, roomy)
+def roomy_engine(chapter: Chapter, name: str, roomy: dict, **options):
+    """An engine for requests that run alone, on a cache that is large enough and finds nothing; kept in roomy."""
+    key = name, *options.items()
+    if key not in roomy:
+        roomy[key] = make_engine(chapter, name, **available({"num_blocks": 64} | options, chapter), **uncached(chapter))
+    return roomy[key]
+
+
+def run_round(chapter: Chapter, seed: int, name: str, roomy: dict) -> Counter:
+    """Run one plan, and once more exactly where that exists, and compare each request with itself alone in an engine of roomy."""
+    plain = roomy_engine(chapter, name, roomy, linear="plain")
+    plan = make_plan(seed, chapter, plain)
+    events = compare_plan(chapter, name, plan, plain, TOLERANCE)
+    if "exact" in chapter.capabilities:
+        # An exact engine chooses the form itself.
+        options = {option: value for option, value in plan.options.items() if option != "linear"} | {"exact": True}
+        events += compare_plan(chapter, name, replace(plan, options=options), roomy_engine(chapter, name, roomy, exact=True), 0)
+    return events
+
+
+def compare_plan(chapter: Chapter, name: str, plan: Plan, reference, tolerance: float) -> Counter:
+    """Run one plan, and compare each of its requests with itself alone in the engine reference."""
     engine = make_engine(chapter, name, **plan.options)
     results, events = run_plan(engine, plan)
+    events["exact engines"] += plan.options.get("exact", False)
     if "linear" in chapter.capabilities:
         events[f"engines with linear layers {engine.linear}"] += 1
     for index, (request, result) in enumerate(zip(plan.requests, results)):
         if not result.token_ids:
             continue  # aborted or failed before its first token
-        [alone] = roomy.generate([request.prompt_ids], request.params)
+        [alone] = reference.generate([request.prompt_ids], request.params)
         try:
-            compare(result, alone)
+            compare(result, alone, tolerance)
         except AssertionError as error:
             error.add_note(f"request {index}: {request}, in an engine with {plan.options}")
             raise

@@ -51,9 +51,9 @@ def code_of(chapter):
     return {name: inspect.getsource(kernel.fn) for name, kernel in kernels.items()}
 
 
-def names_of(chapter):
-    """The names of all kernels of a chapter."""
-    return set(code_of(chapter))
+def names_of(chapter, exact=False):
+    """The names of all kernels that a chapter's engine launches; some only if it is exact."""
+    return set(code_of(chapter)) - (set() if exact else {"_product_kernel"})
 
 
 def paged(lengths, num_heads, num_kv_heads, head_dim, block_size, dtype=torch.float32):
@@ -376,17 +376,18 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(chapter, target):
     assert done.returncode == 0, done.stderr
     found = {name: rows[target] for name, rows in json.loads(done.stdout).items()}
     kernel_of = {name: bench_kernels.KERNELS[name][1] for name in found}
-    assert set(kernel_of.values()) == names_of(chapter)
+    assert set(kernel_of.values()) == names_of(chapter, exact=True)
     # What is committed was compiled from the first chapter that has the kernel.
     first = {name: each for each in reversed(CHAPTERS) for name in bench_kernels.kernels_of(each)}
     same = [name for name, kernel in kernel_of.items() if code_of(first[name])[kernel] == code_of(chapter)[kernel]]
-    assert len(same) >= 7
+    assert len(same) >= 5
     committed = json.loads((ROOT / "docs" / "results" / "kernels.json").read_text())
     if importlib.metadata.version("triton") == committed["triton"]:
         assert {name: found[name] for name in same} == {name: committed[name][target] for name in same}
     for name, row in found.items():
         assert row["shared_bytes"] <= SHARED_KIB[target] * 2**10, f"{name} for {target} does not fit"
-        if "prefill" not in name and (target in ("sm_80", "sm_90") or "decode" not in name):
+        # sm_75 does not multiply bfloat16 itself.
+        if "prefill" not in name and (target in ("sm_80", "sm_90") or not ("decode" in name or "product" in name)):
             assert row["stack_bytes"] == 0, f"{name} for {target} spills"
 
 

@@ -97,6 +97,23 @@ def test_the_run_is_replayed(open_page):
     assert drawn
 
 
+def test_one_request_s_bits_change_with_its_company_unless_exact_is_on(open_page):
+    page = open_page("docs/bits/")
+    slider, told = page.locator(".bits input"), page.locator(".bits section p")
+    assert page.locator(".bits output").inner_text() == "alone"
+    assert page.locator(".bits mark").count() == 0
+    assert told.all_inner_texts() == ["1 kind of numbers so far"] * 2
+    marked = []
+    for place in range(int(slider.get_attribute("max")) + 1):
+        slider.evaluate("(each, value) => { each.value = value; each.dispatchEvent(new Event('input')); }", place)
+        off, on = page.locator(".bits section").all()
+        marked.append(off.locator("mark").count())
+        assert on.locator("mark").count() == 0
+        assert all(len(row.inner_text().split("\t")[-1].strip()) == 8 for row in off.locator("tr").all())
+    assert sum(map(bool, marked)) > len(marked) / 2
+    assert told.nth(0).inner_text() != "1 kind of numbers so far" == told.nth(1).inner_text()
+
+
 def test_search_finds_a_block_table(open_page):
     page = open_page("")
     page.locator(".md-search__input").first.click()

@@ -18,6 +18,8 @@
     pieces          throughput by the most tokens in a step
     memory          what steps need, by the most tokens in a step and the number of long prompts
     step            where the time of a step goes, and what is left between it and the least it could take
+    exact           a step with exact on, beside the chapter before and plain products
+    differing       the log-probabilities and texts that differ between a request alone and in company
     forms           the products of a step by number of rows, in each form of the weights
     step_levers     whole steps with one form or one lever changed at a time
     engines         two chapters beside other engines on the CPU
@@ -593,6 +595,45 @@ def lever_of(name: str, before: str, after: str) -> str:
     return f"{after}, {form}, {LEVER_NAMES[lever]}" if lever else f"{after}, {form}"
 
 
+EXACT = "python -m shared.bench.exact --write"
+# The contestants and settings, as a table names them.
+EXACT_NAMES = {"before": "{before}, fastest form", "plain": "PyTorch's own products", "exact": "exact"}
+SETTING_NAMES = {"plain": "plain", "fastest": "the fastest form", "exact": "exact"}
+
+
+def exact(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per contestant and model: milliseconds of a step, and the ratios of exact to the others."""
+    rows = results.read(book.results / "exact.json", EXACT)
+    cited = results.cited(rows)["price"]
+    works = list(next(iter(cited.values())))
+    heads = [f"prompt of {work.partition('-')[2]}" if work.startswith("prompt") else words_of(work) for work in works]
+    lines = ["| ms per step | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for kind, row in rows.items():
+        before = min(row["code"])
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* |" + " |" * len(works))
+        for model_name, found in row["price"].items():
+            for name, words in EXACT_NAMES.items():
+                cells = [milliseconds(found[work][name]["cpu_ms"]) for work in works]
+                lines.append(f"| {model_name}: {words.format(before=before)} | {' | '.join(cells)} |")
+            for name in ("before", "plain"):
+                cells = [f"{found[work][f'exact_to_{name}']:.2f}" for work in works]
+                lines.append(f"| {model_name}: exact / {before if name == 'before' else name} | {' | '.join(cells)} |")
+    return lines
+
+
+def differing(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per checkpoint and setting: how much differs between requests alone and in company."""
+    rows = results.read(book.results / "exact.json", EXACT)
+    lines = ["| | weights | log-probabilities that differ | at most by | texts that differ |", "|---|---|---:|---:|---:|"]
+    for kind, row in rows.items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | | | | |")
+        for label, settings in row["differences"].items():
+            for name, found in settings.items():
+                share = f"{found['logprobs_differ']:,} of {found['logprobs']:,}"
+                lines.append(f"| {label}: {SETTING_NAMES[name]} | {found['linear']} | {share} | {found['largest']:.2g} | {found['texts_differ']} of {found['texts']} |")
+    return lines
+
+
 ENGINES = "make bench-peers ARGS=--write"
 # The workloads and the other engines, as a table names them.
 ENGINE_WORKS = {"single": "single stream", "first": "first token of 512", "ragged": "32 ragged requests"}
@@ -647,6 +688,8 @@ TABLES = {
     "pieces": pieces,
     "memory": memory,
     "step": step,
+    "exact": exact,
+    "differing": differing,
     "forms": forms,
     "step_levers": step_levers,
     "engines": engines,

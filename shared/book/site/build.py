@@ -5,7 +5,7 @@
 
 Pages have the same paths as the texts in the repository, so links work in both. A link to a chapter's Python file leads to
 a page that shows it. Generated here are each chapter's explained diff (`diff_pages`) and its files, and for all chapters
-together a run to replay and the table of seeded bugs.
+together a run to replay, one request's numbers in growing company, and the table of seeded bugs.
 
 Reads: texts, chapters, docs/results, docs/pictures. Writes: build/site.
 """
@@ -24,6 +24,7 @@ import urllib.parse
 from html import escape
 from pathlib import Path
 
+from shared import results
 from shared.book.claims.markdown import fenced
 from shared.book.site import diff_pages
 from shared.book.site.line_values import Values, record
@@ -62,6 +63,8 @@ def assemble(book: Book, pages: Path, values: dict[str, Values]) -> None:
             name = diff_pages.file_page(path.relative_to(chapter.path).as_posix())
             put(at / "files" / f"{name}.md", diff_pages.file(chapter, path, values))
     put(pages / "docs" / "trace.md", trace_page(book))
+    if (book.results / "exact.json").is_file():
+        put(pages / "docs" / "bits.md", bits_page(book))
     put(pages / "docs" / "traps.md", traps_page(book, says))
 
 
@@ -151,6 +154,32 @@ slab. (`make trace` records the same run in a terminal.)
 <div id="replay" class="replay"><p>This page requires JavaScript, which is turned off.</p></div>
 
 <script type="application/json" id="replay-data">{data}</script>
+"""
+
+
+# ---- one request's numbers
+
+def bits_page(book: Book) -> str:
+    """A page on which one request's log-probabilities are read beside any number of other requests, with exact off and on."""
+    rows = results.rows_of(book.results / "exact.json")
+    row = results.cited(rows)
+    kind = next(each for each, found in rows.items() if found is row)
+    numbers = row["numbers"]
+    data = json.dumps(numbers, separators=(",", ":")).replace("</", "<\\/")
+    most = max(map(int, numbers["exact"]))
+    return f"""# The same bits
+
+The bundled model continues "{numbers["prompt"]}" with the likeliest tokens. Below are the five likeliest for token {numbers["place"]}, each with its
+log-probability, and the 32 bits of that number in hexadecimal. Drag the slider: other requests run beside this one, from
+none to {most}. Bits that are not those of the request alone are marked. The text is the same each time, and the numbers
+should be, too: nothing about the request has changed.
+
+<div id="bits" class="bits"><p>This page requires JavaScript, which is turned off.</p></div>
+
+(Recorded on {results.origin(kind, row)}{results.age(row, book)}, by `python -m shared.bench.exact --write`; with exact off, the weights are stored as {numbers["fastest_linear"]}, with
+exact on as {numbers["exact_linear"]}. Why the bits change, and how they are kept: [v16](../milestones/{book.first_with("exact").name}/README.md).)
+
+<script type="application/json" id="bits-data">{data}</script>
 """
 
 
