@@ -440,7 +440,7 @@ assert list(found.values()) == [False, False, True]
 
 # %%
 candidates = exact.candidates
-exact.candidates = lambda model, config, backend, block_size: [("planted", planted({1}), chosen.backend)]
+exact.candidates = lambda *_: [exact.Candidate("planted", planted({1}), chosen.backend, chosen.backend)]
 try:
     make_engine(v16, exact=True)
     raise AssertionError("an engine that is not exact has started")

@@ -145,7 +145,7 @@ class Engine:
         )
         self.exact = exact
         if exact:
-            self.linear, self.backend = make_exact(self.model, self.config, self.backend, linear, block_size)
+            self.linear, self.backend = make_exact(self.model, self.config, self.backend, linear, block_size, self.max_model_len)
         else:
             self.linear = store_weights(self.model, linear)
         self.tokenizer = load_tokenizer(model_dir)

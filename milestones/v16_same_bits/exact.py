@@ -34,7 +34,7 @@ class PaddedBlocks(Blocks):
     """Blocks, multiplied with at least two rows: for a single row, oneDNN divides long sums in another way."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        if len(x) > 1:
+        if len(x) != 1:
             return super().__call__(x)
         return super().__call__(F.pad(x, (0, 0, 0, 1)))[:1]
 
@@ -130,7 +130,8 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
 
     F.silu takes another exponential for the elements after the last whole vector; which they are depends on N.
     """
-    return gate / (1 + torch.exp(-gate)) * up
+    wide = gate.float()
+    return (wide / (1 + torch.exp(-wide))).to(gate.dtype) * up
 
 
 def torch_exactly(config: ModelConfig, block_size: int, multiple: int, dtype: torch.dtype) -> Backend:
@@ -144,25 +145,45 @@ def torch_exactly(config: ModelConfig, block_size: int, multiple: int, dtype: to
     )
 
 
-def candidates(model: CausalLM, config: ModelConfig, backend: Backend, block_size: int) -> Iterator[tuple[str, Callable, Backend]]:
-    """Forms of the weights, each with a name and a backend, that may be exact on this machine; the fastest first."""
+class Candidate(NamedTuple):
+    """What may be exact on this machine."""
+
+    name: str
+    form: Callable  # of the weights
+    backend: Backend
+    tried: Backend  # the backend, or one with shorter splits, so that the experiment has several
+
+
+def candidates(model: CausalLM, config: ModelConfig, backend: Backend, block_size: int, max_model_len: int) -> Iterator[Candidate]:
+    """What may be exact on this machine, the fastest first."""
     weight = model.lm_head.weight
     if backend.name == "triton":
-        from .kernels import EXACT
-        from .kernels.product import RowProduct
+        from .kernels import exact_backend
+        from .kernels.paged_attention import MIN_SPLIT_KEYS, choose_split_keys
+        from .kernels.product import FEW, FewRowsProduct, RowProduct
 
-        yield "row tiles", RowProduct, EXACT
+        for form, tile_rows in ((RowProduct, None), (RowProduct, FEW), (FewRowsProduct, FEW)):
+            used, tried = (exact_backend(keys, tile_rows) for keys in (choose_split_keys(max_model_len), MIN_SPLIT_KEYS))
+            yield Candidate("row tiles", form, used, tried)
     elif weight.device.type == "cpu" and flash_attention is not None:
         for multiple in (4, TILE_ROWS):
+            tiles = torch_exactly(config, block_size, multiple, weight.dtype)
             for name, form in (("halves", Halves), ("blocks", PaddedBlocks)):
                 with suppress(ValueError):
                     check_form(model, name)
-                    yield name, form, torch_exactly(config, block_size, multiple, weight.dtype)
-        yield "row tiles", RowTiles, torch_exactly(config, block_size, TILE_ROWS, weight.dtype)
+                    yield Candidate(name, form, tiles, tiles)
+        yield Candidate("row tiles", RowTiles, tiles, tiles)
 
 
 @torch.inference_mode()
-def make_exact(model: CausalLM, config: ModelConfig, backend: Backend, linear: str, block_size: int) -> tuple[str, Backend]:
+def make_exact(
+    model: CausalLM,
+    config: ModelConfig,
+    backend: Backend,
+    linear: str,
+    block_size: int,
+    max_model_len: int,
+) -> tuple[str, Backend]:
     """Store the weights in a form whose products are exact; return its name, and a backend that is exact too.
 
     The parameters keep only names, shapes and dtypes, as in `store`.
@@ -174,14 +195,17 @@ def make_exact(model: CausalLM, config: ModelConfig, backend: Backend, linear: s
         raise ValueError(f"exact is True, which chooses the form of the weights, but linear is {linear!r}; leave one of them out")
     groups = list(groups_of(model))
     tried = groups[:4] + groups[-1:]  # those of the first layer, and the head
-    for name, form, exact in candidates(model, config, backend, block_size):
+    candidate = None
+    for candidate in candidates(model, config, backend, block_size, max_model_len):
         for group in tried:
-            use(form, group)
-        if is_exact(model, config, exact, block_size):
+            use(candidate.form, group)
+        if is_exact(model, config, candidate.tried, block_size):
             for group in groups:
-                store(form, group)
-            return name, exact
+                store(candidate.form, group)
+            return candidate.name, candidate.backend
     weight = model.lm_head.weight
+    if candidate is None:
+        raise ValueError(f"exact is True, but attention {backend.name} on {weight.device} has no exact form with this PyTorch; use attention triton on a GPU, or leave exact out")
     raise ValueError(
         f"exact is True, but with {weight.dtype} on {weight.device}, attention {backend.name} and {torch.get_num_threads()} threads, "
         f"every form of the weights on this machine gives the same tokens other bits in another batch; leave exact out"

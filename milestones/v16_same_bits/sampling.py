@@ -106,6 +106,26 @@ def sample(logits: Tensor, draws: list) -> Tensor:
     return token_ids.where(is_finite, NO_TOKEN)
 
 
+def likeliest(logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest values of each row [A, V], in descending order, and their token ids; of equal values, those with the smallest ids.
+
+    Returns:
+        [A, count] each. `topk` alone would take and order equal values in a way that depends on count.
+    """
+    values, ids = logprobs.topk(count)
+    if not count:
+        return values, ids
+    last = values[:, -1:]  # [A, 1]
+    if ((logprobs >= last).sum(-1) > count).any():
+        # Others are as large as the last one. No two of these keys are equal.
+        places = torch.arange(logprobs.shape[1], 0, -1, dtype=torch.int32, device=logprobs.device)
+        keys = torch.where(logprobs > last, places + len(places), torch.where(logprobs == last, places, 0))
+        ids = keys.topk(count).indices
+    ids = ids.sort(-1).values
+    values, order = logprobs.gather(1, ids).sort(descending=True, stable=True)
+    return values, ids.gather(1, order)
+
+
 def top_logprobs(logits: Tensor, draws: list, token_ids: list[int]) -> list[dict[int, float] | None]:
     """The log-probabilities of each draw's token and of the likeliest ones, by token id, or None for a draw.
 
@@ -120,8 +140,8 @@ def top_logprobs(logits: Tensor, draws: list, token_ids: list[int]) -> list[dict
         logprobs = logits[rows].log_softmax(-1)  # [A, V]
         own_ids = column([token_ids[row] for row in rows], logits, torch.int64)  # [A, 1]
         chosen = logprobs.gather(1, own_ids)[:, 0].tolist()
-        top = logprobs.topk(max(draws[row].seq.params.logprobs for row in rows))
-        for row, own, values, ids in zip(rows, chosen, top.values.tolist(), top.indices.tolist(), strict=True):
+        values, ids = likeliest(logprobs, max(draws[row].seq.params.logprobs for row in rows))
+        for row, own, values, ids in zip(rows, chosen, values.tolist(), ids.tolist(), strict=True):
             count = draws[row].seq.params.logprobs
             reported[row] = {token_ids[row]: own} | dict(zip(ids[:count], values[:count], strict=True))
     return reported

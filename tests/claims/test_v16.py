@@ -3,7 +3,6 @@ import contextlib
 import importlib
 import time
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -228,13 +227,17 @@ def planted(module, kind):
     return (Head if kind == "head" else Product), build
 
 
+def candidate_of(module, form, backend):
+    return module("exact").Candidate("planted", form, backend, backend)
+
+
 KINDS = ("product", "head", "attention", "attention in company", "attention of a later piece", "gate", "norm")
 
 
 @pytest.mark.parametrize("kind", ["", *KINDS])
 def test_an_engine_that_computes_other_bits_in_another_batch_does_not_start(new_engine, module, monkeypatch, kind):
     form, build = planted(module, kind)
-    monkeypatch.setattr(module("exact"), "candidates", lambda model, config, backend, _: [("planted", form, build(config, backend))])
+    monkeypatch.setattr(module("exact"), "candidates", lambda model, config, backend, *_: [candidate_of(module, form, build(config, backend))])
     if not kind:
         assert new_engine(device="cpu").linear == "planted"
         return
@@ -248,9 +251,9 @@ def test_the_next_candidate_is_tried_and_leaves_nothing_of_the_one_before(new_en
     prompts, params = new_requests(engine, (40, 9), 5)
     correct = exact.candidates
 
-    def candidates(model, config, backend, block_size):
-        yield "planted", form, build(config, backend)
-        yield from correct(model, config, backend, block_size)
+    def candidates(model, config, backend, *limits):
+        yield candidate_of(module, form, build(config, backend))
+        yield from correct(model, config, backend, *limits)
 
     monkeypatch.setattr(exact, "candidates", candidates)
     second = new_engine(device="cpu")
@@ -294,7 +297,7 @@ def test_the_experiment_takes_less_than_a_second(new_engine, module):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=0.02)
-        exact.make_exact(model, config, module("backends").TORCH, "auto", 16)
+        exact.make_exact(model, config, module("backends").TORCH, "auto", 16, 512)
     assert len(seconds) >= 2 and max(seconds) < 1
 
 
@@ -627,10 +630,7 @@ def test_on_a_gpu_recorded_eager_in_pieces_alone_and_in_company(new_engine, gpu,
 @only_pretended
 def test_on_a_gpu_a_split_context_has_the_same_bits_beside_many_others(new_engine, module, gpu, monkeypatch, new_requests):
     """Eager and recorded, in splits of 64 keys. Beside 16 others, the engine that is not exact does not split it."""
-    kernels = module("kernels")
-    attend = kernels.EXACT.attend
-    shorter = partial(attend.func, split_keys=attend.keywords["split_keys"] // 8)
-    monkeypatch.setattr(kernels, "EXACT", kernels.EXACT._replace(attend=shorter))
+    monkeypatch.setattr(module("kernels.paged_attention"), "choose_split_keys", lambda _: 64)
     options = {"max_num_seqs": 17, "num_tokens": 900, "enable_prefix_caching": False}
     engine, eager = (new_engine("llama-two-layers", graphs=graphs, **options) for graphs in (None, False))
     monkeypatch.setattr(module("kernels.paged_attention"), "MIN_SPLIT_KEYS", 64)
@@ -711,3 +711,69 @@ def test_the_stand_in_computes_what_the_product_kernel_computes(module):
     assert len(results) == 2
     for mine, its in results:
         torch.testing.assert_close(mine, its, atol=4e-6, rtol=1e-6)
+
+
+# ---- where a batch could show in other ways
+
+
+@pytest.mark.parametrize("values", [[0.0] * 40, [-1.0, -3.0, -2.0] * 13, [-0.5] + [-2.0] * 20 + [-1.0] * 5, [float(-i) for i in range(40)]])
+def test_of_equal_logprobs_the_smallest_ids_are_the_likeliest_for_any_count(module, values):
+    row = torch.tensor(values)
+    rows = torch.stack([row, torch.arange(len(values)).float(), row])
+    want = sorted(range(len(values)), key=lambda token_id: (-values[token_id], token_id))
+    for count in (0, 1, 2, 5, len(values)):
+        found, ids = module("sampling").likeliest(rows, count)
+        assert ids[0].tolist() == ids[2].tolist() == want[:count]
+        assert found[0].tolist() == [values[token_id] for token_id in want[:count]]
+
+
+def test_reported_tokens_do_not_depend_on_how_many_others_ask_for(new_engine, Params, rng):
+    """In 16 bits, many logits are equal."""
+    engine = new_engine("pocket", dtype="bfloat16", enable_prefix_caching=False)
+    prompts = [rng.choices(range(8, engine.config.vocab_size), k=9) for _ in range(3)]
+    params = [Params(max_tokens=20, ignore_eos=True, logprobs=count, prompt_logprobs=True) for count in (1, 50, 4)]
+    assert said(engine.generate(prompts, params)) == said(alone(engine, prompts, params))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_the_gate_rounds_where_pytorchs_does(module, dtype):
+    gate = torch.linspace(-20, 20, 4001).to(dtype)[None]
+    up = torch.ones_like(gate)
+    ours, theirs = module("exact").silu_times(gate, up).float(), (torch.nn.functional.silu(gate) * up).float()
+    assert (ours != theirs).float().mean() < 0.01
+    assert torch.allclose(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+@needs_triton
+@pytest.mark.parametrize("max_len", [300, 2048, 5000, 131_072])
+def test_fixed_splits_are_whole_tiles_and_few(module, max_len):
+    kernels = module("kernels.paged_attention")
+    keys = kernels.choose_split_keys(max_len)
+    assert keys % kernels.TILE_KEYS == 0 and keys >= kernels.MIN_SPLIT_KEYS
+    assert -(-max_len // keys) <= kernels.MAX_FIXED_SPLITS
+
+
+@needs_triton
+@only_pretended
+def test_where_large_tiles_have_other_bits_small_ones_are_tried(new_engine, module, gpu, monkeypatch, new_requests):
+    """As on a GPU on which a tile of many rows adds in another order: attention's first, then the products' too."""
+    exact, attempts = module("exact"), []
+
+    def is_exact(model, config, backend, block_size):
+        attempts.append((type(model.lm_head.form).__name__, backend.attend.keywords["tile_rows"]))
+        return len(attempts) == 3
+
+    monkeypatch.setattr(exact, "is_exact", is_exact)
+    engine = new_engine("llama-two-layers", max_model_len=64, graphs=False)
+    assert attempts == [("RowProduct", None), ("RowProduct", 16), ("FewRowsProduct", 16)]
+    prompts, params = new_requests(engine, (40, 3), 2)
+    rows = []
+    monkeypatch.setattr(module("kernels.product"), "choose_rows", lambda *_: rows.append("chosen"))
+    engine.generate(prompts, params)
+    assert not rows
+
+
+def test_where_nothing_can_be_tried_it_says_so(new_engine, module, monkeypatch):
+    monkeypatch.setattr(module("exact"), "flash_attention", None)
+    with pytest.raises(ValueError, match="exact is True, but attention torch on cpu has no exact form with this PyTorch; use attention triton on a GPU"):
+        new_engine("pocket")

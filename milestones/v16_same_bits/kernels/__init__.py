@@ -12,7 +12,7 @@ from ..attention import Attention
 from ..batch import Backend, Batch, build_ranges, ranges_of_rows
 from ..cache import KVCache
 from .fused import rms_norm, rotate_and_write, silu_times
-from .paged_attention import MIN_SPLIT_KEYS, paged_attention, warm_up
+from .paged_attention import paged_attention, warm_up
 
 
 def where_it_is(function: Callable) -> Callable:
@@ -42,7 +42,7 @@ def store_rotated(
         return rotate_and_write(q, k, v, cos, sin, weights, eps, k_cache, v_cache, batch.slot_mapping)
 
 
-def attend_in_place(q: Tensor, layer_id: int, batch: Batch, split_keys: int = 0) -> Tensor:
+def attend_in_place(q: Tensor, layer_id: int, batch: Batch, split_keys: int = 0, tile_rows: int | None = None) -> Tensor:
     """Attend to the blocks in place: q [N, H, D] to [N, H, D]."""
     [ranges] = batch.view
     k_cache, v_cache = batch.cache.k[layer_id], batch.cache.v[layer_id]
@@ -58,6 +58,7 @@ def attend_in_place(q: Tensor, layer_id: int, batch: Batch, split_keys: int = 0)
             ranges.max_query_len,
             ranges.max_context_len,
             split_keys=split_keys,
+            tile_rows=tile_rows,
         )
 
 
@@ -78,5 +79,7 @@ TRITON = Backend(
     warm_up=compile_kernels,
 )
 
-# The splits of a context do not depend on how many sequences there are.
-EXACT = TRITON._replace(attend=partial(attend_in_place, split_keys=MIN_SPLIT_KEYS))
+
+def exact_backend(split_keys: int, tile_rows: int | None = None) -> Backend:
+    """The backend triton, with splits that do not depend on how many sequences there are."""
+    return TRITON._replace(attend=partial(attend_in_place, split_keys=split_keys, tile_rows=tile_rows))

@@ -15,6 +15,8 @@ TILE_BYTES = 2**14
 TILE_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # A split with fewer keys would cost more to launch and combine than it saves.
 MIN_SPLIT_KEYS = 256
+# The results of all splits are stored, for all tokens of a step. So where the keys of a split are fixed, splits are few.
+MAX_FIXED_SPLITS = 8
 
 
 def paged_attention_ref(
@@ -196,6 +198,16 @@ def choose_splits(num_programs: int, max_context_len: int, num_sms: int) -> int:
     return max(1, min(wanted, max_context_len // MIN_SPLIT_KEYS))
 
 
+def choose_split_keys(max_context_len: int) -> int:
+    """The keys of a split that do not depend on the batch: a multiple of TILE_KEYS, and at most MAX_FIXED_SPLITS splits.
+
+    >>> choose_split_keys(2048), choose_split_keys(40960)
+    (256, 5120)
+    """
+    tiles = triton.cdiv(max_context_len, MAX_FIXED_SPLITS * TILE_KEYS)
+    return max(MIN_SPLIT_KEYS, tiles * TILE_KEYS)
+
+
 def choose_tile(padded_dim: int, itemsize: int) -> int:
     """The number of keys, and the most rows of scores, that a program handles at a time.
 
@@ -216,6 +228,7 @@ def paged_attention(
     max_context_len: int,
     num_splits: int | None = None,
     split_keys: int = 0,
+    tile_rows: int | None = None,
 ) -> Tensor:
     """Compute the attention of each sequence's queries to the keys and values in its blocks.
 
@@ -228,6 +241,7 @@ def paged_attention(
         max_query_len, max_context_len: the most queries and the most positions of any sequence; they size the grid.
         num_splits: splits of each context, each by a program of its own; by default enough to keep the device busy.
         split_keys: the keys of each split, a multiple of TILE_KEYS, instead of a number of splits; 0 for a number.
+        tile_rows: the rows of scores that a program handles at a time; by default few if no sequence has more.
     Returns:
         [N, H, D] in q's dtype; accumulated in float32.
     Loads 2 * KV * D elements for each key and tile of queries, because the heads of a group share them.
@@ -240,7 +254,8 @@ def paged_attention(
     assert k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.is_contiguous() and q.stride(2) == 1
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     tile_keys = choose_tile(padded_dim, q.element_size())
-    tile_rows = max(16, triton.next_power_of_2(min(max_query_len * group, tile_keys)))
+    if tile_rows is None:
+        tile_rows = max(16, triton.next_power_of_2(min(max_query_len * group, tile_keys)))
     num_tiles = triton.cdiv(max_query_len * group, tile_rows)
     num_seqs = len(context_lens)
     if split_keys:
@@ -280,7 +295,7 @@ def warm_up(k_cache: Tensor, v_cache: Tensor, num_heads: int, max_context_len: i
     """
     _, block_size, num_kv_heads, head_dim = k_cache.shape
     group, device = num_heads // num_kv_heads, k_cache.device
-    is_split = max_context_len >= 2 * MIN_SPLIT_KEYS
+    is_split = max_context_len > MIN_SPLIT_KEYS
     for num_queries in {1, *(triton.cdiv(rows, group) for rows in (16, 32, TILE_KEYS))}:
         q = torch.zeros(num_queries, num_heads, head_dim, device=device, dtype=k_cache.dtype)
         # one sequence, whose table has block 0 in every entry

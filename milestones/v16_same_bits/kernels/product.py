@@ -10,7 +10,7 @@ from torch import Tensor
 from ..storage import Joined
 from .paged_attention import TILE_DTYPES
 
-# The rows that a program computes: few, or for more than MAX_FEW rows many. Both add in the same order.
+# The rows that a program computes: few, or for more than MAX_FEW rows many.
 FEW, MAX_FEW, MANY = 16, 64, 64
 # The outputs that a program computes, and the bytes of a row or a weight that it reads at a time.
 TILE_OUT, TILE_BYTES = 64, 128
@@ -64,8 +64,10 @@ def choose_rows(num_rows: int, itemsize: int) -> int:
     return FEW if num_rows <= MAX_FEW else MANY * 2 // itemsize
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, tile_rows: int | None = None) -> Tensor:
     """x [N, K] times weight [O, K] transposed, plus bias [O]: [N, O] in x's dtype, summed in float32.
+
+    tile_rows: the rows that a program computes; by default as `choose_rows` says.
 
     Products are computed in full precision (ieee), never in TF32.
     """
@@ -73,7 +75,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     size_out = len(weight)
     assert x.is_contiguous() and weight.is_contiguous()
     out = torch.empty(num_rows, size_out, device=x.device, dtype=x.dtype)
-    tile_rows = choose_rows(num_rows, x.element_size())
+    tile_rows = tile_rows or choose_rows(num_rows, x.element_size())
     # The interpreter cannot multiply bfloat16, so 16-bit tiles are multiplied only on a GPU.
     tile_dtype = TILE_DTYPES[x.dtype] if x.is_cuda else tl.float32
     _product_kernel[(triton.cdiv(size_out, TILE_OUT), triton.cdiv(num_rows, tile_rows))](
@@ -87,6 +89,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class RowProduct(Joined):
     """Weights as PyTorch stores them, multiplied by this kernel."""
 
+    tile_rows: int | None = None
+
     def __call__(self, x: Tensor) -> Tensor:
         with torch.cuda.device_of(x):
-            return product(x, self.weight, self.bias)
+            return product(x, self.weight, self.bias, self.tile_rows)
+
+
+class FewRowsProduct(RowProduct):
+    """The same in small tiles only, where larger ones would give other bits."""
+
+    tile_rows = FEW
