@@ -222,6 +222,11 @@ CONTENTS = (
         idea="Floating-point addition is not associative, and libraries choose the order of a sum by the size of the batch. Fix the order, and a request's numbers no longer depend on its company.",
         adds=frozenset({"exact"}),
     ),
+    Row(
+        name="v17_metrics",
+        idea="Count where things happen, and let a scraper, a page and a person read the same events.",
+        adds=frozenset({"metrics"}),
+    ),
 )
 
 BOOK = Book.of(ROOT, CONTENTS)

@@ -539,6 +539,27 @@ def bits(found: dict) -> str:
     return svg(700, bottom + 46, title, body)
 
 
+# ---- a request's life
+
+def moments(_: dict) -> str:
+    """The moments of one request's life, and what is measured between them. Drawn, not measured."""
+    arrived, began, first, *others = 60, 170, 260, 315, 370, 460, 515
+    last, top = others[-1], 70
+    body = [text(16, 22, "The moments of a request, and what is measured between them", "head")]
+    body += [rect(arrived, top, began - arrived, 22, "waste"), rect(began, top, first - began, 22, "prompt"), rect(first, top, last - first, 22, "token")]
+    for x, name in ((arrived, "arrived"), (began, "began"), (first, "first"), (last, "last")):
+        body += [f'<path class="waits" d="M{x} {top - 8}V{top + 150}"/>', text(x, top - 14, name, "", "middle")]
+    for x in others:
+        body.append(f'<path class="grid" d="M{x} {top}v22"/>')
+    spans = [("in the queue", arrived, began), ("prompt", began, first), ("first token", arrived, first), ("gaps between tokens", first, last), ("the whole request", arrived, last)]
+    for line, (name, begin, end) in enumerate(spans):
+        y = top + 46 + 24 * line
+        body += [f'<path class="curve0" fill="none" d="M{begin} {y}H{end}M{begin} {y - 4}v8M{end} {y - 4}v8"/>', text(end + 8, y + 4, name)]
+    for x in others[:-1]:
+        body.append(f'<path class="curve0" fill="none" d="M{x} {top + 46 + 72 - 4}v8"/>')
+    return svg(700, top + 170, "The moments of a request", body)
+
+
 # ---- forms of weights
 
 # The forms that are drawn, as the picture names them.
@@ -678,10 +699,11 @@ PICTURES: dict[str, Picture] = {
     "v14_forms.svg": ("forms.json", forms),
     "v15_own.svg": ("overhead.json", own_time),
     "v16_bits.svg": ("exact.json", bits),
+    "v17_moments.svg": ("recording.json", moments),
 }
 
 # Pictures in which nothing depends on the machine.
-COUNTED = (moved,)
+COUNTED = (moved, moments)
 
 
 def draw_all(book: Book) -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared import programs
-from shared.book import full_record
+from shared.book import full_record, promtool
 from shared.book.forks import at_once
 from shared.chapters import BOOK, Book
 
@@ -135,6 +135,7 @@ def main(argv: list[str], stages: tuple[Stage, ...] = STAGES, root: Path | None 
         print(f"there is no stage {', '.join(sorted(unknown))}; the stages are {names}", file=sys.stderr)
         return 2
     root = root or BOOK.root
+    print(promtool.put_on_path(), flush=True)
     chosen = tuple(stage for stage in stages if not argv or stage.name in argv)
     results = prove(root, chosen)
     print("", *table(results), sep="\n")

@@ -3,12 +3,14 @@
     make trace ARGS="v03 v04"                          # the small workload, as timelines in the terminal
     make trace ARGS="v04 --times"                      # with the time of each forward pass
     make trace ARGS="v03 v04 --html build/trace.html"  # as a self-contained page
+    make trace ARGS="v17 --perfetto build/trace.json"  # for https://ui.perfetto.dev, from the chapter that records its steps
     make trace ARGS=--write                            # write the result that the chapters' pictures are drawn from
 
 Reads: the chapters. Writes: docs/results/timeline.json, a page.
 """
 import argparse
 import contextlib
+import importlib
 import io
 from dataclasses import asdict
 from pathlib import Path
@@ -59,12 +61,13 @@ def times(trace: Trace) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    from shared.chapters import CHAPTERS, ROOT, find
+    from shared.chapters import CHAPTERS, ROOT, find, first_with
     from shared.checkpoints import POCKET
 
     parser = argparse.ArgumentParser(prog="python -m shared.commands.trace", description="Trace a real run, one forward pass at a time.")
     parser.add_argument("chapters", nargs="*", metavar="vNN", help="default: all")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
+    parser.add_argument("--perfetto", type=Path, metavar="FILE", help="write what the engine records as a file for Perfetto; name one chapter that records it")
     parser.add_argument("--times", action="store_true", help="also print the time of each forward pass")
     parser.add_argument("--write", action="store_true", help="write the result of all chapters under docs/results/")
     args = parser.parse_args(argv)
@@ -74,10 +77,17 @@ def main(argv: list[str]) -> int:
         parser.error("--times prints to the terminal, and --html writes a page; choose one of them")
     try:
         chapters = [find(text) for text in args.chapters] or list(CHAPTERS)
-        if args.html:
-            args.html.parent.mkdir(parents=True, exist_ok=True)
+        for path in (args.html, args.perfetto):
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    if args.perfetto:
+        if len(chapters) != 1 or "metrics" not in chapters[0].capabilities:
+            parser.error(f"--perfetto needs one chapter that records its steps, {first_with('metrics').id} or later")
+        write_perfetto(chapters[0], POCKET, args.perfetto)
+        print(f"wrote {args.perfetto}; open it at https://ui.perfetto.dev")
+        return 0
     traces = {chapter.id: small_trace(chapter, POCKET) for chapter in chapters}
     if args.html:
         args.html.write_text(page({name: asdict(trace) for name, trace in traces.items()}))
@@ -93,17 +103,31 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def write_perfetto(chapter, model_dir: Path, path: Path) -> None:
+    """Write the steps and requests that this chapter's engine records of the small workload."""
+    observe = importlib.import_module(f"{chapter.load().__name__}.observe")
+    engine = small_engine(chapter, model_dir)
+    record(chapter, engine, fixed(TIMELINE, engine.config.vocab_size))
+    report = engine.take_report()
+    path.write_text("".join(observe.document(report.steps, report.ended)))
+
+
 def small_trace(chapter, model_dir: Path) -> Trace:
     """A trace of this chapter on the workload that is small enough to draw."""
+    engine = small_engine(chapter, model_dir)
+    trace, _ = record(chapter, engine, fixed(TIMELINE, engine.config.vocab_size))
+    return trace
+
+
+def small_engine(chapter, model_dir: Path):
+    """An engine of this chapter for the small workload."""
     limits = {"max_num_seqs": TIMELINE_PLACES} if "max_num_seqs" in chapter.capabilities else {}
     if "num_blocks" in chapter.capabilities:
         limits |= {"num_blocks": TIMELINE_BLOCKS, "block_size": TIMELINE_BLOCK_SIZE}
     if "preemption" in chapter.capabilities:
         limits |= {"num_blocks": TIGHT_BLOCKS, "reserve_tokens": 0}
     with contextlib.redirect_stderr(io.StringIO()):
-        engine = chapter.load().Engine(model_dir, device="cpu", **limits)
-    trace, _ = record(chapter, engine, fixed(TIMELINE, engine.config.vocab_size))
-    return trace
+        return chapter.load().Engine(model_dir, device="cpu", **limits)
 
 
 def shared_trace(model_dir: Path) -> Trace:

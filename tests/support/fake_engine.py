@@ -19,7 +19,7 @@ class FakeEngine:
         self.fault = None
         self.num_resets = 0
 
-    def add_request(self, prompt, params):
+    def add_request(self, prompt, params, arrived=None):
         if 13 in prompt:
             raise self.RequestError("prompt has the token 13, which this engine refuses", "prompt")
         self.num_requests += 1
@@ -55,6 +55,12 @@ class FakeEngine:
 
     def close(self):
         self.requests.clear()
+
+    def take_report(self):
+        return None
+
+    def block_states(self):
+        return bytes(self.places)
 
     def reset_prefix_cache(self):
         self.num_resets += 1

@@ -20,6 +20,7 @@
     step            where the time of a step goes, and what is left between it and the least it could take
     exact           a step with exact on, beside the chapter before and plain products
     differing       the log-probabilities and texts that differ between a request alone and in company
+    recording       what it costs to record and count a step
     forms           the products of a step by number of rows, in each form of the weights
     step_levers     whole steps with one form or one lever changed at a time
     engines         two chapters beside other engines on the CPU
@@ -595,6 +596,22 @@ def lever_of(name: str, before: str, after: str) -> str:
     return f"{after}, {form}, {LEVER_NAMES[lever]}" if lever else f"{after}, {form}"
 
 
+RECORDING = "python -m shared.bench.recording --write"
+
+
+def recording(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per number of streams: a step without and with records, and what recording, counting and scraping take."""
+    rows = results.read(book.results / "recording.json", RECORDING)
+    before, after = sorted(results.cited(rows)["code"])
+    lines = [f"| | a step of {before}, ms | of {after}, ms | recording, µs | counting, µs | a scrape, µs |", "|---|" + "---:|" * 5]
+    for kind, row in rows.items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | | | | | |")
+        for count, found in row["streams"].items():
+            cells = [milliseconds(found["before_ms"]), milliseconds(found["after_ms"]), *(f"{found[name]:,.0f}" for name in ("record_us", "count_us", "scrape_us"))]
+            lines.append(f"| {words_of(count)} | {' | '.join(cells)} |")
+    return lines
+
+
 EXACT = "python -m shared.bench.exact --write"
 # The contestants and settings, as a table names them.
 EXACT_NAMES = {"before": "{before}, fastest form", "plain": "PyTorch's own products", "exact": "exact"}
@@ -688,6 +705,7 @@ TABLES = {
     "pieces": pieces,
     "memory": memory,
     "step": step,
+    "recording": recording,
     "exact": exact,
     "differing": differing,
     "forms": forms,

@@ -119,7 +119,7 @@ def page_of(book: Book, target: Path, pages: Path) -> Path | None:
         return Path(DIRECTORIES[inside.as_posix()])
     if target.is_dir():
         return inside / "README.md" if target in [chapter.path for chapter in book.chapters] else None
-    if target.suffix in (".md", ".svg"):
+    if target.suffix in (".md", ".svg", ".png"):
         return inside
     chapter = next((each for each in book.chapters if target.is_relative_to(each.path)), None)
     if chapter:

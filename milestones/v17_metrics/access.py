@@ -1,0 +1,53 @@
+"""A line in the log for each HTTP request, and an id that the client, the log and the page share."""
+import json
+import re
+import sys
+import time
+import uuid
+
+from .service import Service
+
+# Others go into logs and pages as they are, so they must be short and harmless.
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+HEADER = b"x-request-id"
+
+
+class AccessLog:
+    """Gives each request an id, which the response's x-request-id repeats, and writes a line when it has been answered."""
+
+    def __init__(self, app, service: Service):
+        self.app = app
+        self.metrics = service.async_engine.metrics
+        self.log_format = service.log_format  # text, json, or none for no lines
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        sent = dict(scope["headers"]).get(HEADER, b"")
+        request_id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex.encode()
+        scope["request_id"] = request_id.decode()
+        began, status = time.monotonic(), 499  # nginx's number for a client that has gone
+
+        async def send_with_id(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = message | {"headers": [*message["headers"], (HEADER, request_id)]}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            self.write(scope, status, time.monotonic() - began)
+
+    def write(self, scope, status: int, seconds: float) -> None:
+        """Write what is known of a request; never what was asked or answered."""
+        # The route's own path: a client's may be long, or hold what nobody else should read.
+        path = getattr(scope.get("route"), "path", "-")
+        self.metrics.answers[path, str(status)] += 1
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "request_id": scope["request_id"], "method": scope["method"][:10]}
+        line |= {"path": path, "status": status, "seconds": round(seconds, 4)}
+        if self.log_format == "json":
+            print(json.dumps(line), file=sys.stderr, flush=True)
+        elif self.log_format == "text":
+            print(*line.values(), file=sys.stderr, flush=True)
