@@ -341,7 +341,7 @@ def test_clients_set_a_priority_only_if_the_server_allows_it(chapter, make_engin
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "priority"
         assert "--allow-priority" in answer.json()["error"]["message"]
     try:
-        engine.add_request = lambda prompt, params: seen.append(params.priority) or add(prompt, params)
+        engine.add_request = lambda prompt, params, *when: seen.append(params.priority) or add(prompt, params, *when)
         with serving(chapter, engine, allow_priority=True) as server:
             assert HTTP.post(server.url + path, json=body | {"priority": -3}).status_code == 200
             answer = HTTP.post(server.url + path, json=body | {"priority": 2**31})

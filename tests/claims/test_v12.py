@@ -67,7 +67,8 @@ def test_chats_that_come_one_after_another_compute_their_system_prompt_once(new_
         num_positions, [done] = added(engine, lambda: engine.generate([prompt], Params(max_tokens=3, ignore_eos=True)))
         cached = 5 * BS if number else 0
         assert (num_positions, done.num_cached) == (len(prompt) + 2 - cached, cached)
-    assert engine.stats()[-2:] == (sum(map(len, prompts)), 11 * 5 * BS)
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.cached_tokens) == (sum(map(len, prompts)), 11 * 5 * BS)
 
 
 def test_chats_that_come_at_once_wait_one_step_for_the_first(new_engine, Params, ids):
