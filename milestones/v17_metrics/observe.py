@@ -9,7 +9,7 @@ from pathlib import Path
 from fastapi import APIRouter, Request
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from .async_engine import paced
 from .errors import ERRORS, ApiError
@@ -17,13 +17,15 @@ from .metrics import KEEP_S
 from .records import PARTS, Ended, Step
 
 PAGE = Path(__file__).with_name("dashboard.html").read_text(encoding="utf-8")
+# What a scraper may ask for, besides plain text.
+FORMATS = {200: {"content": {"application/openmetrics-text": {}}, "description": "All metrics"}}
 # The events that are written in one go, which takes less than a millisecond.
 EVENTS = 50
 
 router = APIRouter()
 
 
-@router.get("/metrics", responses=ERRORS)
+@router.get("/metrics", response_class=PlainTextResponse, responses=ERRORS | FORMATS)
 async def metrics(request: Request) -> Response:
     """Return all metrics in the format that the scraper asks for."""
     service = request.app.state.service
@@ -40,7 +42,7 @@ def check_metrics_key(request: Request, metrics_key: str | None) -> None:
         raise ApiError(401, "no valid metrics key; send Authorization: Bearer KEY (--metrics-key)", code="invalid_api_key")
 
 
-@router.get("/dashboard")
+@router.get("/dashboard", response_class=HTMLResponse)
 async def dashboard() -> HTMLResponse:
     """Return the page. It holds no data: it asks for `/dashboard/data`, with a key if there is one."""
     return HTMLResponse(PAGE, headers={"Cache-Control": "no-store"})
