@@ -1,4 +1,4 @@
-"""A line in the log for each HTTP request, and an id that the client, the log and the page share."""
+"""A line in the log for each HTTP request, and an id that the client and the log share."""
 import json
 import re
 import sys
@@ -7,7 +7,7 @@ import uuid
 
 from .service import Service
 
-# Others go into logs and pages as they are, so they must be short and harmless.
+# A client's goes into the log as it is, so it must be short and harmless.
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 HEADER = b"x-request-id"
 

@@ -3,8 +3,8 @@
     python -m shared.commands.dashboard --write     # docs/pictures/v17_dashboard.png and v17_dashboard_phone.png
     python -m shared.commands.dashboard --to build  # the same elsewhere
 
-Three situations follow one another: more requests than places, prompts that fill the cache, and a pause. Needs a browser:
-the one that the site's tests use.
+The load is more than the server has places and blocks for, so the page has something to advise. Needs a browser: the one
+that the site's tests use.
 
 Reads: the first chapter that has a dashboard. Writes: two pictures.
 """
