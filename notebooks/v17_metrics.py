@@ -152,7 +152,7 @@ assert num_gaps == sum(ended.num_output for ended in report.ended) - len(report.
 
 # %% [markdown]
 # All tokens of a step have one time, so requests that got a token in the step before, too, have one gap: a pair of numbers, whether there
-# are four of them or 64. (Some gaps are 70 or 80 ms instead of 60, because this clock also moves when a finished request is noted.) A first token
+# are four of them or 64. A first token
 # has no gap. Only a request that was preempted, or whose last token is older for another reason, has a gap of its own. Part 4 has some.
 #
 # ## 3. Buckets

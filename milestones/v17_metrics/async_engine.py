@@ -59,7 +59,8 @@ class Generation:
                 begun = time.monotonic()
 
     def abort(self) -> None:
-        """Abort the call's unfinished requests. Does nothing if the call has finished."""
+        """Abort the call's unfinished requests, if it has any. Nobody reads its outputs any more."""
+        self.async_engine.unread.discard(self)
         self.async_engine.abort(self.call_id)
 
 
@@ -87,8 +88,10 @@ class AsyncEngine:
         self.max_model_len = runner.max_model_len
         self.runner = runner
         self.stats = runner.stats  # as of the last message
+        self.metrics.stats = runner.stats
         self.num_calls = 0
         self.unanswered: dict[int, int] = {}  # by call id: requests that the engine has not acknowledged
+        self.metrics.unanswered = self.unanswered
         self.active_generations: dict[int, Generation] = {}  # by call id
         self.unread: weakref.WeakSet[Generation] = weakref.WeakSet()  # all that a client may still read
         self.fatal_error: str | None = None  # why no more calls are accepted
@@ -221,7 +224,7 @@ class AsyncEngine:
                     self.end(call_id, GenerationFailed(reason))
             case Died(reason):
                 self.died = True
-                self.metrics.end()
+                self.metrics.end(sum(generation.num_unfinished for generation in self.active_generations.values()))
                 self.unanswered.clear()
                 self.fail_all(GenerationFailed(reason))
 

@@ -286,7 +286,7 @@ class Engine:
     def add_request(self, prompt: str | list[int], params: SamplingParams = SamplingParams(), arrived: float | None = None) -> int:
         """Queue a request and return its id, which is never reused; it starts in the next step that has room for it.
 
-        arrived: when it reached the server, in seconds of time.monotonic(); by default now.
+        arrived: when the server sent it here, after tokenizing it, in seconds of time.monotonic(); by default now.
         """
         seq = self.make_sequence(prompt, params, name="prompt", arrived=arrived)
         self.enqueue(seq)

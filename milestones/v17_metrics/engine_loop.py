@@ -44,7 +44,7 @@ class Add(NamedTuple):
 
     call_id: int
     requests: list[tuple[list[int], SamplingParams]]
-    arrived: float | None = None  # seconds of time.monotonic(), one clock for all processes of a machine; None for now
+    arrived: float | None = None  # seconds of time.monotonic(), one clock for all processes of a machine; None means now
 
 
 class Abort(NamedTuple):

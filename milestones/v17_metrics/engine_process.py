@@ -20,7 +20,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
-from .engine_loop import Abort, Add, Died, EngineLike, EngineLoop, ResetPrefixCache, Stop
+from .engine_loop import Abort, Add, Died, EngineLike, EngineLoop, ResetPrefixCache, ShowBlocks, Stop
 from .outputs import Stats
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class EngineProcess:
         self.reading = asyncio.create_task(self.read(receive))
         self.watching = asyncio.create_task(self.watch())
 
-    def send(self, message: Add | Abort | ResetPrefixCache | Stop) -> None:
+    def send(self, message: Add | Abort | ResetPrefixCache | ShowBlocks | Stop) -> None:
         """Send a message, which the engine loop reads before its next step. Never waits for the engine."""
         if not self.writer.is_closing():
             self.writer.write(packed(message))

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from .engine_loop import Abort, Add, EngineLike, EngineLoop, ResetPrefixCache, Stop
+from .engine_loop import Abort, Add, EngineLike, EngineLoop, ResetPrefixCache, ShowBlocks, Stop
 from .outputs import Stats
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class EngineThread:
         self.receive = receive
         self.thread.start()
 
-    def send(self, message: Add | Abort | ResetPrefixCache) -> None:
+    def send(self, message: Add | Abort | ResetPrefixCache | ShowBlocks) -> None:
         """Queue a message, which the engine loop reads before its next step."""
         self.inbox.put(message)
 

@@ -80,8 +80,10 @@ class Metrics(Collector):
         self.prompt_lengths, self.output_lengths = Histogram(TOKENS), Histogram(TOKENS)
         self.steps: deque[Step] = deque(maxlen=KEEP_STEPS)
         self.requests: deque[Ended] = deque(maxlen=KEEP_REQUESTS)
+        self.rows: dict[int, list[int]] = {}  # by second: tokens generated, prompt tokens, most requests running, most waiting
         self.stats = Stats(running=0, waiting=0, free_blocks=0, total_blocks=0)
         self.is_alive = True
+        self.unanswered: dict[int, int] = {}  # by call: requests that the engine has not acknowledged
         self.started = time.time()
         self.blocks: str | None = None  # the state of each block, a byte each, in base64
 
@@ -97,9 +99,11 @@ class Metrics(Collector):
         while self.requests and self.requests[0].ended < oldest:
             self.requests.popleft()
 
-    def end(self) -> None:
-        """The engine has died: nothing runs any more, and what was counted stays."""
+    def end(self, num_lost: int) -> None:
+        """The engine has died, and num_lost requests with it: nothing runs any more, and what was counted stays."""
         self.is_alive = False
+        self.finished["error"] += num_lost
+        self.blocks = None
         self.stats = self.stats._replace(running=0, waiting=0, preempted=0, free_blocks=0, total_blocks=0, swapped_blocks=0, findable_blocks=0)
 
     def add_step(self, step: Step) -> None:
@@ -115,7 +119,19 @@ class Metrics(Collector):
             self.first_times.add(seconds)
         for seconds, count in step.gaps:
             self.gaps.add(seconds, count)
+        self.add_to_rows(step)
         self.steps.append(step)
+
+    def add_to_rows(self, step: Step) -> None:
+        """Count a step's tokens in the second in which it began, and its requests in each second in which it ran."""
+        first, last = int(step.began), int(step.began + sum(step.seconds))
+        for second in range(first, last + 1):
+            row = self.rows.setdefault(second, [0, 0, 0, 0])
+            row[2], row[3] = max(row[2], step.num_seqs), max(row[3], step.num_waiting)
+        self.rows[first][0] += step.num_output
+        self.rows[first][1] += step.num_prompt
+        while len(self.rows) > SERIES_S + 1:
+            del self.rows[next(iter(self.rows))]
 
     def add_request(self, ended: Ended) -> None:
         self.finished[ended.reason] += 1
@@ -138,10 +154,11 @@ class Metrics(Collector):
     def picture(self, num_unread: int) -> dict:
         """What the page draws, as JSON: numbers, percentiles of the last minute, two minutes by the second, the last requests.
 
-        num_unread: tokens that wait for their clients.
+        num_unread: tokens that wait for their clients. Any thread may call this.
         """
         now = time.monotonic()
-        minute = [step for step in self.steps if step.began >= now - 60]
+        # Another thread may add steps meanwhile; a copy is made in one go.
+        minute = [step for step in list(self.steps) if step.began >= now - 60]
         spent = [sum(step.seconds[index] for step in minute) for index in range(len(PARTS))]
         total = sum(spent)
         return {
@@ -161,35 +178,27 @@ class Metrics(Collector):
                 "a step": percentiles([(sum(step.seconds), 1) for step in minute]),
             },
             "parts": {part: [seconds / max(1, len(minute)), seconds / total if total else 0.0] for part, seconds in zip(PARTS, spent)},
-            "requests": [{name: getattr(each, name) for name in ("request_id", "arrived", "began", "first", "ended", "reason")} for each in list(self.requests)[-40:]],
+            "requests": [{name: getattr(each, name) for name in ("request_id", "arrived", "began", "first", "ended", "reason")} for each in list(self.requests)[-40:] if each.ended >= now - SERIES_S],
             "blocks": self.blocks,
             "advice": self.advice(minute, num_unread),
         }
 
     def series(self, now: float) -> list[list[float]]:
-        """For each of the last SERIES_S seconds: tokens generated, prompt tokens, most requests running, most waiting."""
-        rows = [[0, 0, 0, 0] for _ in range(SERIES_S)]
-        for step in reversed(self.steps):
-            index = SERIES_S - 1 - int(now - step.began)
-            if index < 0:
-                break
-            row = rows[index]
-            row[0] += step.num_output
-            row[1] += step.num_prompt
-            row[2] = max(row[2], step.num_seqs)
-            row[3] = max(row[3], step.num_waiting)
-        return rows
+        """For each of the last SERIES_S whole seconds: tokens generated, prompt tokens, most requests running, most waiting."""
+        return [self.rows.get(second, [0, 0, 0, 0]) for second in range(int(now) - SERIES_S, int(now))]
 
     def advice(self, minute: list[Step], num_unread: int) -> list[str]:
         """What is wrong, and which flag would help."""
         stats, found = self.stats, []
+        # A request that has just been added starts in the next step. One that must wait was left out of the last step, too.
+        waiting = min(stats.waiting, minute[-1].num_waiting) if minute else 0
         preempted = sum(step.num_preemptions for step in minute)
         if preempted:
             found.append(f"{preempted} preemptions in the last minute: the cache is too small for what runs. Raise --kv-bytes or --num-blocks, or --reserve-tokens.")
-        if stats.waiting and stats.running >= stats.max_num_seqs:
-            found.append(f"{stats.waiting} requests wait because all {stats.max_num_seqs} places are taken. Raise --max-num-seqs.")
-        elif stats.waiting and stats.running and not preempted:
-            found.append(f"{stats.waiting} requests wait for blocks of the cache, or for tokens of the next step. Raise --kv-bytes or --num-blocks, or --max-num-batched-tokens.")
+        if waiting and stats.running >= stats.max_num_seqs:
+            found.append(f"{waiting} requests wait because all {stats.max_num_seqs} places are taken. Raise --max-num-seqs.")
+        elif waiting and stats.running and not preempted:
+            found.append(f"{waiting} requests wait for blocks of the cache, or for tokens of the next step. Raise --kv-bytes or --num-blocks, or --max-num-batched-tokens.")
         mixed = [sum(step.seconds) for step in minute if step.num_prompt and step.num_output > 1]
         plain = [sum(step.seconds) for step in minute if not step.num_prompt]
         if len(mixed) > 3 and len(plain) > 3 and median(mixed) > 4 * median(plain):
@@ -206,7 +215,7 @@ class Metrics(Collector):
         yield InfoMetricFamily(PREFIX + "engine", "The engine's settings.", self.about)
         yield gauge("engine_up", "1 while the engine runs, 0 once it has died.", int(self.is_alive))
         yield gauge("requests_running", "Requests that take part in steps.", stats.running)
-        yield gauge("requests_waiting", "Requests that have not started.", stats.waiting)
+        yield gauge("requests_waiting", "Requests that have not started.", stats.waiting + sum(self.unanswered.values()))
         yield gauge("requests_preempted", "Requests that have started and wait again.", stats.preempted)
         blocks = GaugeMetricFamily(PREFIX + "kv_blocks", "Blocks of the cache, by whether a request holds them.", labels=["state"])
         blocks.add_metric(["used"], stats.total_blocks - stats.free_blocks)

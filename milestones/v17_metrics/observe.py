@@ -1,9 +1,10 @@
 """What a server shows of itself: metrics for a scraper, a page, and a trace of its last minutes."""
+import asyncio
 import hmac
 import json
 import time
 from collections.abc import Iterator
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -53,7 +54,9 @@ async def dashboard_data(request: Request) -> JSONResponse:
     """Return what the page draws: numbers, percentiles of the last minute, the cache, the last requests."""
     service = request.app.state.service
     await service.async_engine.show_blocks()
-    return JSONResponse(service.async_engine.metrics.picture(service.async_engine.num_unread) | {"model": service.models[0], "draining": service.draining})
+    # A minute may have tens of thousands of steps. Sorting their times would stop all streams meanwhile.
+    picture = await asyncio.to_thread(service.async_engine.metrics.picture, service.async_engine.num_unread)
+    return JSONResponse(picture | {"model": service.models[0], "draining": service.draining})
 
 
 @router.get("/trace", responses=ERRORS)
@@ -85,22 +88,22 @@ def events(steps: list[Step], requests: list[Ended]) -> Iterator[dict]:
     yield from (name(1, "engine"), name(2, "requests"))
     for step in steps:
         facts = {"tokens": step.num_fed, "prompt": step.num_prompt, "generated": step.num_output, "waiting": step.num_waiting}
-        yield span(1, 1, f"step of {step.num_seqs}", step.began, sum(step.seconds), facts)
-        began = step.began
-        for part, seconds in zip(PARTS, step.seconds, strict=True):
-            yield span(1, 1, part, began, seconds, {})
-            began += seconds
+        times = [*accumulate(step.seconds, initial=step.began)]
+        yield span(1, 1, f"step of {step.num_seqs}", times[0], times[-1], facts)
+        for part, (began, until) in zip(PARTS, pairwise(times), strict=True):
+            yield span(1, 1, part, began, until, {})
     for ended in requests:
         facts = {"reason": ended.reason, "prompt": ended.num_prompt, "cached": ended.num_cached, "output": ended.num_output}
         marks = [("waits", ended.arrived), ("prompt", ended.began), ("answer", ended.first), ("", ended.ended)]
         marks = [mark for mark in marks if mark[1] is not None]
-        for (what, began), (_, until) in zip(marks, marks[1:]):
-            yield span(2, ended.request_id, what, began, until - began, facts | {"preemptions": ended.num_preemptions})
+        for (what, began), (_, until) in pairwise(marks):
+            yield span(2, ended.request_id, what, began, until, facts | {"preemptions": ended.num_preemptions})
 
 
-def span(process: int, track: int, what: str, began: float, seconds: float, facts: dict) -> dict:
-    """A complete event; times are microseconds."""
-    return {"ph": "X", "pid": process, "tid": track, "name": what, "ts": round(1e6 * began, 1), "dur": round(1e6 * seconds, 1), "args": facts}
+def span(process: int, track: int, what: str, began: float, until: float, facts: dict) -> dict:
+    """A complete event. Both ends are rounded to whole microseconds: Perfetto drops an event that crosses another's end."""
+    start = round(1e6 * began)
+    return {"ph": "X", "pid": process, "tid": track, "name": what, "ts": start, "dur": round(1e6 * until) - start, "args": facts}
 
 
 def name(process: int, what: str) -> dict:

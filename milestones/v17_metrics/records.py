@@ -30,8 +30,8 @@ class Step(NamedTuple):
     queue_times: list[float]  # seconds from arrival, for each request whose first step this is
     first_times: list[float]  # seconds from arrival, for each request whose first token this step generated
     gaps: list[tuple[float, int]]  # seconds since a request's last token, and how many requests waited so long
-    num_waiting: int  # requests that were not in the step
-    num_preemptions: int  # requests that it put out
+    num_waiting: int  # requests in the queue after it, preempted ones included
+    num_preemptions: int  # since the last step that did not fail
 
 
 class Ended(NamedTuple):

@@ -466,7 +466,7 @@ def test_what_is_kept_is_bounded_in_time_and_number(module, new_metrics, clock):
     metrics.add(records.Report([step_of(module, clock.now, num_output=3, num_prompt=2)], []))
     clock.now += 2
     series = metrics.picture(0)["series"]
-    assert len(series) == module("metrics").SERIES_S and series[-3] == [3, 2, 1, 0]
+    assert len(series) == module("metrics").SERIES_S and series[-2] == [3, 2, 1, 0]
     assert sum(sum(row) for row in series) == 6
 
 
