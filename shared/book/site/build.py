@@ -5,7 +5,7 @@
 
 Pages have the same paths as the texts in the repository, so links work in both. A link to a chapter's Python file leads to
 a page that shows it. Generated here are each chapter's explained diff (`diff_pages`) and its files, and for all chapters
-together a run to replay, one request's numbers in growing company, and the table of seeded bugs.
+together a run to replay, one request's numbers in growing company, the table of seeded bugs, and those that shipped.
 
 Reads: texts, chapters, docs/results, docs/pictures. Writes: build/site.
 """
@@ -26,7 +26,7 @@ from pathlib import Path
 
 from shared import results
 from shared.book.claims.markdown import fenced
-from shared.book.site import diff_pages
+from shared.book.site import diff_pages, museum
 from shared.book.site.line_values import Values, record
 from shared.book.traps.seeded_bugs import read_traps
 from shared.chapters import BOOK, Book, python_files
@@ -66,6 +66,7 @@ def assemble(book: Book, pages: Path, values: dict[str, Values]) -> None:
     if (book.results / "exact.json").is_file():
         put(pages / "docs" / "bits.md", bits_page(book))
     put(pages / "docs" / "traps.md", traps_page(book, says))
+    put(pages / "docs" / "museum.md", museum.page(book, cell))
 
 
 def put(path: Path, text: str) -> None:
