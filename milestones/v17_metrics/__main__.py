@@ -48,7 +48,7 @@ SERVER_FLAGS = {
     "dev_mode": dict(action="store_true", help="serve POST /reset_prefix_cache (default: do not)"),
     "slo_ttft_ms": dict(type=float, metavar="MS", help="a request meets the goals if its first token takes at most this long (default: any time)"),
     "slo_itl_ms": dict(type=float, metavar="MS", help="and no two of its tokens are further apart than this (default: any time)"),
-    "metrics_key": dict(metavar="KEY", help="key for GET /metrics (default: none, anybody may read it)"),
+    "metrics_key": dict(metavar="KEY", help="key for GET /metrics and, if there is no api_key, for the page's data and traces (default: none, anybody may read them)"),
     "log_format": dict(choices=("text", "json", "none"), default="text", help="a line in the log for each HTTP request (default: text)"),
     "drain_seconds": dict(type=float, default=30.0, metavar="S", help="seconds from SIGTERM to exit, at least 5 (default: 30)"),
 }

@@ -94,6 +94,7 @@ class AsyncEngine:
         self.metrics.unanswered = self.unanswered
         self.active_generations: dict[int, Generation] = {}  # by call id
         self.unread: weakref.WeakSet[Generation] = weakref.WeakSet()  # all that a client may still read
+        self.metrics.unread = self.unread
         self.fatal_error: str | None = None  # why no more calls are accepted
         self.died = False  # whether the engine died, rather than being shut down
         self.stopped_at: float | None = None  # the time.monotonic() of fatal_error
@@ -102,6 +103,7 @@ class AsyncEngine:
         self.asked_for_blocks = False
         self.blocks_shown = asyncio.Event()
         self.encoding: set[asyncio.Future] = set()  # the results that callers of `tokenize` wait for
+        self.metrics.encoding = self.encoding
 
     async def start(self) -> None:
         """Start the engine. Its messages are delivered to the running event loop."""
@@ -135,19 +137,16 @@ class AsyncEngine:
         """The number of requests in the engine's queue or on their way to it."""
         return self.stats.waiting + sum(self.unanswered.values())
 
-    @property
-    def num_unread(self) -> int:
-        """The number of tokens that wait for their clients."""
-        return sum(generation.outputs.qsize() for generation in self.unread)
-
     def check_length(self, num_tokens: int) -> None:
         """Raise RequestError for a prompt that cannot fit. The engine would too, but only after reading every token."""
         if num_tokens > self.max_model_len:
             message = f"prompt has {num_tokens} tokens, more than max_model_len = {self.max_model_len}; shorten it"
             raise RequestError(message, "prompt", "context_length_exceeded")
 
-    async def generate(self, requests: list[tuple[list[int], SamplingParams]]) -> Generation:
+    async def generate(self, requests: list[tuple[list[int], SamplingParams]], arrived: float | None = None) -> Generation:
         """Queue a call's requests, all or none. Each is a pair: prompt ids and parameters.
+
+        arrived: when the server began to receive the call, in seconds of time.monotonic(); by default, when the engine has it.
 
         Raises:
             RequestError: if the engine refuses one of them.
@@ -165,7 +164,7 @@ class AsyncEngine:
         self.unanswered[generation.call_id] = len(requests)
         self.active_generations[generation.call_id] = generation
         self.unread.add(generation)
-        self.runner.send(Add(generation.call_id, requests, time.monotonic()))
+        self.runner.send(Add(generation.call_id, requests, arrived))
         try:
             await generation.added
         # If the caller is cancelled here, the engine may already have its requests.

@@ -82,7 +82,7 @@ async def create_chat_completion(request: Request, body: ChatRequest):
             new_text=True,
             cache_salt=service.cache_salt(request.scope["api_key"], body.cache_salt),
         )
-        generation = await service.async_engine.generate([(prompt_ids, choice) for choice in choices(params, body.n)])
+        generation = await service.async_engine.generate([(prompt_ids, choice) for choice in choices(params, body.n)], request.scope["arrived"])
     answers = [Answer(i) for i in range(body.n)]
     writer = ChatWriter(service, body, generation, answers, len(prompt_ids))
     if body.stream:

@@ -133,7 +133,7 @@ async def create_completion(request: Request, body: CompletionRequest):
             cache_salt=service.cache_salt(request.scope["api_key"], body.cache_salt),
         )
         requests += [(prompt.token_ids, choice) for choice in choices(params, body.n)]
-    generation = await service.async_engine.generate(requests)
+    generation = await service.async_engine.generate(requests, request.scope["arrived"])
     writer = CompletionWriter(
         service,
         body,

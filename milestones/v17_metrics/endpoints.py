@@ -18,10 +18,10 @@ async def health(request: Request) -> JSONResponse:
     status = "ok" if async_engine.fatal_error is None else "dead" if async_engine.died else "stopping"
     if service.draining and status == "ok":
         status = "draining"
-    # Requests that the engine has not acknowledged yet are waiting too.
-    stats = async_engine.stats._replace(waiting=async_engine.num_waiting)
+    # Requests that the engine has not acknowledged yet are waiting too, and so are calls at the tokenizer.
+    stats = async_engine.stats._replace(waiting=async_engine.metrics.num_waiting)
     numbers = stats._asdict()
-    del numbers["report"]
+    del numbers["report"], numbers["waits_for"]
     return JSONResponse({"status": status} | numbers, 200 if status == "ok" else 503)
 
 

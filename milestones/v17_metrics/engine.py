@@ -286,7 +286,7 @@ class Engine:
     def add_request(self, prompt: str | list[int], params: SamplingParams = SamplingParams(), arrived: float | None = None) -> int:
         """Queue a request and return its id, which is never reused; it starts in the next step that has room for it.
 
-        arrived: when the server sent it here, after tokenizing it, in seconds of time.monotonic(); by default now.
+        arrived: when the server began to receive it, in seconds of time.monotonic(); by default now.
         """
         seq = self.make_sequence(prompt, params, name="prompt", arrived=arrived)
         self.enqueue(seq)
@@ -388,6 +388,7 @@ class Engine:
             cached_tokens=self.scheduler.num_cached_tokens,
             max_num_seqs=self.max_num_seqs,
             findable_blocks=len(self.pool.key_of),
+            waits_for=self.scheduler.waits_for,
         )
 
     def take_report(self) -> Report | None:

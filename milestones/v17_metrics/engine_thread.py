@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 class EngineThread:
     """Runs the engine loop in a thread. Call all but `receive_soon` from the event loop's thread."""
 
+    silent_s = 0.0  # nobody watches a thread
+
     def __init__(self, engine: EngineLike):
         self.name = engine.name
         # Two threads must not use one tokenizer. The engine decodes with its own; this copy is for the other threads.

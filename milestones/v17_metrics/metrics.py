@@ -23,7 +23,15 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 KEEP_S, KEEP_STEPS, KEEP_REQUESTS = 300.0, 30_000, 2_000
 # The seconds of the page's plots, and how many tokens may wait for clients before the page says so.
 SERIES_S, UNREAD = 120, 200
+# Seconds without a message after which the page says so. An engine's process sends one each second.
+SILENT_S = 3.0
 REASONS = "stop", "length", "abort", "error"
+# What the first waiting request lacks, and what would help. Nothing does if it waits for a prefix that another one computes.
+LACKS = {
+    "places": "because all places are taken. Raise --max-num-seqs.",
+    "blocks": "for blocks of the cache. Raise --kv-bytes or --num-blocks.",
+    "tokens": "because others' prompts fill the steps. A larger --max-num-batched-tokens lets them start earlier, and makes streams stutter more.",
+}
 
 
 class Histogram:
@@ -80,12 +88,32 @@ class Metrics(Collector):
         self.prompt_lengths, self.output_lengths = Histogram(TOKENS), Histogram(TOKENS)
         self.steps: deque[Step] = deque(maxlen=KEEP_STEPS)
         self.requests: deque[Ended] = deque(maxlen=KEEP_REQUESTS)
+        self.refused: deque[float] = deque(maxlen=KEEP_REQUESTS)  # when responses with 429 ended
         self.rows: dict[int, list[int]] = {}  # by second: tokens generated, prompt tokens, most requests running, most waiting
         self.stats = Stats(running=0, waiting=0, free_blocks=0, total_blocks=0)
         self.is_alive = True
+        # Those of the AsyncEngine.
         self.unanswered: dict[int, int] = {}  # by call: requests that the engine has not acknowledged
+        self.encoding = set()  # calls that wait for the tokenizer
+        self.unread = set()  # generations that clients may still read
         self.started = time.time()
         self.blocks: str | None = None  # the state of each block, a byte each, in base64
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the engine's queue or on their way to it, and calls that wait for the tokenizer."""
+        return self.stats.waiting + sum(self.unanswered.values()) + len(self.encoding)
+
+    @property
+    def num_unread(self) -> int:
+        """The number of tokens that wait for their clients. Only for the event loop's thread."""
+        return sum(generation.outputs.qsize() for generation in self.unread)
+
+    def add_answer(self, path: str, status: int) -> None:
+        """Count an HTTP response. path: the route's own."""
+        self.answers[path, str(status)] += 1
+        if status == 429:
+            self.refused.append(time.monotonic())
 
     def add(self, report: Report) -> None:
         """Count what an engine has reported."""
@@ -141,6 +169,8 @@ class Metrics(Collector):
             return
         self.counters["goal_requests"] += 1
         self.counters["goal_met"] += self.goal.is_met(ended)
+        self.counters["goal_first_missed"] += ended.first - ended.arrived > self.goal.first
+        self.counters["goal_gap_missed"] += ended.longest_gap > self.goal.gap
         self.prefill_times.add(ended.first - ended.began)
         self.decode_times.add(ended.ended - ended.first)
         self.request_times.add(ended.ended - ended.arrived)
@@ -151,14 +181,19 @@ class Metrics(Collector):
 
     # ---- read by the page
 
-    def picture(self, num_unread: int) -> dict:
+    def picture(self, num_unread: int, silent_s: float = 0.0) -> dict:
         """What the page draws, as JSON: numbers, percentiles of the last minute, two minutes by the second, the last requests.
 
-        num_unread: tokens that wait for their clients. Any thread may call this.
+        num_unread: tokens that wait for their clients; silent_s: seconds since the engine's last message. Any thread may call this.
         """
         now = time.monotonic()
         # Another thread may add steps meanwhile; a copy is made in one go.
         minute = [step for step in list(self.steps) if step.began >= now - 60]
+        ended = [request for request in list(self.requests) if request.ended >= now - 60]
+        stats, statuses = self.stats._replace(waiting=self.num_waiting)._asdict(), Counter()
+        del stats["report"]
+        for (_, status), count in list(self.answers.items()):
+            statuses[status] += count
         spent = [sum(step.seconds[index] for step in minute) for index in range(len(PARTS))]
         total = sum(spent)
         return {
@@ -166,7 +201,8 @@ class Metrics(Collector):
             "started": self.started,
             "alive": self.is_alive,
             "about": self.about,
-            "stats": self.stats._asdict(),
+            "stats": stats,
+            "answers": dict(sorted(statuses.items())),
             "counters": dict(self.counters),
             "finished": dict(self.finished),
             "goal": {name: None if value == inf else value for name, value in self.goal._asdict().items()},
@@ -174,38 +210,42 @@ class Metrics(Collector):
             "latency": {
                 "first token": percentiles([(seconds, 1) for step in minute for seconds in step.first_times]),
                 "between tokens": percentiles([pair for step in minute for pair in step.gaps]),
+                "longest gap of a request": percentiles([(request.longest_gap, 1) for request in ended if request.num_output > 1]),
                 "in the queue": percentiles([(seconds, 1) for step in minute for seconds in step.queue_times]),
                 "a step": percentiles([(sum(step.seconds), 1) for step in minute]),
             },
             "parts": {part: [seconds / max(1, len(minute)), seconds / total if total else 0.0] for part, seconds in zip(PARTS, spent)},
-            "requests": [{name: getattr(each, name) for name in ("request_id", "arrived", "began", "first", "ended", "reason")} for each in list(self.requests)[-40:] if each.ended >= now - SERIES_S],
+            "requests": [{name: getattr(each, name) for name in ("request_id", "arrived", "began", "first", "ended", "reason", "num_preemptions")} for each in list(self.requests)[-40:] if each.ended >= now - SERIES_S],
             "blocks": self.blocks,
-            "advice": self.advice(minute, num_unread),
+            "advice": self.advice(minute, num_unread, silent_s),
         }
 
     def series(self, now: float) -> list[list[float]]:
         """For each of the last SERIES_S whole seconds: tokens generated, prompt tokens, most requests running, most waiting."""
         return [self.rows.get(second, [0, 0, 0, 0]) for second in range(int(now) - SERIES_S, int(now))]
 
-    def advice(self, minute: list[Step], num_unread: int) -> list[str]:
+    def advice(self, minute: list[Step], num_unread: int, silent_s: float) -> list[str]:
         """What is wrong, and which flag would help."""
-        stats, found = self.stats, []
-        # A request that has just been added starts in the next step. One that must wait was left out of the last step, too.
-        waiting = min(stats.waiting, minute[-1].num_waiting) if minute else 0
+        if not self.is_alive:
+            return ["The engine has died, and the log says why. The server ends, too; start it again."]
+        stats, lines = self.stats, []
+        if silent_s >= SILENT_S:
+            lines.append(f"The engine's process has said nothing for {silent_s:.0f} s. If it stays silent, the server kills it.")
         preempted = sum(step.num_preemptions for step in minute)
         if preempted:
-            found.append(f"{preempted} preemptions in the last minute: the cache is too small for what runs. Raise --kv-bytes or --num-blocks, or --reserve-tokens.")
-        if waiting and stats.running >= stats.max_num_seqs:
-            found.append(f"{waiting} requests wait because all {stats.max_num_seqs} places are taken. Raise --max-num-seqs.")
-        elif waiting and stats.running and not preempted:
-            found.append(f"{waiting} requests wait for blocks of the cache, or for tokens of the next step. Raise --kv-bytes or --num-blocks, or --max-num-batched-tokens.")
+            lines.append(f"{preempted} preemptions in the last minute: the cache is too small for what runs. Raise --kv-bytes or --num-blocks, or --reserve-tokens.")
+        if stats.waiting and stats.waits_for in LACKS and not (stats.waits_for == "blocks" and preempted):
+            lines.append(f"{stats.waiting} requests wait {LACKS[stats.waits_for]}")
         mixed = [sum(step.seconds) for step in minute if step.num_prompt and step.num_output > 1]
         plain = [sum(step.seconds) for step in minute if not step.num_prompt]
-        if len(mixed) > 3 and len(plain) > 3 and median(mixed) > 4 * median(plain):
-            found.append("Streams wait for pieces of prompts: steps with prompts take more than four times as long. Lower --max-num-batched-tokens.")
+        if stats.waits_for != "tokens" and len(mixed) > 3 and len(plain) > 3 and median(mixed) > 4 * median(plain):
+            lines.append("Streams wait for pieces of prompts: steps with prompts take more than four times as long. Lower --max-num-batched-tokens; prompts then take longer.")
+        refused = sum(at >= time.monotonic() - 60 for at in list(self.refused))
+        if refused:
+            lines.append(f"{refused} requests in the last minute got a 429, since too many waited. Raise --max-waiting, or add a server.")
         if num_unread > UNREAD:
-            found.append(f"{num_unread} tokens wait for clients to read them. The clients or the network are slow; no flag of the server helps.")
-        return found or ["Nothing that a flag would change."]
+            lines.append(f"{num_unread} tokens wait for clients to read them. The clients or the network are slow; no flag of the server helps.")
+        return lines or ["Nothing that a flag would change."]
 
     # ---- read by a scraper
 
@@ -215,7 +255,8 @@ class Metrics(Collector):
         yield InfoMetricFamily(PREFIX + "engine", "The engine's settings.", self.about)
         yield gauge("engine_up", "1 while the engine runs, 0 once it has died.", int(self.is_alive))
         yield gauge("requests_running", "Requests that take part in steps.", stats.running)
-        yield gauge("requests_waiting", "Requests that have not started.", stats.waiting + sum(self.unanswered.values()))
+        yield gauge("requests_waiting", "Requests that have not started.", self.num_waiting)
+        yield gauge("requests_tokenizing", "Of these, calls that wait for the tokenizer.", len(self.encoding))
         yield gauge("requests_preempted", "Requests that have started and wait again.", stats.preempted)
         blocks = GaugeMetricFamily(PREFIX + "kv_blocks", "Blocks of the cache, by whether a request holds them.", labels=["state"])
         blocks.add_metric(["used"], stats.total_blocks - stats.free_blocks)
@@ -223,6 +264,7 @@ class Metrics(Collector):
         yield blocks
         yield gauge("kv_blocks_findable", "Blocks whose content later prompts can find.", stats.findable_blocks)
         yield gauge("swap_blocks_used", "Blocks of the swap space in use.", stats.swapped_blocks)
+        yield gauge("tokens_unread", "Tokens that wait for their clients to read them.", self.num_unread)
         yield counter("preemptions", "Requests that had to give their blocks back.", stats.preemptions)
         yield counter("prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache.", stats.prompt_tokens)
         yield counter("prefix_cache_hits", "Of these, tokens that were found.", stats.cached_tokens)
@@ -242,6 +284,8 @@ class Metrics(Collector):
         yield parts
         yield counter("goal_requests", "Finished requests, each of which could meet the goals.", self.counters["goal_requests"])
         yield counter("goal_met", "Of these, requests that met the goals for first token and gaps.", self.counters["goal_met"])
+        yield counter("goal_first_missed", "Of these, requests whose first token took too long.", self.counters["goal_first_missed"])
+        yield counter("goal_gap_missed", "Of these, requests with a gap that was too long.", self.counters["goal_gap_missed"])
         yield histogram("step_seconds", "Time of a step.", self.step_seconds)
         yield histogram("step_tokens", "Tokens fed in a step.", self.step_tokens)
         yield histogram("time_to_first_token_seconds", "From a request's arrival to its first token.", self.first_times)

@@ -3,8 +3,9 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import accumulate, islice, pairwise
+from math import inf
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -16,12 +17,16 @@ from .async_engine import paced
 from .errors import ERRORS, ApiError
 from .metrics import KEEP_S
 from .records import PARTS, Ended, Step
+from .service import Service
 
 PAGE = Path(__file__).with_name("dashboard.html").read_text(encoding="utf-8")
 # What a scraper may ask for, besides plain text.
-FORMATS = {200: {"content": {"application/openmetrics-text": {}}, "description": "All metrics"}}
+OPEN_METRICS = "application/openmetrics-text"
+FORMATS = {200: {"content": {OPEN_METRICS: {}}, "description": "All metrics"}}
 # The events that are written in one go, which takes less than a millisecond.
 EVENTS = 50
+# How long readers share what was made for one of them.
+SHARE_S = 0.5
 
 router = APIRouter()
 
@@ -31,16 +36,36 @@ async def metrics(request: Request) -> Response:
     """Return all metrics in the format that the scraper asks for."""
     service = request.app.state.service
     check_metrics_key(request, service.metrics_key)
-    encode, content_type = choose_encoder(request.headers.get("accept"))
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(service.async_engine.metrics)
-    return Response(encode(registry), media_type=content_type)
+    # The library fails on versions that are not numbers, and repeats others. There is one of each format, so none is asked of it.
+    encode, content_type = choose_encoder(OPEN_METRICS if OPEN_METRICS in request.headers.get("accept", "") else None)
+
+    async def scrape() -> Response:
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(service.async_engine.metrics)
+        return Response(encode(registry), media_type=content_type)
+
+    return await shared(service, content_type, scrape)
+
+
+async def shared(service: Service, name: str, make: Callable[[], Awaitable[Response]]) -> Response:
+    """Return what make() returns, the same for all who ask within SHARE_S: many readers must not take the streams' time."""
+    begun, making = service.shared.get(name, (-inf, None))
+    if time.monotonic() - begun >= SHARE_S:
+        making = asyncio.ensure_future(make())
+        service.shared[name] = time.monotonic(), making
+    return await making
 
 
 def check_metrics_key(request: Request, metrics_key: str | None) -> None:
     scheme, _, sent = request.headers.get("authorization", "").partition(" ")
     if metrics_key is not None and not (scheme.lower() == "bearer" and hmac.compare_digest(sent.strip().encode(), metrics_key.encode())):
         raise ApiError(401, "no valid metrics key; send Authorization: Bearer KEY (--metrics-key)", code="invalid_api_key")
+
+
+def check_data_key(request: Request, service: Service) -> None:
+    """The page's data and traces tell more than the metrics. The gate has checked the API key, if there is one."""
+    if not service.api_keys:
+        check_metrics_key(request, service.metrics_key)
 
 
 @router.get("/dashboard", response_class=HTMLResponse)
@@ -53,10 +78,16 @@ async def dashboard() -> HTMLResponse:
 async def dashboard_data(request: Request) -> JSONResponse:
     """Return what the page draws: numbers, percentiles of the last minute, the cache, the last requests."""
     service = request.app.state.service
-    await service.async_engine.show_blocks()
-    # A minute may have tens of thousands of steps. Sorting their times would stop all streams meanwhile.
-    picture = await asyncio.to_thread(service.async_engine.metrics.picture, service.async_engine.num_unread)
-    return JSONResponse(picture | {"model": service.models[0], "draining": service.draining})
+    check_data_key(request, service)
+
+    async def picture() -> Response:
+        async_engine = service.async_engine
+        await async_engine.show_blocks()
+        # A minute may have tens of thousands of steps. Sorting their times would stop all streams meanwhile.
+        picture = await asyncio.to_thread(async_engine.metrics.picture, async_engine.metrics.num_unread, async_engine.runner.silent_s)
+        return JSONResponse(picture | {"model": service.models[0], "draining": service.draining})
+
+    return await shared(service, "picture", picture)
 
 
 @router.get("/trace", responses=ERRORS)
@@ -64,6 +95,7 @@ async def trace(request: Request, seconds: float = KEEP_S) -> Response:
     """Return the last seconds as a file that Perfetto and chrome://tracing open."""
     if not 0 < seconds <= KEEP_S:
         raise ApiError(400, f"seconds must be more than 0 and at most {KEEP_S:.0f}, got {seconds}", "seconds")
+    check_data_key(request, request.app.state.service)
     kept = request.app.state.service.async_engine.metrics
     since = time.monotonic() - seconds
     steps = [step for step in kept.steps if step.began >= since]

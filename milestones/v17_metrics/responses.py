@@ -40,7 +40,7 @@ async def create_response(request: Request, body: ResponseRequest):
             cache_salt=service.cache_salt(api_key, body.cache_salt),
         )
         run = Run(service, api_key, body, messages, len(prompt_ids))
-        run.generation = await service.async_engine.generate([(prompt_ids, params)])
+        run.generation = await service.async_engine.generate([(prompt_ids, params)], request.scope["arrived"])
     if body.store:
         store.add(run)
     if body.background:

@@ -31,6 +31,7 @@ class Scheduler:
         self.budget = 0  # tokens that the step being scheduled has left
         self.num_prompt_tokens = 0  # of all sequences that have run
         self.num_cached_tokens = 0  # of these, the ones found in the prefix cache
+        self.waits_for: str | None = None  # why the first waiting sequence was left out: places, blocks, tokens or prefix
 
     def add(self, seq: Sequence) -> None:
         """Add a sequence to the queue, at its rank."""
@@ -56,6 +57,12 @@ class Scheduler:
             insort(self.running, seq, key=lambda seq: seq.rank)
             seq.preempted = False
             self.swap.load(seq.swap_table, seq.block_table)
+        if not self.waiting:
+            self.waits_for = None
+        elif len(self.running) == self.max_num_seqs:
+            self.waits_for = "places"
+        elif not self.budget:
+            self.waits_for = "tokens"
         return list(self.running)
 
     def admit(self, seq: Sequence) -> bool:
@@ -63,6 +70,7 @@ class Scheduler:
         ahead = [other for other in self.running if other.rank < seq.rank]
         found = self.find(seq)
         if self.awaits(seq, len(found), ahead) or not self.fits(seq, found, ahead):
+            self.waits_for = "prefix" if self.awaits(seq, len(found), ahead) else "blocks"
             return False
         while not self.fits(seq, found, self.running):
             self.preempt(self.running[-1])

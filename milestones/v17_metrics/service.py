@@ -1,4 +1,5 @@
 """The engine, settings and checks that the endpoints share."""
+import asyncio
 import hashlib
 
 from .async_engine import AsyncEngine
@@ -33,6 +34,7 @@ class Service:
         self.async_engine.metrics.about = {"model": model_name, "max_model_len": str(runner.max_model_len)}
         self.metrics_key = metrics_key
         self.log_format = log_format
+        self.shared: dict[str, tuple[float, asyncio.Future]] = {}  # by name: what several readers share, and when it was begun
         self.models = [model_name]
         self.started = now()
         vocabulary, special = vocabulary_bytes(runner.tokenizer), special_ids(runner.tokenizer)

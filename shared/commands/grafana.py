@@ -56,7 +56,7 @@ PANELS = (
     ),
     Panel(
         "Requests",
-        "Running: they take part in steps. Waiting: they have not started. Preempted: they have started, and wait again.",
+        "Running: they take part in steps. Waiting: they have not started, some because their text is not tokenized yet. Preempted: they have started, and wait again.",
         "short",
         {
             "running": "sum(stepserve_requests_running)",
@@ -116,7 +116,11 @@ PANELS = (
         "Goodput: share of requests that met the goals",
         "Of the requests that finished. The goals are --slo-ttft-ms and --slo-itl-ms; without them, every request meets them.",
         "percentunit",
-        {"met": share("stepserve_goal_met_total", "stepserve_goal_requests_total")},
+        {
+            "met": share("stepserve_goal_met_total", "stepserve_goal_requests_total"),
+            "first token too late": share("stepserve_goal_first_missed_total", "stepserve_goal_requests_total"),
+            "gap too long": share("stepserve_goal_gap_missed_total", "stepserve_goal_requests_total"),
+        },
         highest=1,
     ),
     Panel(
@@ -132,6 +136,18 @@ PANELS = (
         "short",
         {"{{status}}": rate("stepserve_http_responses_total", "status")},
         stacked=True,
+    ),
+    Panel(
+        "Tokens that clients have not read",
+        "They wait in the server. If there are many, the clients or the network are slow.",
+        "short",
+        {"unread": "sum(stepserve_tokens_unread)"},
+    ),
+    Panel(
+        "Calls at the tokenizer",
+        "They are counted as waiting, too.",
+        "short",
+        {"tokenizing": "sum(stepserve_requests_tokenizing)"},
     ),
 )  # fmt: skip
 

@@ -1,13 +1,18 @@
 """v17: what is counted is what happened, and a scraper, the page and a trace read the same records."""
 import asyncio
+import fcntl
 import gc
+import http.client
 import json
+import os
 import pickle
 import queue
 import random
 import re
 import shutil
+import socket
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +27,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from shared.chapters import ROOT
 from shared.checkpoints import checkpoint
 from shared.verify.serving import serving, wait_until
 from shared.workloads import random_ids
@@ -47,6 +53,12 @@ def new_engine(chapter):
 def ids(rng):
     """Random token ids of the random checkpoints' vocabulary."""
     return lambda length: random_ids(length, 401, rng)
+
+
+@pytest.fixture(autouse=True)
+def fresh(module, monkeypatch):
+    """Each reader gets numbers of its own; test_readers_share_what_one_of_them_asked_for has the real thing."""
+    monkeypatch.setattr(module("observe"), "SHARE_S", 0.0)
 
 
 @pytest.fixture
@@ -218,6 +230,8 @@ def test_every_counter_is_a_recount_from_the_outputs_of_the_run(new_run, seed, s
         "prefix_cache_hits_total": sum(ran.values()),
         "goal_requests_total": len(run.finished),
         "goal_met_total": len(met),
+        "goal_first_missed_total": sum(run.tokens[i][0] - run.arrived[i] > 9 for i in run.finished),
+        "goal_gap_missed_total": sum(run.longest_gaps.get(i, 0) > 1 for i in run.finished),
         "step_seconds_count": run.num_steps,
         "step_tokens_sum": run.num_fed,
     }
@@ -471,10 +485,12 @@ def test_what_is_kept_is_bounded_in_time_and_number(module, new_metrics, clock):
 
 
 def test_advice_names_the_flag(module, new_engine, new_metrics, Params, ids):
-    """Staged: more requests than places; a cache that is too small; clients that do not read."""
-    for options, prompts, flag, other in (
-        ({"max_num_seqs": 2}, [ids(5)] * 5, "--max-num-seqs", "--kv-bytes"),
-        ({"num_blocks": 6, "reserve_tokens": 0}, [ids(9)] * 2, "--kv-bytes", "--max-num-seqs"),
+    """Staged: more requests than places; a cache that is too small, or full; prompts that fill the steps; clients that do not read."""
+    for options, prompts, flag, others in (
+        ({"max_num_seqs": 2}, [ids(5)] * 5, "--max-num-seqs", ("--kv-bytes", "--max-num-batched")),
+        ({"num_blocks": 6, "reserve_tokens": 0}, [ids(9)] * 2, "--kv-bytes", ("--max-num-",)),
+        ({"num_blocks": 6, "reserve_tokens": 16}, [ids(9)] * 2, "wait for blocks of the cache. Raise --kv-bytes", ("--max-num-", "preempt")),
+        ({"max_num_batched_tokens": 8, "num_blocks": 200}, [ids(50) for _ in range(6)], "--max-num-batched-tokens", ("--kv-bytes", "--max-num-seqs", "Lower")),
     ):
         engine, metrics = new_engine(**options, enable_prefix_caching=False), new_metrics()
         for prompt in prompts:
@@ -483,7 +499,7 @@ def test_advice_names_the_flag(module, new_engine, new_metrics, Params, ids):
             engine.step()
         deliver(engine, metrics)
         [advice] = metrics.picture(0)["advice"]
-        assert flag in advice and other not in advice
+        assert flag in advice and not any(other in advice for other in others)
         engine.close()
     metrics, now = new_metrics(), time.monotonic()
     assert metrics.picture(200)["advice"] == ["Nothing that a flag would change."]
@@ -494,6 +510,75 @@ def test_advice_names_the_flag(module, new_engine, new_metrics, Params, ids):
         steps = [step_of(module, began, num_prompt=500, num_output=2, seconds=0.041)] * 4 + [step_of(module, began)] * 4
         metrics.add(module("records").Report(steps, []))
         assert sum("Lower --max-num-batched-tokens" in advice for advice in metrics.picture(0)["advice"]) == num_found
+    # While prompts wait for tokens, it would contradict the other line about this flag.
+    metrics.stats = metrics.stats._replace(waiting=3, waits_for="tokens")
+    [advice] = metrics.picture(0)["advice"]
+    assert advice.startswith("3 requests wait") and "Lower" not in advice
+
+
+def test_the_scheduler_says_why_the_first_of_the_queue_waits(new_engine, Params, ids):
+    prompt = ids(40)
+    for options, prompts, why in (
+        ({}, [ids(5), ids(5)], None),
+        ({"max_num_seqs": 2}, [ids(5) for _ in range(3)], "places"),
+        # Both are short: with more tokens, the third would still have no place.
+        ({"max_num_seqs": 2, "max_num_batched_tokens": 2}, [[7], [8], [9]], "places"),
+        ({"max_num_batched_tokens": 8}, [ids(9), ids(5)], "tokens"),
+        ({"num_blocks": 6}, [ids(9), ids(9)], "blocks"),
+        ({"max_num_batched_tokens": 16, "num_blocks": 12}, [ids(9), ids(30)], "blocks"),
+        ({"max_num_batched_tokens": 50}, [prompt, prompt], "prefix"),
+    ):
+        engine = new_engine(**options)
+        for token_ids in prompts:
+            engine.add_request(token_ids, Params(max_tokens=9, ignore_eos=True))
+        engine.step()
+        assert engine.stats().waits_for == why, options
+        while engine.has_unfinished_requests():
+            engine.step()
+        engine.step()
+        assert engine.stats().waits_for is None
+
+
+def test_the_page_says_when_the_engine_is_silent_or_dead(new_metrics):
+    metrics = new_metrics()
+    assert metrics.picture(0, 2.9)["advice"] == ["Nothing that a flag would change."]
+    [advice] = metrics.picture(0, 3.0)["advice"]
+    assert "said nothing for 3 s" in advice and "--" not in advice
+    metrics.end(0)
+    [advice] = metrics.picture(0, 3.0)["advice"]
+    assert "has died" in advice
+
+
+def test_a_preempted_requests_gap_is_on_the_page(module, new_engine, new_metrics, Params, ids, clock):
+    """Percentiles over tokens hide one long gap among many short ones."""
+    engine, metrics = new_engine(num_blocks=6, reserve_tokens=0), new_metrics(gap=2.0)
+    second_per_step(engine, clock)
+    for _ in range(2):
+        engine.add_request(ids(9), Params(max_tokens=12, ignore_eos=True), clock.now)
+    while engine.has_unfinished_requests():
+        engine.step()
+    ended = deliver(engine, metrics).ended
+    picture = metrics.picture(0)
+    shortest, longest = sorted(request.longest_gap for request in ended)
+    assert picture["latency"]["longest gap of a request"] == [shortest, longest, longest] and longest > 3 * shortest
+    assert picture["latency"]["between tokens"][0] == 1.0
+    assert (picture["counters"]["goal_gap_missed"], picture["counters"]["goal_first_missed"]) == (1, 0)
+    assert sorted(request["num_preemptions"] for request in picture["requests"]) == [0, 1]
+    clock.now += 61
+    assert metrics.picture(0)["latency"]["longest gap of a request"] == [None] * 3
+
+
+def test_refused_requests_are_on_the_page(new_metrics, clock):
+    metrics = new_metrics()
+    for status, count in ((200, 3), (401, 2), (429, 4)):
+        for number in range(count):
+            metrics.add_answer(f"/{number}", status)
+    picture = metrics.picture(0)
+    assert picture["answers"] == {"200": 3, "401": 2, "429": 4}
+    [advice] = picture["advice"]
+    assert advice.startswith("4 requests") and "--max-waiting" in advice
+    clock.now += 61
+    assert metrics.picture(0)["advice"] == ["Nothing that a flag would change."]
 
 
 def test_the_gauges_and_the_map_are_the_caches(new_engine, new_metrics, Params, ids):
@@ -669,6 +754,102 @@ def test_tokens_that_clients_have_not_read_are_seen(chapter, fake, Params):
         assert HTTP.get(f"{server.url}/dashboard/data").json()["advice"] == ["Nothing that a flag would change."]
 
 
+def test_a_client_that_reads_nothing_is_seen(chapter, module, make_engine):
+    """After some hundred tokens: the system's own buffer would take thousands."""
+    fake = Fake(chapter, make_engine("pocket").tokenizer, module("records"), max_model_len=2000)
+    with serving(chapter, fake, log_format="none") as server:
+        body = json.dumps({"model": "pocket", "prompt": [20] * 1500, "max_tokens": 1500, "stream": True})
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+            client.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            wait_until(lambda: fake.num_requests and not fake.requests)
+            wait_until(lambda: samples(scrape(server))["tokens_unread",] > 200)
+            [advice] = HTTP.get(f"{server.url}/dashboard/data").json()["advice"]
+            assert "tokens wait for clients" in advice
+        wait_until(lambda: samples(scrape(server))["tokens_unread",] == 0)
+
+
+def test_the_tokenizers_queue_is_waiting_too(chapter, pocket):
+    """A request arrives when the server begins to receive it, and its time includes that queue."""
+    asked = {"/v1/completions": {"prompt": "Once"}, "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]}, "/v1/responses": {"input": "a"}}
+    limits = {"/v1/responses": "max_output_tokens"}
+    with serving(chapter, pocket, log_format="none") as server:
+        async_engine, gate = server.service.async_engine, threading.Event()
+        async_engine.tokenizing.submit(gate.wait)
+        threads = [
+            threading.Thread(target=post, args=(server, path, {"model": "pocket", limits.get(path, "max_tokens"): 16} | body)) for path, body in asked.items()
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: len(async_engine.encoding) == 3)
+            got = samples(scrape(server))
+            assert got["requests_waiting",] == got["requests_tokenizing",] == 3
+            assert HTTP.get(f"{server.url}/health").json()["waiting"] == HTTP.get(f"{server.url}/dashboard/data").json()["stats"]["waiting"] == 3
+            time.sleep(0.4)
+        finally:
+            gate.set()
+            for thread in threads:
+                thread.join(20)
+        times = [request.first - request.arrived for request in async_engine.metrics.requests]
+        assert len(times) == 3 and min(times) >= 0.4 and max(times) < 20
+        assert samples(scrape(server))["requests_waiting",] == 0
+
+
+def test_requests_that_the_engine_has_not_read_are_waiting_on_the_page(chapter, fake):
+    with serving(chapter, fake, log_format="none") as server:
+        fake.gate.clear()
+        threads = [threading.Thread(target=post, args=(server, "/v1/completions", {"model": "pocket", "prompt": [20, 21], "max_tokens": 2})) for _ in range(4)]
+        try:
+            threads[0].start()
+            wait_until(lambda: fake.requests and not server.service.async_engine.unanswered)
+            for thread in threads[1:]:
+                thread.start()
+            wait_until(lambda: len(server.service.async_engine.unanswered) == 3)
+            stats = HTTP.get(f"{server.url}/dashboard/data").json()["stats"]
+            assert stats["waiting"] == HTTP.get(f"{server.url}/health").json()["waiting"] == samples(scrape(server))["requests_waiting",] == 3
+            assert "report" not in stats
+        finally:
+            fake.gate.set()
+            for thread in threads:
+                thread.join(20)
+
+
+@pytest.mark.parametrize("version", ["abc", "1.0.0rc1", "1!2.0", "", "0.0.1", "9" * 6000, "1.0.0; escaping=allow-utf-8; q=0.6, text/plain;version=0.0.4;q=0.3"])
+def test_whatever_version_a_scraper_asks_for_there_is_one(chapter, fake, version):
+    with serving(chapter, fake, log_format="none") as server:
+        response = HTTP.get(f"{server.url}/metrics", headers={"accept": f"application/openmetrics-text; version={version}"})
+        assert response.status_code == 200 and response.headers["content-type"] == "application/openmetrics-text; version=1.0.0; charset=utf-8"
+        assert [*parse_openmetrics(response.text)]
+        response = HTTP.get(f"{server.url}/metrics", headers={"accept": f"text/plain; version={version}"})
+        assert response.status_code == 200 and response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        assert samples(response.text)["engine_up",] == 1
+
+
+def test_readers_share_what_one_of_them_asked_for(chapter, module, fake, monkeypatch):
+    """A loop of scrapes, or a hundred open pages, would take the time of the streams."""
+    monkeypatch.setattr(module("observe"), "SHARE_S", 60.0)
+    open_format = {"accept": "application/openmetrics-text"}
+    with serving(chapter, fake, log_format="none") as server:
+        metrics, made = server.service.async_engine.metrics, Counter()
+        for name in ("collect", "picture"):
+            monkeypatch.setattr(metrics, name, lambda *args, name=name, own=getattr(metrics, name): (made.update([name]), own(*args))[1])
+        asked = [("/metrics", {}), ("/metrics", open_format), ("/dashboard/data", {})]
+        threads = [threading.Thread(target=HTTP.get, args=(server.url + path,), kwargs={"headers": headers}) for path, headers in 5 * asked]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for path, headers in asked:
+            response = HTTP.get(server.url + path, headers=headers)
+            assert response.status_code == 200 and len(response.content) > 500
+        assert made == {"collect": 2, "picture": 1}
+        # The time is over.
+        monkeypatch.setattr(module("observe"), "SHARE_S", 0.0)
+        assert HTTP.get(f"{server.url}/dashboard/data").status_code == 200 and made["picture"] == 2
+
+
 def test_the_number_of_series_does_not_depend_on_what_clients_send(chapter, fake):
     """300 paths, methods, models and ids: labels are the routes' own paths, and statuses."""
     rng = random.Random(7)
@@ -713,6 +894,14 @@ def test_who_may_see_what(chapter, fake):
         assert "pocket" not in page and "key-a" not in page
         # Everything that it needs is in it.
         assert not re.search(r"https?://|src=|@import|url\(", page)
+
+
+def test_without_an_api_key_the_metrics_key_closes_the_data_too(chapter, fake):
+    with serving(chapter, fake, metrics_key="key-m", log_format="none") as server:
+        for path in ("/metrics", "/dashboard/data", "/trace"):
+            assert HTTP.get(f"{server.url}{path}").status_code == 401, path
+            assert HTTP.get(f"{server.url}{path}", headers={"authorization": "Bearer key-m"}).status_code == 200, path
+        assert HTTP.get(f"{server.url}/v1/models").status_code == 200
 
 
 def test_a_metrics_key_closes_the_metrics(chapter, fake):
@@ -833,6 +1022,82 @@ def test_the_access_log_has_a_line_and_no_content(chapter, fake, capsys, log_for
     assert [str(each) for each in lines[3][2:5]][::2] == ["GET", "401"]
     for line in lines:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line[0]) and 0 <= float(line[5]) < 10
+
+
+class Reader:
+    """In place of stderr. Its reader has gone, or stops reading until `reads` is set."""
+
+    def __init__(self, gone=False):
+        self.gone, self.reads, self.text, self.asked = gone, threading.Event(), "", False
+
+    def write(self, text):
+        if self.gone:
+            raise BrokenPipeError("its reader has gone")
+        self.asked = True
+        self.reads.wait()
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_a_log_whose_reader_has_gone_costs_no_answer(chapter, fake, monkeypatch):
+    with serving(chapter, fake, log_format="text") as server:
+        monkeypatch.setattr(sys, "stderr", Reader(gone=True))
+        client = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=5)
+        # One connection, which the server must not close.
+        for number in range(4):
+            client.request("GET", "/v1/models")
+            response = client.getresponse()
+            assert response.status == 200 and response.read()
+            wait_for_answers(server, number + 1)
+            time.sleep(0.05)
+        client.close()
+
+
+def test_a_log_that_nobody_reads_loses_lines_and_stops_nobody(chapter, module, fake, monkeypatch):
+    monkeypatch.setattr(module("access"), "MOST_LINES", 5)
+    with serving(chapter, fake, log_format="text") as server:
+        reader = Reader()
+        monkeypatch.setattr(sys, "stderr", reader)
+        for number in range(20):
+            assert HTTP.get(f"{server.url}/v1/models", headers={"x-request-id": f"id-{number}"}, timeout=5).status_code == 200
+            wait_for_answers(server, number + 1)
+            wait_until(lambda: reader.asked)
+        reader.reads.set()
+        wait_until(lambda: reader.text.count("\n") == 6)
+        HTTP.get(f"{server.url}/version", headers={"x-request-id": "last"})
+        wait_until(lambda: reader.text.endswith("\n") and "last" in reader.text)
+    assert [line.split()[1] for line in reader.text.splitlines()] == [*(f"id-{number}" for number in range(6)), "last"]
+
+
+def test_the_log_is_printed_before_the_server_ends(chapter, fake, monkeypatch):
+    with serving(chapter, fake, log_format="text") as server:
+        reader = Reader()
+        monkeypatch.setattr(sys, "stderr", reader)
+        for _ in range(9):
+            HTTP.get(f"{server.url}/v1/models")
+        wait_for_answers(server, 9)
+        threading.Timer(0.3, reader.reads.set).start()
+    assert reader.text.count("GET /v1/models 200") == 9
+
+
+def test_a_server_whose_log_nobody_reads_can_be_stopped(chapter):
+    """Not even a flush of stderr may wait for the reader: the thread that prints may hold its lock."""
+    # Without a buffer there is no lock.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen([sys.executable, "-m", f"milestones.{chapter.name}", "serve", "--port", "0"], cwd=ROOT, env=env, stderr=subprocess.PIPE)
+    try:
+        url = next(re.search(rb"http://[^/]+", line) for line in process.stderr if b"curl" in line).group().decode()
+        fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+        for _ in range(100):
+            assert HTTP.get(f"{url}/version", timeout=5).status_code == 200
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 @pytest.mark.parametrize(

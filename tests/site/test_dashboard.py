@@ -86,9 +86,11 @@ def test_it_shows_what_the_server_does(serve, open_dashboard, width, dark):
     page.wait_for_function(finished(3), timeout=10_000)
     assert page.locator("#state").inner_text() == "running"
     assert figure(page, "meet the goals") == "100 %" and figure(page, "first token within") == "60.00 s"
+    assert figure(page, "first token too late") == figure(page, "gap too long") == "0" and figure(page, "gap within") == "no goal"
+    assert figure(page, "running") == "0 of 64"
     assert page.locator("#advice").inner_text() == "Nothing that a flag would change."
     rows = page.locator("#latency tr").all_inner_texts()
-    assert [row.split("\t")[0] for row in rows[1:]] == ["first token", "between tokens", "in the queue", "a step"]
+    assert [row.split("\t")[0] for row in rows[1:]] == ["first token", "between tokens", "longest gap of a request", "in the queue", "a step"]
     assert all("ms" in row for row in rows[1:])
     assert page.evaluate("document.documentElement.scrollWidth") == width, "nothing is wider than the window"
     for canvas in ("tokens", "queue", "cache", "lanes"):
@@ -105,9 +107,32 @@ def test_it_survives_a_restart_of_the_server(serve, open_dashboard):
     first.terminate()
     first.wait(timeout=60)
     page.wait_for_function("document.getElementById('state').textContent.startsWith('no answer')", timeout=10_000)
+    assert page.locator("main").evaluate("main => main.style.opacity") == "0.4", "old numbers look old"
     serve(port)
     page.wait_for_function(finished(0), timeout=30_000)
-    assert page.locator("#state").inner_text() == "running"
+    assert page.locator("#state").inner_text() == "running" and page.locator("main").evaluate("main => main.style.opacity") == "1"
+
+
+def test_it_says_that_there_are_no_goals_and_counts_responses(serve, open_dashboard):
+    port = free_port()
+    serve(port, "--max-waiting", "1")
+    body = {"model": "pocket", "prompt": "a", "n": 2}
+    assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body).status_code == 400
+    page = open_dashboard(port)
+    page.wait_for_function("document.getElementById('answers').textContent.includes('1 × 400')", timeout=10_000)
+    assert figure(page, "--slo-ttft-ms, --slo-itl-ms") == "no goals"
+
+
+def test_a_stored_key_that_cannot_be_sent_is_asked_for_again(serve, open_dashboard):
+    port = free_port()
+    serve(port, "--metrics-key", "secret")
+    page = open_dashboard(port)
+    page.evaluate("sessionStorage.setItem('stepserve-key', 'k€y')")
+    page.reload()
+    page.wait_for_function("document.getElementById('state').textContent === 'needs a key'", timeout=10_000)
+    page.locator("#ask input").fill("secret")
+    page.locator("#ask button").click()
+    page.wait_for_function(finished(0), timeout=10_000)
 
 
 def test_it_asks_for_the_key_and_shows_nothing_before(serve, open_dashboard):
