@@ -227,6 +227,11 @@ CONTENTS = (
         idea="Count where things happen, and let a scraper, a page and a person read the same events.",
         adds=frozenset({"metrics"}),
     ),
+    Row(
+        name="v18_structured_output",
+        idea="Between the logits and the draw: add, take away, and forbid what the text's grammar does not allow.",
+        adds=frozenset({"grammars"}),
+    ),
 )
 
 BOOK = Book.of(ROOT, CONTENTS)

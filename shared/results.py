@@ -111,8 +111,8 @@ def read(path: Path, command: str) -> dict[str, dict]:
 
 
 def cited(rows: dict[str, dict]) -> dict:
-    """The row that texts and pictures cite: the newest."""
-    return max(rows.values(), key=lambda row: row.get("date", ""))
+    """The row that texts and pictures cite: the newest or, of several of one day, the first that measured the most chapters."""
+    return max(rows.values(), key=lambda row: (row.get("date", ""), len(row.get("code", ()))))
 
 
 def figures(row: dict) -> dict:

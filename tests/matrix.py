@@ -22,6 +22,7 @@ PARITIES = {
     "test_arrivals.py",
     "test_engine.py",
     "test_finite.py",
+    "test_grammars.py",
     "test_modules.py",
     "test_previous.py",
     "test_product.py",

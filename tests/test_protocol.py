@@ -445,6 +445,8 @@ VLLMS = {
     "vllm_xargs": {"x": 1}, "include_reasoning": False, "media_io_kwargs": {"x": {}}, "truncation_side": "left",
     "repetition_detection": {"x": 1}, "response_format": {"type": "json_object"},
 }  # fmt: skip
+# Of these, those that work where answers can follow grammars.
+SHAPES = ("min_tokens", "min_p", "repetition_penalty", "bad_words", "structured_outputs", "regex", "choice", "grammar", "response_format")
 VLLMS_CHATS = {
     "chat_template_kwargs": {"enable_thinking": False}, "continue_final_message": True, "add_generation_prompt": False,
     "chat_template": "x", "documents": [{"x": "y"}], "echo": True, "add_special_tokens": True,
@@ -458,5 +460,8 @@ def test_what_vllm_would_do_and_this_engine_does_not_is_refused_by_name(chapter,
     if "prefix_cache" in chapter.capabilities:
         del asked["cache_salt"]
     body = {"model": "pocket"} | ENDPOINTS[path][1]
+    if "grammars" in chapter.capabilities:
+        for name in SHAPES:
+            assert post(server, path, body | {name: asked.pop(name), "max_tokens": 2}).status_code == 200, name
     for name, value in asked.items():
         assert_names(post(server, path, body | {name: value}), name)

@@ -27,6 +27,10 @@ def exercise(chapter):
             package.SamplingParams(max_tokens=2),
         ]
         engine.generate([[9, 10, 11, 12, 13], [14, 15]], params)
+        if "grammars" in chapter.capabilities:
+            params[0] = package.SamplingParams(max_tokens=3, temperature=0.8, min_p=0.01, repetition_penalty=1.2, logit_bias={8: 1.0})
+            params[1:] = [package.SamplingParams(max_tokens=3, temperature=0.8, regex=pattern) for pattern in ("[a-z]+", "[0-9]{9}")]
+            engine.generate([[9, 10, 11, 12, 13], [14, 15], [16]], params)
 
 
 def test_every_shape_comment_is_reached_and_true(chapter):

@@ -101,10 +101,13 @@ def contexts(count: int) -> list[int]:
     return [rng.randint(*CONTEXT) for _ in range(count)]
 
 
-def begin(chapter: Chapter, engine, count: int, max_new: int) -> None:
-    """Let `count` streams run that have a prompt in the cache and their first token, and will generate up to max_new more."""
+def begin(chapter: Chapter, engine, count: int, max_new: int, **options) -> None:
+    """Let `count` streams run that have a prompt in the cache and their first token, and will generate up to max_new more.
+
+    options: further arguments of their SamplingParams.
+    """
     rng = random.Random(1)
-    params = chapter.load().SamplingParams(max_tokens=max_new, ignore_eos=True)
+    params = chapter.load().SamplingParams(**{"max_tokens": max_new, "ignore_eos": True} | options)
     for length in contexts(count):
         engine.add_request(random_ids(length - 1, engine.config.vocab_size, rng), params)
     model, engine.model = engine.model, NoModel(engine.config)

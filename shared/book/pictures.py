@@ -560,6 +560,30 @@ def moments(_: dict) -> str:
     return svg(700, top + 170, "The moments of a request", body)
 
 
+def mask(_: dict) -> str:
+    """An automaton of `(no)+|yes`, a state of it, and where some tokens lead from there. Drawn, not measured."""
+    body = [text(16, 22, "Which tokens may follow? The automaton of (no)+|yes, byte by byte, after \u201cno\u201d", "head")]
+    places = {"start": (50, 130), "n": (150, 84), "no": (250, 84), "y": (150, 176), "ye": (250, 176), "yes": (350, 176)}
+    ways = [("start", "n", "n"), ("n", "no", "o"), ("start", "y", "y"), ("y", "ye", "e"), ("ye", "yes", "s")]
+    for begin, end, byte in ways:
+        (x, y), (to_x, to_y) = places[begin], places[end]
+        body += [f'<path class="curve0" d="M{x + 16} {y + (to_y - y) * 0.16:g}L{to_x - 16} {to_y - (to_y - y) * 0.16:g}"/>', text((x + to_x) / 2, (y + to_y) / 2 - 8, byte, "", "middle")]
+    body += ['<path class="curve0" fill="none" d="M240 71C220 40 180 40 160 71"/>', text(200, 42, "n (back)", "", "middle")]
+    for name, (x, y) in places.items():
+        body.append(rect(x - 16, y - 12, 32, 24, "token" if name == "no" else "waste"))
+        body.append(text(x, y + 4, "" if name == "start" else name, "", "middle"))
+        if name in ("no", "yes"):  # the text may end here
+            body.append(f'<rect class="curve0" x="{x - 19}" y="{y - 15}" width="38" height="30" fill="none"/>')
+    body += [text(50, 134, "start", "small", "middle"), text(250, 118, "here now; may end", "small", "middle"), text(350, 210, "may end", "small", "middle")]
+    tokens = [("n", "to \u201cn\u201d", True), ("no", "to \u201cno\u201d", True), ("nono", "to \u201cno\u201d", True), ("nope", "dead at the p", False), ("o", "dead at once", False)]
+    tokens += [("yes", "dead at once", False), ("\u2423no", "dead at the space", False), ("<end>", "may end here", True)]
+    body += [text(440, 60, "token"), text(510, 60, "its bytes lead"), text(630, 60, "mask")]
+    for line, (token, where, allowed) in enumerate(tokens):
+        y = 80 + 18 * line
+        body += [text(440, y, token, "" if allowed else "small"), text(510, y, where, "" if allowed else "small"), text(630, y, "1" if allowed else "0")]
+    return svg(700, 236, "A mask is a walk of all tokens through the automaton", body)
+
+
 # ---- forms of weights
 
 # The forms that are drawn, as the picture names them.
@@ -700,6 +724,7 @@ PICTURES: dict[str, Picture] = {
     "v15_own.svg": ("overhead.json", own_time),
     "v16_bits.svg": ("exact.json", bits),
     "v17_moments.svg": ("recording.json", moments),
+    "v18_mask.svg": ("grammars.json", mask),
 }
 
 # Pictures in which nothing depends on the machine.

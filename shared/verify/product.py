@@ -28,10 +28,19 @@ ADDED_BY |= dict.fromkeys(("cache_salt", "enable_prefix_caching"), "prefix_cache
 ADDED_BY["max_num_batched_tokens"] = "chunked_prefill"
 ADDED_BY["linear"] = "linear"
 ADDED_BY["exact"] = "exact"
+SHAPING = ("logit_bias", "frequency_penalty", "presence_penalty", "repetition_penalty", "min_p", "min_tokens", "bad_words")
+ADDED_BY |= dict.fromkeys((*SHAPING, "regex", "choice", "json_schema", "json_object"), "grammars")
 # Two random ones, whose tokenizers differ, and a trained one, which ends its texts.
 MODELS = ("llama", "mistral", "pocket")
 # Common enough to end many texts; some of them begin in one token and end in another.
 STOP_STRINGS = ("at", "e", "en", "ok", "s ", " t", "th", "?!")
+# Grammars of both backends: some end soon, some go on until max_tokens, one nests.
+SHAPES = (
+    {"regex": "[a-f ]{3,12}[.!]|(no )+"},
+    {"choice": ("yes", "no", "yes, but éñ")},
+    {"json_schema": {"type": "array", "items": {"type": "string", "maxLength": 3}, "minItems": 1, "maxItems": 3}},
+    {"json_object": True},
+)
 # Logprobs are sums of float32 in an order that depends on the batch, unless the engine is exact.
 TOLERANCE = 2e-4
 # Far more steps than a round takes.
@@ -115,7 +124,7 @@ def make_requests(rng: random.Random, chapter: Chapter, vocab_size: int, block_s
     while len(requests) < 20:
         tail = random_ids(rng.choice((0, 1, 2, 5, 9)), vocab_size, rng)
         prompt_ids = shared[: rng.choice(lengths)] + tail or shared[:1]
-        params = chapter.load().SamplingParams(**available(make_options(rng, vocab_size), chapter))
+        params = chapter.load().SamplingParams(**available(make_options(rng, vocab_size, chapter), chapter))
         arrival_step = rng.choice((0, rng.randint(1, 40), rng.randint(1, 40)))
         for choice in choices(params, rng.choice((1, 1, 1, 3))):
             abort_step = arrival_step + rng.randint(0, 40) if rng.random() < 0.2 else None
@@ -127,17 +136,17 @@ def continued(rng: random.Random, chapter: Chapter, request: Planned, roomy) -> 
     """The next turn of a conversation: a request's prompt, its answer and a few more tokens."""
     [answer] = roomy.generate([request.prompt_ids], request.params)
     tail = random_ids(rng.choice((0, 1, 3)), roomy.config.vocab_size, rng)
-    params = replace(request.params, **available(make_options(rng, roomy.config.vocab_size), chapter))
+    params = replace(request.params, **available(make_options(rng, roomy.config.vocab_size, chapter), chapter))
     if "prefix_cache" in chapter.capabilities:
         params = replace(params, cache_salt=request.params.cache_salt)
     arrival_step = request.arrival_step + rng.randint(1, 40)
     return Planned(request.prompt_ids + answer.token_ids + tail, params, arrival_step, abort_step=None, abort_preempted=False)
 
 
-def make_options(rng: random.Random, vocab_size: int) -> dict[str, object]:
+def make_options(rng: random.Random, vocab_size: int, chapter: Chapter) -> dict[str, object]:
     """The arguments of one request's SamplingParams."""
     logprobs = rng.choice((None, 0, 3))
-    return {
+    options = {
         "max_tokens": rng.choice((1, 2, rng.randint(3, 30), rng.randint(3, 30), rng.randint(3, 30))),
         "temperature": rng.choice((0.0, 0.7, 1.0)),
         "top_k": rng.choice((0, 0, 5, 40)),
@@ -152,6 +161,33 @@ def make_options(rng: random.Random, vocab_size: int) -> dict[str, object]:
         "priority": rng.randint(-1, 1),
         "cache_salt": rng.choice((None, None, "a", "b")),
     }
+    # By random numbers of its own, so that earlier chapters have the same plan.
+    shape = make_shape(random.Random(options["seed"]), vocab_size, options["max_tokens"]) if "grammars" in chapter.capabilities else {}
+    return options | shape
+
+
+def make_shape(rng: random.Random, vocab_size: int, max_tokens: int) -> dict[str, object]:
+    """The arguments for what stands between the logits and the draw, all of them: the earlier turn may have had others."""
+    none = dict.fromkeys(("logit_bias", "regex", "choice", "json_schema")) | {"bad_words": (), "json_object": False, "repetition_penalty": 1}
+    none |= dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), 0)
+    return none | choose_shape(rng, vocab_size, max_tokens)
+
+
+def choose_shape(rng: random.Random, vocab_size: int, max_tokens: int) -> dict[str, object]:
+    kind = rng.choice(("free", "free", "penalties", "bias", "grammar", "grammar"))
+    if kind == "penalties":
+        return {
+            "frequency_penalty": rng.choice((0, 0.5, 2)),
+            "presence_penalty": rng.choice((0, -1, 1.5)),
+            "repetition_penalty": rng.choice((1, 1.3, 0.8)),
+            "min_p": rng.choice((0, 0.1)),
+        }
+    if kind == "bias":
+        ids = rng.sample(range(vocab_size), 5)
+        return {"logit_bias": dict(zip(ids, (100, 5, -5, -100, 2))), "min_tokens": min(3, max_tokens), "bad_words": ("the", "an o")}
+    if kind == "grammar":
+        return {"ignore_eos": False} | rng.choice(SHAPES)
+    return {}
 
 
 def available(options: dict[str, object], chapter: Chapter) -> dict[str, object]:

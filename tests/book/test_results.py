@@ -49,6 +49,16 @@ def test_a_measurement_replaces_the_row_of_its_kind_and_leaves_the_others(book, 
         read_result(book, "speed.json@arm#v01.tok_s")
 
 
+def test_of_two_rows_of_one_day_the_one_with_more_chapters_is_cited(book, measured_on):
+    for kind, count in (("avx512", 1), ("avx2", 2)):
+        measured_on(kind, "2000-01-01")
+        path = results.write_row("speed", {"v01": {"tok_s": count}}, "measure", book.chapters[:count], book=book)
+    assert results.cited(results.rows_of(path))["v01"]["tok_s"] == 2
+    measured_on("avx512", "2000-01-01")
+    results.write_row("speed", {"v01": {"tok_s": 3}}, "measure", book.chapters[:2], book=book)
+    assert results.cited(results.rows_of(path))["v01"]["tok_s"] == 3, "the first"
+
+
 def test_a_figure_is_old_when_the_code_of_its_chapter_has_changed_and_words_do_not_count(book, measured_on):
     measured_on("avx2", "2000-01-01")
     figures = {name: {"tok_s": 7, "passes": 9} for name in ("v01", "v02")} | {"limits": {"gb_per_s": 5}, "together": 3}

@@ -490,10 +490,17 @@ def test_a_recorded_step_splits_a_long_context_as_a_launched_one_does(new_engine
     assert counts == [{7}, {8}]
 
 
+def state_of(value):
+    """A copy that is equal to a later one if nothing has changed in between."""
+    if type(value).__eq__ is object.__eq__ and hasattr(value, "__dict__"):
+        return {name: state_of(each) for name, each in vars(value).items()}
+    return copy.copy(value)
+
+
 def seen(engine):
     """Everything that anybody can see of an engine."""
     pool, scheduler = engine.pool, engine.scheduler
-    seqs = [{name: copy.copy(value) for name, value in vars(seq).items() if name != "stream"} for seq in engine.seqs.values()]
+    seqs = [{name: state_of(value) for name, value in vars(seq).items() if name != "stream"} for seq in engine.seqs.values()]
     queues = [[seq.seq_id for seq in queue] for queue in (scheduler.running, scheduler.waiting)]
     keys = dict(pool.key_of), {key: list(blocks) for key, blocks in pool.blocks_of.items()}
     counters = engine.num_requests, engine.num_steps, engine.num_resets, engine.num_positions

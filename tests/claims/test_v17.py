@@ -296,7 +296,7 @@ def test_the_first_tokens_time_includes_the_queue(new_engine, new_metrics, Param
         engine.add_request(ids(5), Params(max_tokens=3, ignore_eos=True), arrived=997.0)
     while engine.has_unfinished_requests():
         engine.step()
-    steps, ended = deliver(engine, metrics)
+    steps, ended, *_ = deliver(engine, metrics)
     assert [step.queue_times for step in steps] == [[3.0], [], [], [6.0], [], []]
     assert [step.first_times for step in steps] == [[4.0], [], [], [7.0], [], []]
     assert [each[:6] for each in ended] == [(1, "length", 997.0, 1000.0, 1001.0, 1003.0), (2, "length", 997.0, 1003.0, 1004.0, 1006.0)]
@@ -309,7 +309,7 @@ def test_the_gaps_of_a_step_are_one_pair_however_many_run(new_engine, Params, id
         engine.add_request(ids(3), Params(max_tokens=3, ignore_eos=True), clock.now)
     while engine.has_unfinished_requests():
         engine.step()
-    steps, ended = engine.take_report()
+    steps, ended, *_ = engine.take_report()
     assert [step.gaps for step in steps] == [[], [(1.0, 64)], [(1.0, 64)]]
     assert [step.num_output for step in steps] == [64] * 3 and len(ended) == 64
 
@@ -324,7 +324,7 @@ def test_the_gap_over_a_preemption_counts_and_the_hits_do_not(new_engine, new_me
     while engine.has_unfinished_requests():
         for output in engine.step():
             times[output.request_id].append(clock.now)
-    steps, ended = deliver(engine, metrics)
+    steps, ended, *_ = deliver(engine, metrics)
     gaps = [later - earlier for its in times.values() for earlier, later in pairwise(its)]
     assert max(gaps) > 3 and max(each.longest_gap for each in ended) == max(gaps)
     assert sum(count * gap for step in steps for gap, count in step.gaps) == sum(gaps)
@@ -416,7 +416,7 @@ def test_reports_that_nobody_takes_are_bounded(new_engine, module, Params, ids, 
     assert engine.num_steps == 0
     for _ in range(2):
         engine.generate([ids(3) for _ in range(5)], Params(max_tokens=6, ignore_eos=True))
-    steps, ended = engine.take_report()
+    steps, ended, *_ = engine.take_report()
     assert [each.request_id for each in ended] == [8, 9, 10] and len(steps) == 4
     assert engine.take_report() is None
 

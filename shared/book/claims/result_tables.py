@@ -21,6 +21,11 @@
     exact           a step with exact on, beside the chapter before and plain products
     differing       the log-probabilities and texts that differ between a request alone and in company
     recording       what it costs to record and count a step
+    grammars        what it takes to compile grammars
+    masks           what masks cost, by vocabulary
+    grammar_steps   a step of requests with and without a grammar
+    valid_answers   how many sampled answers are JSON, with grammars and without
+    json_suite      what becomes of the official tests of JSON Schema
     forms           the products of a step by number of rows, in each form of the weights
     step_levers     whole steps with one form or one lever changed at a time
     engines         two chapters beside other engines on the CPU
@@ -612,6 +617,67 @@ def recording(book: Book, chapter: Chapter | None) -> list[str]:
     return lines
 
 
+GRAMMARS = "python -m shared.bench.grammars --write"
+
+
+def grammars(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per grammar: the states of its automaton, and milliseconds to compile it in three ways."""
+    rows = results.read(book.results / "grammars.json", GRAMMARS)
+    lines = ["| | states | here, ms | in a process of its own, ms | by llguidance, ms |", "|---|" + "---:|" * 4]
+    for kind, row in rows.items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | | | | |")
+        for name, took in row["compile_ms"].items():
+            lines.append(f"| {name} | {took['states']:,} | " + " | ".join(milliseconds(took[way]) for way in ("here", "apart", "llguidance")) + " |")
+    return lines
+
+
+def masks(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per vocabulary: microseconds of a mask by a new state, by one seen before and by the library, and to apply one."""
+    rows = results.read(book.results / "grammars.json", GRAMMARS)
+    lines = ["| a mask, µs | a new state | the worst of these | a state seen before | by llguidance | the worst of these | to apply it |", "|---|" + "---:|" * 6]
+    for kind, row in rows.items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | | | | | | |")
+        for name, took in row["mask_us"].items():
+            new, library = took["new"], took["llguidance"]
+            cells = [f"{new['median']:,.0f}", f"{new['worst']:,.0f}", f"{took['seen']['median']:,.1f}", f"{library['median']:,.0f}", f"{library['worst']:,.0f}"]
+            label = "pocket, 2,048 tokens" if name == "pocket" else name
+            lines.append(f"| {label} | {' | '.join(cells)} | {row['apply_us'][name]:,.0f} |")
+    return lines
+
+
+def grammar_steps(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per kind of machine: milliseconds of a step of 16 requests without a grammar, and with one."""
+    rows = results.read(book.results / "grammars.json", GRAMMARS)
+    lines = ["| a step of 16 requests, ms | without a grammar | all with one |", "|---|" + "---:|" * 2]
+    for kind, row in rows.items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | " + " | ".join(milliseconds(row["step_ms"][name]) for name in ("free", "masked")) + " |")
+    return lines
+
+
+def valid_answers(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per grammar: of so many sampled answers, how many ended, were JSON objects, and follow the schema."""
+    rows = results.read(book.results / "grammars.json", GRAMMARS)
+    lines = ["| | answers | ended by themselves | JSON objects | follow the schema |", "|---|" + "---:|" * 4]
+    names = {"free": "without a grammar", "json_object": "`json_object`", "json_schema": "`json_schema`"}
+    for name, numbers in results.cited(rows)["valid"].items():
+        lines.append(f"| {names[name]} | " + " | ".join(str(numbers[each]) for each in ("answers", "finished", "json", "valid")) + " |")
+    return lines
+
+
+def json_suite(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per variant of the suite and backend: how many tests are right, and what became of the others."""
+    [found] = results.read(book.results / "json_suite.json", "python -m shared.verify.json_suite --write").values()
+    lines = ["| | tests | right | valid, but not generated | refused by name | **invalid, but generated** |", "|---|" + "---:|" * 5]
+    names = {"as_it_is": "the suite as it is", "typed": "with a type in each schema", "formats": "formats of strings"}
+    backends = {"own": "our automaton", "llguidance": "llguidance, checked", "auto": "both"}
+    for variant, label in names.items():
+        row = found[variant]
+        for backend, name in backends.items():
+            cells = [f"{row['tests']:,}", *(f"{row[backend][each]:,}" for each in ("right", "rejected", "refused", "accepted"))]
+            lines.append(f"| {label}: {name} | {' | '.join(cells)} |")
+    return lines
+
+
 EXACT = "python -m shared.bench.exact --write"
 # The contestants and settings, as a table names them.
 EXACT_NAMES = {"before": "{before}, fastest form", "plain": "PyTorch's own products", "exact": "exact"}
@@ -706,6 +772,11 @@ TABLES = {
     "memory": memory,
     "step": step,
     "recording": recording,
+    "grammars": grammars,
+    "masks": masks,
+    "grammar_steps": grammar_steps,
+    "valid_answers": valid_answers,
+    "json_suite": json_suite,
     "exact": exact,
     "differing": differing,
     "forms": forms,

@@ -1,0 +1,186 @@
+"""Grammars that no automaton can follow, such as recursive ones, by the library llguidance.
+
+It computes each mask anew, by a parser that walks a tree of the vocabulary. What it would not obey exactly is refused first.
+"""
+import json
+from collections.abc import Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from .automaton import Begin, Chars, Either, End, Repeat, Then
+from .json_schema import COLON, COMMA, FORMATS, check_schema, parts_of
+from .params import RequestError
+from .regex import parse_regex
+
+# The library reads the numbers of a schema as floating-point numbers, which are exact up to here.
+LARGEST = 2**53
+# Formats of strings that it obeys. The others that are supported are given to it as patterns.
+OTHER_FORMATS = ("duration", "email", "hostname", "ipv6", "uri")
+# It spells a name that is in no property's list in any way, so that "\\u0061" could give the property "a" a value that
+# its schema forbids. No escape may stand for a character that needs none.
+ESCAPES = '([^\\\\]|\\\\(["\\\\bfnrt]|u00([01][0-9a-fA-F]|7[fF])))*'
+SPELLING = {"whitespace_flexible": False, "item_separator": COMMA, "key_separator": COLON}
+
+
+class Guidance:
+    """The library, with a tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_ids: tuple[int, ...], drops_first_space: bool):
+        """ValueError if the library is not installed or cannot read this tokenizer."""
+        try:
+            from llguidance.hf import from_tokenizer
+        except ImportError:
+            raise ValueError("this needs the package llguidance, which is not installed; pip install llguidance") from None
+        self.vocab_size = vocab_size
+        try:
+            self.tokenizer = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(end_ids) or None)
+        except Exception as error:
+            raise ValueError(f"llguidance cannot read this tokenizer: {error}") from None
+        self.first_left_out = None
+        if drops_first_space:
+            self.first_left_out = np.zeros(vocab_size, bool)
+            for token_id in range(vocab_size):
+                self.first_left_out[token_id] = self.tokenizer.decode_bytes([token_id]).startswith(b" ")
+
+    def compile(self, kind: str, source) -> "GuidanceGrammar":
+        """RequestError if the library refuses the grammar, or would not obey all of it."""
+        from llguidance import LLMatcher
+
+        match kind:
+            case "grammar":
+                text = LLMatcher.grammar_from_lark(source)
+            case "regex":
+                text = LLMatcher.grammar_from_regex(render(parse_regex(source)))
+            case "choice":
+                text = LLMatcher.grammar_from_regex(render(Either(tuple(map(literal, source)))))
+            case "json_object":
+                text = schema_grammar({"type": "object"})
+            case "json_schema":
+                text = schema_grammar(exactly(json.loads(source)))
+        matcher = LLMatcher(self.tokenizer, text)
+        if matcher.is_error():
+            raise RequestError(f"{kind} is refused: {brief(matcher.get_error())}", kind)
+        grammar = GuidanceGrammar(matcher, self)
+        if not grammar.start(is_new_text=False).mask().any():
+            raise RequestError(f"{kind} matches no text, or contains itself without an end", kind)
+        return grammar
+
+
+def brief(error: str) -> str:
+    """The first line of the library's message."""
+    return next((line.strip() for line in error.splitlines() if line.strip()), "without a reason")[:500]
+
+
+def schema_grammar(schema: dict | bool) -> str:
+    return json.dumps({"grammars": [{"json_schema": schema | {"x-guidance": SPELLING} if isinstance(schema, dict) else schema}]})
+
+
+def exactly(schema: dict | bool) -> dict | bool:
+    """The schema with patterns that mean the same to the library; RequestError for numbers that it would round."""
+    check_schema(schema)
+    todo = [(schema, "")]
+    while todo:
+        each, path = todo.pop()
+        if isinstance(each, bool):
+            continue
+        where = path or "the schema"
+        for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "const", "enum"):
+            if any(abs(number) > LARGEST for number in numbers_in(each.get(keyword))):
+                raise RequestError(f"json_schema: {where}: {keyword} has a number beyond {LARGEST}, which is not supported here", "json_schema")
+        # It spells these in names in several ways, all of which are needed elsewhere.
+        if any(code < 32 or code == 127 for name in each.get("properties", ()) for code in map(ord, name)):
+            raise RequestError(f"json_schema: {where}: a property's name with a control character is not supported here", "json_schema")
+        # It may write a name twice, of which the second counts.
+        if each.get("minProperties", 0) > 1:
+            raise RequestError(f"json_schema: {where}: minProperties above 1 is not supported; list the names in required", "json_schema")
+        name = each.get("format")
+        if name in FORMATS:
+            # The library has other ideas of some of these.
+            if "pattern" in each:
+                raise RequestError(f"json_schema: {where}: format beside pattern is not supported; leave one out", "json_schema")
+            each["pattern"] = f"^({FORMATS[each.pop('format')]})$"
+        elif name not in (None, *OTHER_FORMATS):
+            supported = ", ".join(sorted({*FORMATS, *OTHER_FORMATS}))
+            raise RequestError(f"json_schema: {where}: the format {name!r} is not supported; {supported} are", "json_schema")
+        if "pattern" in each:
+            each["pattern"] = render(parse_regex(each["pattern"], "json_schema"))
+        todo += parts_of(each, path)
+    return schema
+
+
+def numbers_in(value) -> Iterator[float]:
+    """The numbers in a JSON value."""
+    match value:
+        case list():
+            yield from chain.from_iterable(map(numbers_in, value))
+        case dict():
+            yield from chain.from_iterable(map(numbers_in, value.values()))
+        case int() | float():
+            yield value
+
+
+def render(node) -> str:
+    """A pattern for the library, every character of which is written as its code."""
+    match node:
+        case Chars(ranges):
+            return "[" + "".join(f"\\x{{{low:X}}}-\\x{{{high:X}}}" for low, high in ranges) + "]"
+        case Then(parts):
+            return "".join(f"(?:{render(part)})" if isinstance(part, Either) else render(part) for part in parts)
+        case Either(parts):
+            return "|".join(map(render, parts))
+        case Repeat(part, low, high):
+            return f"(?:{render(part)}){{{low},{'' if high is None else high}}}"
+        case Begin():
+            return "^"
+        case End():
+            return "$"
+
+
+def literal(text: str) -> Then:
+    return Then(tuple(Chars(((ord(character), ord(character)),)) for character in text))
+
+
+class GuidanceGrammar(NamedTuple):
+    """A compiled grammar."""
+
+    matcher: object  # of llguidance; never advanced
+    guidance: Guidance
+    guard: object | None = None  # a grammar of our own that the text must match too
+    nbytes: int = 2**20  # the library does not tell
+
+    def start(self, is_new_text: bool) -> "GuidanceMatcher":
+        return GuidanceMatcher(self, is_new_text)
+
+
+class GuidanceMatcher:
+    """How far the text of one request is."""
+
+    def __init__(self, grammar: GuidanceGrammar, is_new_text: bool):
+        self.matcher = grammar.matcher.deep_copy()
+        self.guidance = grammar.guidance
+        self.guard = grammar.guard and grammar.guard.start(is_new_text)
+        self.drops_space = is_new_text and self.guidance.first_left_out is not None
+
+    def mask(self) -> np.ndarray:
+        """A bit for each token, [V / 8] uint8, whether it is allowed; all 0 if the library gave up."""
+        bits = np.zeros(-(-self.guidance.vocab_size // 32), np.int32)
+        self.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if self.matcher.is_error():
+            bits[:] = 0
+        bits = bits.view(np.uint8)[: -(-self.guidance.vocab_size // 8)]
+        if self.drops_space:
+            # The text will lack the space, so a token that begins with one is not what it seems.
+            bits = bits & ~np.packbits(self.guidance.first_left_out, bitorder="little")
+        return bits if self.guard is None else bits & self.guard.mask()
+
+    def advance(self, token_id: int) -> bool:
+        """Read a token of the text; return whether any other may follow."""
+        self.drops_space = False
+        if self.guard is not None:
+            self.guard.advance(token_id)
+        self.matcher.consume_token(token_id)
+        # After an error it says that it has stopped, too. The next mask is empty then, and the request fails.
+        return self.matcher.is_error() or not self.matcher.is_stopped()
