@@ -100,7 +100,7 @@ def mask(logits: Tensor, rows: dict[int, Sequence]) -> None:
     masked = [row for row, seq in rows.items() if seq.matcher is not None]
     if not masked:
         return
-    bits = np.stack([rows[row].matcher.mask() for row in masked])  # [A, V / 8] uint8
+    bits = np.stack([rows[row].matcher.mask() for row in masked])  # a bit for each token, in bytes
     allowed = unpack(bits, logits.device)[:, : logits.shape[1]]  # [A, V]
     index = move(torch.tensor(masked), logits.device)
     logits[index] = logits[index].masked_fill_(~allowed, -math.inf)

@@ -28,6 +28,9 @@ ADDED_BY |= dict.fromkeys(("cache_salt", "enable_prefix_caching"), "prefix_cache
 ADDED_BY["max_num_batched_tokens"] = "chunked_prefill"
 ADDED_BY["linear"] = "linear"
 ADDED_BY["exact"] = "exact"
+# The rounds from this seed on use what stands between the logits and the draw. Other texts have other lengths, and the
+# earlier rounds were chosen for what happens in them.
+SHAPED = 100
 SHAPING = ("logit_bias", "frequency_penalty", "presence_penalty", "repetition_penalty", "min_p", "min_tokens", "bad_words")
 ADDED_BY |= dict.fromkeys((*SHAPING, "regex", "choice", "json_schema", "json_object"), "grammars")
 # Two random ones, whose tokenizers differ, and a trained one, which ends its texts.
@@ -80,8 +83,9 @@ def make_plan(seed: int, chapter: Chapter, roomy) -> Plan:
     """
     rng = random.Random(seed)
     block_size = rng.choice((1, 3, 4, 7, 16))
-    requests = make_requests(rng, chapter, roomy.config.vocab_size, block_size)
-    requests += [continued(rng, chapter, request, roomy) for request in requests[:3]]
+    shaped = seed >= SHAPED and "grammars" in chapter.capabilities
+    requests = make_requests(rng, chapter, roomy.config.vocab_size, block_size, shaped)
+    requests += [continued(rng, chapter, request, roomy, shaped) for request in requests[:3]]
     # A request's last token is never fed, so it needs no slot.
     smallest = max(-(-(len(each.prompt_ids) + each.params.max_tokens - 1) // block_size) for each in requests)
     block_bytes = roomy.cache.kv_bytes // (roomy.pool.num_blocks * roomy.pool.block_size) * block_size
@@ -115,7 +119,7 @@ def forms(chapter: Chapter, roomy) -> list[str]:
     return possible
 
 
-def make_requests(rng: random.Random, chapter: Chapter, vocab_size: int, block_size: int) -> list[Planned]:
+def make_requests(rng: random.Random, chapter: Chapter, vocab_size: int, block_size: int, shaped: bool) -> list[Planned]:
     """About 20 requests. Their prompts share beginnings that end before, at and after the end of a block; some are equal."""
     choices = importlib.import_module(f"{chapter.load().__name__}.params").choices
     shared = random_ids(2 * block_size + 1, vocab_size, rng)
@@ -124,7 +128,7 @@ def make_requests(rng: random.Random, chapter: Chapter, vocab_size: int, block_s
     while len(requests) < 20:
         tail = random_ids(rng.choice((0, 1, 2, 5, 9)), vocab_size, rng)
         prompt_ids = shared[: rng.choice(lengths)] + tail or shared[:1]
-        params = chapter.load().SamplingParams(**available(make_options(rng, vocab_size, chapter), chapter))
+        params = chapter.load().SamplingParams(**available(make_options(rng, vocab_size, shaped), chapter))
         arrival_step = rng.choice((0, rng.randint(1, 40), rng.randint(1, 40)))
         for choice in choices(params, rng.choice((1, 1, 1, 3))):
             abort_step = arrival_step + rng.randint(0, 40) if rng.random() < 0.2 else None
@@ -132,19 +136,19 @@ def make_requests(rng: random.Random, chapter: Chapter, vocab_size: int, block_s
     return requests
 
 
-def continued(rng: random.Random, chapter: Chapter, request: Planned, roomy) -> Planned:
+def continued(rng: random.Random, chapter: Chapter, request: Planned, roomy, shaped: bool) -> Planned:
     """The next turn of a conversation: a request's prompt, its answer and a few more tokens."""
     [answer] = roomy.generate([request.prompt_ids], request.params)
     tail = random_ids(rng.choice((0, 1, 3)), roomy.config.vocab_size, rng)
-    params = replace(request.params, **available(make_options(rng, roomy.config.vocab_size, chapter), chapter))
+    params = replace(request.params, **available(make_options(rng, roomy.config.vocab_size, shaped), chapter))
     if "prefix_cache" in chapter.capabilities:
         params = replace(params, cache_salt=request.params.cache_salt)
     arrival_step = request.arrival_step + rng.randint(1, 40)
     return Planned(request.prompt_ids + answer.token_ids + tail, params, arrival_step, abort_step=None, abort_preempted=False)
 
 
-def make_options(rng: random.Random, vocab_size: int, chapter: Chapter) -> dict[str, object]:
-    """The arguments of one request's SamplingParams."""
+def make_options(rng: random.Random, vocab_size: int, shaped: bool) -> dict[str, object]:
+    """The arguments of one request's SamplingParams. shaped: also those between the logits and the draw."""
     logprobs = rng.choice((None, 0, 3))
     options = {
         "max_tokens": rng.choice((1, 2, rng.randint(3, 30), rng.randint(3, 30), rng.randint(3, 30))),
@@ -161,8 +165,8 @@ def make_options(rng: random.Random, vocab_size: int, chapter: Chapter) -> dict[
         "priority": rng.randint(-1, 1),
         "cache_salt": rng.choice((None, None, "a", "b")),
     }
-    # By random numbers of its own, so that earlier chapters have the same plan.
-    shape = make_shape(random.Random(options["seed"]), vocab_size, options["max_tokens"]) if "grammars" in chapter.capabilities else {}
+    # By random numbers of its own, so that chapters without these have the same plan otherwise.
+    shape = make_shape(random.Random(options["seed"]), vocab_size, options["max_tokens"]) if shaped else {}
     return options | shape
 
 
