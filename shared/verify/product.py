@@ -31,8 +31,6 @@ ADDED_BY["exact"] = "exact"
 # The rounds from this seed on use what stands between the logits and the draw. Other texts have other lengths, and the
 # earlier rounds were chosen for what happens in them.
 SHAPED = 100
-SHAPING = ("logit_bias", "frequency_penalty", "presence_penalty", "repetition_penalty", "min_p", "min_tokens", "bad_words")
-ADDED_BY |= dict.fromkeys((*SHAPING, "regex", "choice", "json_schema", "json_object"), "grammars")
 # Two random ones, whose tokenizers differ, and a trained one, which ends its texts.
 MODELS = ("llama", "mistral", "pocket")
 # Common enough to end many texts; some of them begin in one token and end in another.
