@@ -151,6 +151,7 @@ class Engine:
         else:
             self.linear = store_weights(self.model, linear)
         self.tokenizer = load_tokenizer(model_dir)
+        self.recorder = Recorder()
 
         # its cache
         block_bytes = block_size * kv_bytes_per_token(self.config, self.dtype)
@@ -180,7 +181,6 @@ class Engine:
             max_model_len=self.max_model_len,
             graphs=choose_graphs(graphs, self.backend, self.device),
         )
-        self.recorder = Recorder()
         self.seqs: dict[int, Sequence] = {}
         self.in_step: list[Sequence] = []
         self.num_requests = 0
