@@ -70,6 +70,15 @@ class OwnMatcher:
         return bool(automaton.table[self.state].any())
 
 
+class Promise(Future):
+    """A compiled grammar or an error, once it is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.wanted: list[Callable[[], bool]] = []  # whether the calls that asked for it still want it
+        self.until = inf  # until when it is kept
+
+
 class Grammars:
     """Compiles grammars, and keeps those that were used last. Any thread may call this."""
 
@@ -89,7 +98,7 @@ class Grammars:
         self.end_ids = [token_id for token_id in end_ids if token_id < vocab_size]
         self.backend = backend
         self.masks = Masks()
-        self.kept: OrderedDict[tuple, Future] = OrderedDict()
+        self.kept: OrderedDict[tuple, Promise] = OrderedDict()
         self.lock = threading.RLock()
         self.compilers = ThreadPoolExecutor(COMPILERS, thread_name_prefix="grammar")
         self.record = record
@@ -175,25 +184,23 @@ class Grammars:
             future.add_done_callback(count)
         return not pending
 
-    def find(self, constraint: tuple) -> tuple[Future, bool]:
+    def find(self, constraint: tuple) -> tuple[Promise, bool]:
         """The future of a constraint's grammar, and whether it is new, so that the caller must have it compiled."""
         future = self.kept.get(constraint)
         if future is not None and not (future.done() and time.monotonic() > future.until):
             self.kept.move_to_end(constraint)
             return future, False
-        future = self.kept[constraint] = Future()
-        future.wanted: list[Callable[[], bool]] = []  # whether the calls that asked for it still want it
-        future.until = inf  # until when a result is kept
+        future = self.kept[constraint] = Promise()
         return future, True
 
-    def end(self, future: Future, error: BaseException) -> None:
+    def end(self, future: Promise, error: BaseException) -> None:
         """Give a future an error. What may be other in a while is kept only for RETRY_S."""
         if isinstance(error, NotNow) or not isinstance(error, RequestError):
             future.until = time.monotonic() + RETRY_S
         # A panic of the library is no Exception.
         future.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
-    def compile(self, future: Future, constraint: tuple, compile_own: Callable) -> None:
+    def compile(self, future: Promise, constraint: tuple, compile_own: Callable) -> None:
         began = time.monotonic()
         backend = "none"
         with self.lock:

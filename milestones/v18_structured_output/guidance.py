@@ -39,11 +39,10 @@ class Guidance:
             self.tokenizer = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(end_ids) or None)
         except Exception as error:
             raise ValueError(f"llguidance cannot read this tokenizer: {error}") from None
-        self.first_left_out = None
+        self.first_mask = None  # of a new text's first token, if its text will lack a space: it must not begin with one
         if drops_first_space:
-            self.first_left_out = np.zeros(vocab_size, bool)
-            for token_id in range(vocab_size):
-                self.first_left_out[token_id] = self.tokenizer.decode_bytes([token_id]).startswith(b" ")
+            is_plain = [not self.tokenizer.decode_bytes([token_id]).startswith(b" ") for token_id in range(vocab_size)]
+            self.first_mask = np.packbits(is_plain, bitorder="little")
 
     def compile(self, kind: str, source) -> "GuidanceGrammar":
         """RequestError if the library refuses the grammar, or would not obey all of it."""
@@ -162,7 +161,7 @@ class GuidanceMatcher:
         self.matcher = grammar.matcher.deep_copy()
         self.guidance = grammar.guidance
         self.guard = grammar.guard and grammar.guard.start(is_new_text)
-        self.drops_space = is_new_text and self.guidance.first_left_out is not None
+        self.drops_space = is_new_text and self.guidance.first_mask is not None
 
     def mask(self) -> np.ndarray:
         """A bit for each token, [V / 8] uint8, whether it is allowed; all 0 if the library gave up."""
@@ -172,8 +171,7 @@ class GuidanceMatcher:
             bits[:] = 0
         bits = bits.view(np.uint8)[: -(-self.guidance.vocab_size // 8)]
         if self.drops_space:
-            # The text will lack the space, so a token that begins with one is not what it seems.
-            bits = bits & ~np.packbits(self.guidance.first_left_out, bitorder="little")
+            bits = bits & self.guidance.first_mask
         return bits if self.guard is None else bits & self.guard.mask()
 
     def advance(self, token_id: int) -> bool:
