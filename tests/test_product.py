@@ -14,7 +14,7 @@ pytestmark = pytest.mark.needs(*product.NEEDS)
 # the two largest logits are as close. These seeds have no such token.
 SEEDS = 24, 1, 10, 13, 15  # few, which together exercise everything
 MORE_SEEDS = range(30)
-SHAPED_SEEDS = range(product.SHAPED, product.SHAPED + 4)
+SHAPED_SEEDS = range(product.SHAPED + 1, product.SHAPED + 6)
 
 
 @pytest.mark.needs("grammars")
@@ -22,7 +22,7 @@ def test_each_request_with_penalties_or_a_grammar_generates_what_it_generates_al
     events = product.rounds(chapter, SHAPED_SEEDS)
     # A text that its grammar ends has neither a stop token nor a stop string.
     assert events["finished: stop"] > 10 and events["finished: stop token"] and events["finished: length"]
-    assert any(events[state] for state in product.PREEMPTED) and events["steps failed"]
+    assert all(events[state] for state in product.PREEMPTED) and events["steps failed"]
 
 
 @pytest.mark.parametrize("seeds", [pytest.param(SEEDS, id="few"), pytest.param(MORE_SEEDS, id="many", marks=pytest.mark.whole)])
