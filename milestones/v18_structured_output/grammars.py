@@ -173,7 +173,7 @@ class Grammars:
             for constraint, (future, is_new) in zip(dict.fromkeys(constraints), found):
                 future.wanted.append(is_wanted)
                 if is_new and num_pending > MOST_PENDING:
-                    message = f"{constraint[0]} has to wait for more than {MOST_PENDING} other grammars to be compiled; try again later"
+                    message = f"{constraint[0]} would wait for {MOST_PENDING} other grammars to be compiled; try again later"
                     self.end(future, NotNow(message, constraint[0], "queue_full"))
                 elif is_new:
                     try:

@@ -801,7 +801,7 @@ def test_a_flood_of_new_grammars_is_refused_with_try_again_later(module, new_eng
     prepared = [engine.compile_grammars([Params(regex=f"a{number}")], lambda: None, lambda: True) for number in range(limit + 1)]
     assert not any(prepared)
     engine.compile_grammars([Params(regex="b")], lambda: None, lambda: True)
-    with pytest.raises(RequestError, match=f"more than {limit} other grammars.*try again later") as caught:
+    with pytest.raises(RequestError, match=f"would wait for {limit} other grammars.*try again later") as caught:
         engine.add_request(ids(4), Params(regex="b"))
     assert caught.value.code == "queue_full"
     gate.set()
