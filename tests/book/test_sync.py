@@ -299,6 +299,11 @@ def test_a_result_at_the_start_of_a_line_is_reported(make_book, first):
     assert any("ends the paragraph on GitHub" in message for message in told(book))
 
 
+def test_a_line_of_prose_that_would_become_a_heading_is_reported(make_book, first):
+    book = make_book(first | {"README.md": FIRST_TEXT.replace("It begins here.", "It shipped in [vllm\n#23347](https://x.y).")})
+    assert any("as a heading" in message for message in told(book))
+
+
 @pytest.mark.parametrize(
     "number",
     [

@@ -140,6 +140,8 @@ def fill_results(text: str, read: Callable[[str, int], str | None]) -> str:
             continue
         if re.match(r" {0,3}<!--\s*(result|given):", lines[n]):
             raise TextError(n + 1, "a result or given at the start of a line ends the paragraph on GitHub; put a word before it")
+        if re.match(r"#+[^#\s]", lines[n]):
+            raise TextError(n + 1, "the site reads a line that starts with # as a heading; put a word before it")
 
         def fill(found: re.Match) -> str:
             value = None if found["code"] else read(found["what"], n + 1)
