@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 POCKET = ROOT / "shared" / "models" / "pocket"
+BUNDLED = ("pocket", "pocket-draft", "pocket-tools")
 CACHE = ROOT / ".cache" / "checkpoints"
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -139,12 +140,12 @@ SHAPES = {
 
 
 def checkpoint(name: str) -> Path:
-    """The directory of a checkpoint, given as pocket, pocket-draft, a name in RANDOM, TWO_LAYERS or SHAPES, a path, or a hub id.
+    """The directory of a checkpoint, given as pocket, pocket-draft, pocket-tools, a name in RANDOM, TWO_LAYERS or SHAPES, a path, or a hub id.
 
     Raises:
         ValueError: if there is no such checkpoint, or the hub does not provide it; the message says what to do.
     """
-    if name in ("pocket", "pocket-draft"):
+    if name in BUNDLED:
         return POCKET.with_name(name)
     specs = RANDOM | TWO_LAYERS | SHAPES
     if name in specs:
@@ -153,7 +154,7 @@ def checkpoint(name: str) -> Path:
         return Path(name)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return download(name)
-    known = ", ".join(["pocket", "pocket-draft", *RANDOM, *SHAPES])
+    known = ", ".join([*BUNDLED, *RANDOM, *SHAPES])
     raise ValueError(f"there is no checkpoint {name!r}; give a directory, a hub id (owner/name), or one of {known}")
 
 

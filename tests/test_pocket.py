@@ -1,16 +1,17 @@
 """The bundled models: what they answer, how they stop, and that their model cards are true."""
 import itertools
 import json
+import random
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.checkpoints import checkpoint
-from shared.models import corpus, train
+from shared.checkpoints import BUNDLED, checkpoint
+from shared.models import corpus, tools_corpus, train
 from shared.verify.reference import reference
 
-NAMES = ("pocket", "pocket-draft")
+NAMES = BUNDLED
 
 
 def say(prompt, chat=True, max_tokens=200):
@@ -84,7 +85,7 @@ def test_tokenizer_template_and_end_tokens(name):
 
 
 def test_the_draft_shares_the_tokenizer():
-    big, small = (checkpoint(name) / "tokenizer.json" for name in NAMES)
+    big, small = (checkpoint(name) / "tokenizer.json" for name in ("pocket", "pocket-draft"))
     assert big.read_bytes() == small.read_bytes()
 
 
@@ -97,15 +98,41 @@ def test_the_card_says_what_is_measured(name):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert figures["vocabulary"] == len(reference(path).tokenizer)
     assert figures["bytes"] == (path / "model.safetensors").stat().st_size
-    assert abs(figures["held_out_loss"] - train.held_out_loss(path)) < 2e-3
+    assert abs(figures["held_out_loss"] - train.held_out_loss(path, name)) < 2e-3
     assert figures["tokens"] == figures["steps"] * train.TOKENS_PER_STEP
     assert figures["steps"] == sum(train.STEPS[name].values())
     assert (path / "README.md").read_text() == train.card(name, figures)
 
 
-def test_both_together_are_at_most_10_mb():
+def test_all_together_are_at_most_10_mb():
     files = [file for name in NAMES for file in checkpoint(name).iterdir()]
     assert 3e6 < sum(file.stat().st_size for file in files) <= 10e6
+
+
+def conversations(count):
+    """Conversations of one question, and their tools."""
+    rng = random.Random(77)
+    return [tools_corpus.conversation(rng, 1, rng.choice((0, 1, 2, 3, 4))) for _ in range(count)]
+
+
+def test_the_template_of_pocket_tools_writes_its_training_text():
+    tokenizer = reference(checkpoint("pocket-tools")).tokenizer
+    for messages, tools in conversations(30):
+        assert tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False) == tools_corpus.render(messages, tools)
+
+
+def test_pocket_tools_calls_what_it_is_asked_for_and_says_what_comes_back():
+    hf, right, total = reference(checkpoint("pocket-tools")), 0, 0
+    for messages, tools in conversations(16):
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            begun = hf.tokenizer.apply_chat_template(messages[:index], tools=tools or None, tokenize=False, add_generation_prompt=True)
+            whole = hf.tokenizer.apply_chat_template(messages[: index + 1], tools=tools or None, tokenize=False)
+            ids = hf.tokenizer(begun, add_special_tokens=False).input_ids
+            right += begun + hf.tokenizer.decode(hf.greedy(ids, 150).token_ids) == whole
+            total += 1
+    assert right >= 0.85 * total, (right, total)
 
 
 def test_the_corpus_is_the_same_every_time_and_the_held_out_text_is_its_own():
