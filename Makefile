@@ -28,7 +28,7 @@ ON_GPU = if nvidia-smi -L > /dev/null 2>&1; then echo "on the GPU:"; $(PY) -m py
 .PHONY: help setup setup-book demo test test-tools test-all doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
 	$(CHAPTERS:%=diff-%) $(CHAPTERS:%=nbdiff-%) $(CHAPTERS:%=traps-%) $(CHAPTERS:%=break-%) hunt reveal traps-answers \
 	notebooks nbdime docs docs-serve film mutants \
-	$(CHAPTERS:%=bench-%) bench bench-all bench-peers bench-gpu bench-attention traps traps-matrix propagate trace soak serve chat load
+	$(CHAPTERS:%=bench-%) bench bench-all bench-peers bench-gpu bench-attention traps traps-matrix propagate trace soak serve chat load agent
 
 help:
 	@echo "start here"
@@ -49,6 +49,7 @@ help:
 	@echo "serve"
 	@echo "  make serve          the last chapter's server: MODEL=directory-or-hub-id ARGS=\"--port 8000\""
 	@echo "  make chat           talk to it, from a second terminal"
+	@echo "  make agent          a small model calls functions of yours: ASK=\"What is 17 plus 25?\" MODEL=directory-or-hub-id"
 	@echo "  make load           put it under load, and report what the clients measure: ARGS=\"--connections 16\" or ARGS=\"--rate 4\""
 	@echo
 	@echo "measure"
@@ -166,6 +167,10 @@ serve: $(READY)
 
 chat: $(READY)
 	@$(PY) -m shared.commands.chat $(ARGS)
+
+# By default, the bundled model that was trained to call functions.
+agent: $(READY)
+	@$(PY) -m shared.commands.agent $(if $(filter-out file,$(origin MODEL)),--model "$(MODEL)") $(if $(value ASK),--ask="$$ASK_AS_TYPED") $(ARGS)
 
 load: $(READY)
 	@$(PY) -m shared.bench.load $(ARGS)

@@ -232,6 +232,11 @@ CONTENTS = (
         idea="Between the logits and the draw: add, take away, and forbid what the text's grammar does not allow.",
         adds=frozenset({"grammars"}),
     ),
+    Row(
+        name="v19_tools",
+        idea="An answer has parts: what is thought, what is said, what is called.",
+        adds=frozenset({"tools"}),
+    ),
 )
 
 BOOK = Book.of(ROOT, CONTENTS)

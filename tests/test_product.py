@@ -15,6 +15,7 @@ pytestmark = pytest.mark.needs(*product.NEEDS)
 SEEDS = 24, 1, 10, 13, 15  # few, which together exercise everything
 MORE_SEEDS = range(30)
 SHAPED_SEEDS = range(product.SHAPED + 1, product.SHAPED + 6)
+TOOLED_SEEDS = 202, 203, 207  # one with each checkpoint
 
 
 @pytest.mark.needs("grammars")
@@ -23,6 +24,14 @@ def test_each_request_with_penalties_or_a_grammar_generates_what_it_generates_al
     # A text that its grammar ends has neither a stop token nor a stop string.
     assert events["finished: stop"] > 10 and events["finished: stop token"] and events["finished: length"]
     assert all(events[state] for state in product.PREEMPTED) and events["steps failed"]
+
+
+@pytest.mark.needs("tools")
+def test_each_request_that_may_call_functions_generates_what_it_generates_alone(chapter):
+    events = product.rounds(chapter, TOOLED_SEEDS)
+    assert events["whole calls"] > 4 and events["finished: stop"] > 5 and events["finished: length"] and events["steps failed"]
+    assert all(events[state] for state in product.PREEMPTED) and events["found the beginning of a prompt"]
+    assert events[f"steps after which a request is {product.MID_PROMPT}"]
 
 
 @pytest.mark.parametrize("seeds", [pytest.param(SEEDS, id="few"), pytest.param(MORE_SEEDS, id="many", marks=pytest.mark.whole)])

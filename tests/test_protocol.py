@@ -463,5 +463,7 @@ def test_what_vllm_would_do_and_this_engine_does_not_is_refused_by_name(chapter,
     if "grammars" in chapter.capabilities:
         for name in SHAPES:
             assert post(server, path, body | {name: asked.pop(name), "max_tokens": 2}).status_code == 200, name
+    if "tools" in chapter.capabilities and "chat" in path:
+        assert post(server, path, body | {"chat_template_kwargs": asked.pop("chat_template_kwargs"), "max_tokens": 2}).status_code == 200
     for name, value in asked.items():
         assert_names(post(server, path, body | {name: value}), name)

@@ -584,6 +584,40 @@ def mask(_: dict) -> str:
     return svg(700, 236, "A mask is a walk of all tokens through the automaton", body)
 
 
+def parts(_: dict) -> str:
+    """The text of one answer, colored by part, with the splitter's states above and the pieces that a client gets below. Drawn, not measured."""
+    left, size = 30, 10  # of a character
+    # Of each run of text: what it is, and what the client gets of it.
+    lines = [
+        [("<think>\n", "", ""), ("It asks for weather.", "owner4", "reasoning_content, in pieces"), ("\n</think>\n\n", "", ""), ("Let me look.", "token", "content, in pieces"), ("\n<tool_call>", "", "")],
+        [('\n{"name": "', "", ""), ("weather", "owner2", "id and name, once"), ('", "arguments": ', "", ""), ('{"city": "Oslo"}', "owner1", "arguments, in pieces"), ("}\n</tool_call>", "", "")],
+    ]
+    # Of each state: how many characters it reads.
+    states = [[("begin", 7), ("thought", 30), ("content", 26)], [("name", 34), ("arguments", 16), ("rest", 14)]]
+    title = "The text of one answer, the splitter\u2019s states above it, and what a client gets below"
+    body = [text(16, 22, title, "head")]
+    for number, (runs, reads) in enumerate(zip(lines, states)):
+        top = 46 + 112 * number
+        x = left
+        for name, count in reads:
+            end = x + size * count
+            body += [f'<path class="grid" fill="none" d="M{x + 2} {top + 14}v-6H{end - 2}v6"/>', text((x + end) / 2, top + 2, name, "small", "middle")]
+            x = end
+        x = left
+        for run, kind, sent in runs:
+            width = size * len(run)
+            body += [rect(x, top + 18, width, 26, kind or "waste")]
+            body += [
+                f'<text x="{x + size * index + size / 2:g}" y="{top + 36}" text-anchor="middle" style="font-family: ui-monospace, monospace">{escape(letter)}</text>'
+                for index, letter in enumerate(run.replace("\n", "\u23ce"))
+            ]
+            if sent:
+                body += [f'<path class="curve0" d="M{x + width / 2:g} {top + 46}v10"/>', text(x + width / 2, top + 70, sent, "", "middle")]
+            x += width
+    body += [rect(left, 256, 14, 14, "waste"), text(left + 22, 267, "held back until it is whole, then dropped: it belongs to no part", "small"), text(670, 267, "at the end: finish_reason \u201ctool_calls\u201d", "small", "end")]
+    return svg(700, 284, title, body)
+
+
 # ---- forms of weights
 
 # The forms that are drawn, as the picture names them.
@@ -725,10 +759,11 @@ PICTURES: dict[str, Picture] = {
     "v16_bits.svg": ("exact.json", bits),
     "v17_moments.svg": ("recording.json", moments),
     "v18_mask.svg": ("grammars.json", mask),
+    "v19_parts.svg": ("grammars.json", parts),
 }
 
 # Pictures in which nothing depends on the machine.
-COUNTED = (moved, moments)
+COUNTED = (moved, moments, mask, parts)
 
 
 def draw_all(book: Book) -> dict[str, str]:

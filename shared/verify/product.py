@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import math
 import random
 from collections import Counter
@@ -28,9 +29,12 @@ ADDED_BY |= dict.fromkeys(("cache_salt", "enable_prefix_caching"), "prefix_cache
 ADDED_BY["max_num_batched_tokens"] = "chunked_prefill"
 ADDED_BY["linear"] = "linear"
 ADDED_BY["exact"] = "exact"
+ADDED_BY["parts"] = "tools"
 # The rounds from this seed on use what stands between the logits and the draw. Other texts have other lengths, and the
 # earlier rounds were chosen for what happens in them.
 SHAPED = 100
+# And those from this one on have tools, too.
+TOOLED = 200
 # Two random ones, whose tokenizers differ, and a trained one, which ends its texts.
 MODELS = ("llama", "mistral", "pocket")
 # Common enough to end many texts; some of them begin in one token and end in another.
@@ -42,6 +46,17 @@ SHAPES = (
     {"json_schema": {"type": "array", "items": {"type": "string", "maxLength": 3}, "minItems": 1, "maxItems": 3}},
     {"json_object": True},
 )
+# The schemas of functions that may be called. No automaton can follow the last one.
+TOOLS = {
+    "add": {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["a"],
+        "additionalProperties": False,
+    },
+    "now": {"type": "object", "properties": {}, "additionalProperties": False},
+    "tree": {"type": "object", "properties": {"kids": {"type": "array", "items": {"$ref": "#"}}}, "required": ["kids"], "additionalProperties": False},
+}
 # Logprobs are sums of float32 in an order that depends on the batch, unless the engine is exact.
 TOLERANCE = 2e-4
 # Far more steps than a round takes.
@@ -82,8 +97,9 @@ def make_plan(seed: int, chapter: Chapter, roomy) -> Plan:
     rng = random.Random(seed)
     block_size = rng.choice((1, 3, 4, 7, 16))
     shaped = seed >= SHAPED and "grammars" in chapter.capabilities
-    requests = make_requests(rng, chapter, roomy.config.vocab_size, block_size, shaped)
-    requests += [continued(rng, chapter, request, roomy, shaped) for request in requests[:3]]
+    answers = make_answers(chapter) if seed >= TOOLED and "tools" in chapter.capabilities else ()
+    requests = make_requests(rng, chapter, roomy.config.vocab_size, block_size, shaped, answers)
+    requests += [continued(rng, chapter, request, roomy, shaped, answers) for request in requests[:3]]
     # A request's last token is never fed, so it needs no slot.
     smallest = max(-(-(len(each.prompt_ids) + each.params.max_tokens - 1) // block_size) for each in requests)
     block_bytes = roomy.cache.kv_bytes // (roomy.pool.num_blocks * roomy.pool.block_size) * block_size
@@ -117,7 +133,32 @@ def forms(chapter: Chapter, roomy) -> list[str]:
     return possible
 
 
-def make_requests(rng: random.Random, chapter: Chapter, vocab_size: int, block_size: int, shaped: bool) -> list[Planned]:
+def make_answers(chapter: Chapter) -> tuple:
+    """The chapter's Parts of answers that call functions: in each form, with and without a thought, of their own accord or not."""
+    parts, forms = (importlib.import_module(f"{chapter.load().__name__}.{name}") for name in ("parts", "tools"))
+    tools = {name: parts.Tool(name, json.dumps(schema), True, "tools") for name, schema in TOOLS.items()}
+    hermes, mistral, old, llama = (forms.FORMS[name] for name in ("hermes", "mistral-args", "mistral", "llama3"))
+    few = tools["add"], tools["now"]
+    return (
+        parts.Parts(form=hermes, tools=few, thought=("<think>", "</think>")),
+        parts.Parts(form=hermes, tools=few, thought=("<think>", "</think>"), is_open=True, content=("choice", ("yes", "no"))),
+        parts.Parts(form=hermes, tools=()),
+        parts.Parts(form=mistral, tools=few, content=("regex", "[a-f ]{3,12}[.!]")),
+        parts.Parts(form=mistral, tools=few, is_required=True, is_single=True),
+        parts.Parts(form=mistral, tools=(tools["tree"],), is_required=True, is_single=True),
+        parts.Parts(form=old, tools=few[1:], is_required=True),
+        parts.Parts(form=llama, tools=few, is_required=True, is_single=True),
+    )
+
+
+def make_requests(
+    rng: random.Random,
+    chapter: Chapter,
+    vocab_size: int,
+    block_size: int,
+    shaped: bool,
+    answers: tuple,
+) -> list[Planned]:
     """About 20 requests. Their prompts share beginnings that end before, at and after the end of a block; some are equal."""
     choices = importlib.import_module(f"{chapter.load().__name__}.params").choices
     shared = random_ids(2 * block_size + 1, vocab_size, rng)
@@ -126,7 +167,7 @@ def make_requests(rng: random.Random, chapter: Chapter, vocab_size: int, block_s
     while len(requests) < 20:
         tail = random_ids(rng.choice((0, 1, 2, 5, 9)), vocab_size, rng)
         prompt_ids = shared[: rng.choice(lengths)] + tail or shared[:1]
-        params = chapter.load().SamplingParams(**available(make_options(rng, vocab_size, shaped), chapter))
+        params = chapter.load().SamplingParams(**available(make_options(rng, vocab_size, shaped, answers), chapter))
         arrival_step = rng.choice((0, rng.randint(1, 40), rng.randint(1, 40)))
         for choice in choices(params, rng.choice((1, 1, 1, 3))):
             abort_step = arrival_step + rng.randint(0, 40) if rng.random() < 0.2 else None
@@ -134,19 +175,19 @@ def make_requests(rng: random.Random, chapter: Chapter, vocab_size: int, block_s
     return requests
 
 
-def continued(rng: random.Random, chapter: Chapter, request: Planned, roomy, shaped: bool) -> Planned:
+def continued(rng: random.Random, chapter: Chapter, request: Planned, roomy, shaped: bool, answers: tuple) -> Planned:
     """The next turn of a conversation: a request's prompt, its answer and a few more tokens."""
     [answer] = roomy.generate([request.prompt_ids], request.params)
     tail = random_ids(rng.choice((0, 1, 3)), roomy.config.vocab_size, rng)
-    params = replace(request.params, **available(make_options(rng, roomy.config.vocab_size, shaped), chapter))
+    params = replace(request.params, **available(make_options(rng, roomy.config.vocab_size, shaped, answers), chapter))
     if "prefix_cache" in chapter.capabilities:
         params = replace(params, cache_salt=request.params.cache_salt)
     arrival_step = request.arrival_step + rng.randint(1, 40)
     return Planned(request.prompt_ids + answer.token_ids + tail, params, arrival_step, abort_step=None, abort_preempted=False)
 
 
-def make_options(rng: random.Random, vocab_size: int, shaped: bool) -> dict[str, object]:
-    """The arguments of one request's SamplingParams. shaped: also those between the logits and the draw."""
+def make_options(rng: random.Random, vocab_size: int, shaped: bool, answers: tuple) -> dict[str, object]:
+    """The arguments of one request's SamplingParams. shaped: also those between the logits and the draw. answers: also one of these."""
     logprobs = rng.choice((None, 0, 3))
     options = {
         "max_tokens": rng.choice((1, 2, rng.randint(3, 30), rng.randint(3, 30), rng.randint(3, 30))),
@@ -164,19 +205,19 @@ def make_options(rng: random.Random, vocab_size: int, shaped: bool) -> dict[str,
         "cache_salt": rng.choice((None, None, "a", "b")),
     }
     # By random numbers of its own, so that chapters without these have the same plan otherwise.
-    shape = make_shape(random.Random(options["seed"]), vocab_size, options["max_tokens"]) if shaped else {}
+    shape = make_shape(random.Random(options["seed"]), vocab_size, options["max_tokens"], answers) if shaped else {}
     return options | shape
 
 
-def make_shape(rng: random.Random, vocab_size: int, max_tokens: int) -> dict[str, object]:
+def make_shape(rng: random.Random, vocab_size: int, max_tokens: int, answers: tuple) -> dict[str, object]:
     """The arguments for what stands between the logits and the draw, all of them: the earlier turn may have had others."""
-    none = dict.fromkeys(("logit_bias", "regex", "choice", "json_schema")) | {"bad_words": (), "json_object": False, "repetition_penalty": 1}
+    none = dict.fromkeys(("logit_bias", "regex", "choice", "json_schema", "parts")) | {"bad_words": (), "json_object": False, "repetition_penalty": 1}
     none |= dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), 0)
-    return none | choose_shape(rng, vocab_size, max_tokens)
+    return none | choose_shape(rng, vocab_size, max_tokens, answers)
 
 
-def choose_shape(rng: random.Random, vocab_size: int, max_tokens: int) -> dict[str, object]:
-    kind = rng.choice(("free", "free", "penalties", "bias", "grammar", "grammar"))
+def choose_shape(rng: random.Random, vocab_size: int, max_tokens: int, answers: tuple) -> dict[str, object]:
+    kind = rng.choice(("free", "free", "penalties", "bias", "grammar", "grammar", *("parts",) * len(answers)))
     if kind == "penalties":
         return {
             "frequency_penalty": rng.choice((0, 0.5, 2)),
@@ -189,6 +230,9 @@ def choose_shape(rng: random.Random, vocab_size: int, max_tokens: int) -> dict[s
         return {"logit_bias": dict(zip(ids, (100, 5, -5, -100, 2))), "min_tokens": min(3, max_tokens), "bad_words": ("the", "an o")}
     if kind == "grammar":
         return {"ignore_eos": False} | rng.choice(SHAPES)
+    if kind == "parts":
+        # A call has more tokens than most answers here.
+        return {"ignore_eos": False, "max_tokens": 2 * max_tokens, "parts": rng.choice(answers)}
     return {}
 
 
@@ -377,6 +421,20 @@ def compare_logprobs(result: list[dict[int, float] | None], alone: list[dict[int
                 assert abs(ours.get(token_id, least[0]) - its.get(token_id, least[1])) <= tolerance, message
 
 
+def count_calls(chapter: Chapter, request: Planned, result: Result) -> int:
+    """The number of a result's whole calls, whose arguments must be what their function takes."""
+    parts = getattr(request.params, "parts", None)
+    if parts is None:
+        return 0
+    splitter = importlib.import_module(f"{chapter.load().__name__}.parts").Splitter(parts, lambda: "")
+    splitter.push(result.text, last=True)
+    calls = [call for call in splitter.calls if call.is_whole]
+    for call in calls:
+        arguments, schema = json.loads(call.arguments), TOOLS[call.name]
+        assert arguments.keys() == schema["properties"].keys(), f"{call.name} is called with {call.arguments}"
+    return len(calls)
+
+
 # ---- rounds
 
 
@@ -429,6 +487,7 @@ def compare_plan(chapter: Chapter, name: str, plan: Plan, reference, tolerance: 
         except AssertionError as error:
             error.add_note(f"request {index}: {request}, in an engine with {plan.options}")
             raise
+        events["whole calls"] += count_calls(chapter, request, result)
     return events
 
 

@@ -25,6 +25,8 @@
     masks           what masks cost, by vocabulary
     grammar_steps   a step of requests with and without a grammar
     valid_answers   how many sampled answers are JSON, with grammars and without
+    tool_grammars   what it takes to compile the grammar of answers with tools, by their number
+    tool_steps      a step of requests with and without tools
     json_suite      what becomes of the official tests of JSON Schema
     forms           the products of a step by number of rows, in each form of the weights
     step_levers     whole steps with one form or one lever changed at a time
@@ -664,6 +666,31 @@ def valid_answers(book: Book, chapter: Chapter | None) -> list[str]:
     return lines
 
 
+TOOLS = "python -m shared.bench.tools --write"
+
+
+def tool_grammars(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per number of tools: the states of the automaton, and milliseconds to compile the grammar in three ways."""
+    rows = results.read(book.results / "tools.json", TOOLS)
+    lines = ["| tools | states | here, ms | in a process of its own, ms | by llguidance, ms |", "|---:|" + "---:|" * 4]
+    for kind, row in rows.items():
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | | | | |")
+        for took in row["compile_ms"].values():
+            ways = ("too many states" if took[way] is None else milliseconds(took[way]) for way in ("here", "apart", "llguidance"))
+            lines.append(f"| {took['tools']} | {'' if took['states'] is None else format(took['states'], ',')} | " + " | ".join(ways) + " |")
+    return lines
+
+
+def tool_steps(book: Book, chapter: Chapter | None) -> list[str]:
+    """One row per kind of machine: milliseconds of a step of 16 requests without tools and with them, and to take a text apart."""
+    rows = results.read(book.results / "tools.json", TOOLS)
+    lines = ["| | a step of 16 requests, ms | all with eight tools, ms | to take apart a token's text, µs | in arguments, µs |", "|---|" + "---:|" * 4]
+    for kind, row in rows.items():
+        cells = [milliseconds(row["step_ms"][name]) for name in ("free", "tools")] + [f"{row['split_us'][name]:.1f}" for name in ("said", "arguments")]
+        lines.append(f"| *{results.origin(kind, row)}{results.age(row, book)}* | " + " | ".join(cells) + " |")
+    return lines
+
+
 def json_suite(book: Book, chapter: Chapter | None) -> list[str]:
     """One row per variant of the suite and backend: how many tests are right, and what became of the others."""
     [found] = results.read(book.results / "json_suite.json", "python -m shared.verify.json_suite --write").values()
@@ -776,6 +803,8 @@ TABLES = {
     "masks": masks,
     "grammar_steps": grammar_steps,
     "valid_answers": valid_answers,
+    "tool_grammars": tool_grammars,
+    "tool_steps": tool_steps,
     "json_suite": json_suite,
     "exact": exact,
     "differing": differing,

@@ -1,0 +1,42 @@
+"""The implementations of attention, and the choice between them."""
+import importlib.util
+import os
+import sys
+
+import torch
+
+from .attention import attend_cached, store_rotated
+from .batch import Backend, build_rectangles, rectangles_of_rows
+from .layers import rms_norm, silu_times
+
+TORCH = Backend(
+    name="torch",
+    build_view=build_rectangles,
+    view_rows=rectangles_of_rows,
+    norm=rms_norm,
+    store=store_rotated,
+    attend=attend_cached,
+    gate=silu_times,
+    warm_up=lambda *_: None,
+)
+
+
+def choose_backend(attention: str, device: torch.device) -> Backend:
+    """The requested backend: torch, triton, or auto, which is triton on a GPU and torch on a CPU.
+
+    On a CPU, Triton's kernels run in its interpreter, which is meant for tests and debugging and is slow.
+    """
+    if attention not in ("auto", "torch", "triton"):
+        raise ValueError(f"attention must be auto, torch or triton, got {attention!r}")
+    if attention == "torch" or (attention == "auto" and device.type == "cpu"):
+        return TORCH
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(f"attention is {attention!r} on {device}, but Triton is missing; install it or use torch")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads the variable only when it is imported.
+        if "triton" in sys.modules:
+            raise ValueError("attention is 'triton' on cpu; set TRITON_INTERPRET=1 in the environment before Python starts")
+        os.environ["TRITON_INTERPRET"] = "1"
+    from .kernels import TRITON
+
+    return TRITON

@@ -1,0 +1,285 @@
+"""Grammars that no automaton can follow, such as recursive ones, by the library llguidance.
+
+It computes each mask anew, by a parser that walks a tree of the vocabulary. What it would not obey exactly is refused first.
+"""
+import json
+from collections.abc import Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from .automaton import Begin, Chars, Either, End, Repeat, Text, Then
+from .json_schema import COLON, COMMA, FORMATS, check_schema, parts_of
+from .params import RequestError, param_of
+from .parts import ANY_TEXT, Parts, Tool, parts_node
+from .regex import parse_regex
+
+# The library reads the numbers of a schema as floating-point numbers, which are exact up to here.
+LARGEST = 2**53
+# Formats of strings that it obeys. The others that are supported are given to it as patterns.
+OTHER_FORMATS = ("duration", "email", "hostname", "ipv6", "uri")
+# It spells a name that is in no property's list in any way, so that "\\u0061" could give the property "a" a value that
+# its schema forbids. No escape may stand for a character that needs none.
+ESCAPES = '([^\\\\]|\\\\(["\\\\bfnrt]|u00([01][0-9a-fA-F]|7[fF])))*'
+SPELLING = {"whitespace_flexible": False, "item_separator": COMMA, "key_separator": COLON}
+
+
+class Guidance:
+    """The library, with a tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_ids: tuple[int, ...], drops_first_space: bool):
+        """ValueError if the library is not installed or cannot read this tokenizer."""
+        try:
+            from llguidance.hf import from_tokenizer
+        except ImportError:
+            raise ValueError("this needs the package llguidance, which is not installed; pip install llguidance") from None
+        self.vocab_size = vocab_size
+        try:
+            self.tokenizer = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(end_ids) or None)
+        except Exception as error:
+            raise ValueError(f"llguidance cannot read this tokenizer: {error}") from None
+        # Tokens that it reads as one symbol only, by name: special ones, and all others whose names have angle brackets.
+        added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
+        self.symbols = {name: token_id for token_id, name in added.items() if token_id < vocab_size and self.tokenizer.is_special_token(token_id)}
+        self.first_mask = None  # of a new text's first token, if its text will lack a space: it must not begin with one
+        if drops_first_space:
+            is_plain = [not self.tokenizer.decode_bytes([token_id]).startswith(b" ") for token_id in range(vocab_size)]
+            self.first_mask = np.packbits(is_plain, bitorder="little")
+
+    def compile(self, kind: str, source) -> "GuidanceGrammar":
+        """RequestError if the library refuses the grammar, or would not obey all of it."""
+        from llguidance import LLMatcher
+
+        match kind:
+            case "grammar":
+                text = LLMatcher.grammar_from_lark(source)
+            case "regex":
+                text = LLMatcher.grammar_from_regex(render(parse_regex(source)))
+            case "choice":
+                text = LLMatcher.grammar_from_regex(render(Either(tuple(map(literal, source)))))
+            case "json_object":
+                text = schema_grammar({"type": "object"})
+            case "json_schema":
+                text = schema_grammar(exactly(json.loads(source)))
+            case "parts":
+                text = LLMatcher.grammar_from_lark(parts_grammar(source, self.symbols))
+        matcher = LLMatcher(self.tokenizer, text)
+        if matcher.is_error():
+            raise RequestError(f"{param_of(kind, source)} is refused: {brief(matcher.get_error())}", param_of(kind, source))
+        grammar = GuidanceGrammar(matcher, self)
+        if not grammar.start(is_new_text=False).mask().any():
+            raise RequestError(f"{param_of(kind, source)} matches no text, or contains itself without an end", param_of(kind, source))
+        return grammar
+
+
+def brief(error: str) -> str:
+    """The first line of the library's message."""
+    return next((line.strip() for line in error.splitlines() if line.strip()), "without a reason")[:500]
+
+
+def schema_grammar(schema: dict | bool) -> str:
+    return json.dumps({"grammars": [{"json_schema": schema | {"x-guidance": SPELLING} if isinstance(schema, dict) else schema}]})
+
+
+def exactly(schema: dict | bool) -> dict | bool:
+    """The schema with patterns that mean the same to the library; RequestError for numbers that it would round."""
+    check_schema(schema)
+    todo = [(schema, "")]
+    while todo:
+        each, path = todo.pop()
+        if isinstance(each, bool):
+            continue
+        where = path or "the schema"
+        for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "const", "enum"):
+            if any(abs(number) > LARGEST for number in numbers_in(each.get(keyword))):
+                raise RequestError(f"json_schema: {where}: {keyword} has a number beyond {LARGEST}, which is not supported here", "json_schema")
+        # It spells these in names in several ways, all of which are needed elsewhere.
+        if any(code < 32 or code == 127 for name in each.get("properties", ()) for code in map(ord, name)):
+            raise RequestError(f"json_schema: {where}: a property's name with a control character is not supported here", "json_schema")
+        # It may write a name twice, of which the second counts.
+        if each.get("minProperties", 0) > 1:
+            raise RequestError(f"json_schema: {where}: minProperties above 1 is not supported; list the names in required", "json_schema")
+        name = each.get("format")
+        if name in FORMATS:
+            # The library has other ideas of some of these.
+            if "pattern" in each:
+                raise RequestError(f"json_schema: {where}: format beside pattern is not supported; leave one out", "json_schema")
+            each["pattern"] = f"^({FORMATS[each.pop('format')]})$"
+        elif name not in (None, *OTHER_FORMATS):
+            supported = ", ".join(sorted({*FORMATS, *OTHER_FORMATS}))
+            raise RequestError(f"json_schema: {where}: the format {name!r} is not supported; {supported} are", "json_schema")
+        if "pattern" in each:
+            each["pattern"] = render(parse_regex(each["pattern"], "json_schema"))
+        todo += parts_of(each, path)
+    return schema
+
+
+def numbers_in(value) -> Iterator[float]:
+    """The numbers in a JSON value."""
+    match value:
+        case list():
+            yield from chain.from_iterable(map(numbers_in, value))
+        case dict():
+            yield from chain.from_iterable(map(numbers_in, value.values()))
+        case int() | float():
+            yield value
+
+
+def render(node) -> str:
+    """A pattern for the library, every character of which is written as its code."""
+    match node:
+        case Chars(ranges):
+            return "[" + "".join(f"\\x{{{low:X}}}-\\x{{{high:X}}}" for low, high in ranges) + "]"
+        case Then(parts):
+            return "".join(f"(?:{render(part)})" if isinstance(part, Either) else render(part) for part in parts)
+        case Either(parts):
+            return "|".join(map(render, parts))
+        case Repeat(part, low, high):
+            return f"(?:{render(part)}){{{low},{'' if high is None else high}}}"
+        case Begin():
+            return "^"
+        case End():
+            return "$"
+
+
+def literal(text: str) -> Then:
+    return Then(tuple(Chars(((ord(character), ord(character)),)) for character in text))
+
+
+ANYTHING, EMPTY_LINES = "/(?s:.*)/", "/\\n{1,2}/"
+
+
+def parts_grammar(parts: Parts, symbols: dict[str, int]) -> str:
+    """The library's grammar of all answers. symbols: the ids of tokens that it reads as one symbol only, by name."""
+
+    def spelled(text: str) -> str:
+        """The symbols of a text in which the names of tokens stand for these tokens."""
+        for name, token_id in symbols.items():
+            if name in text:
+                before, after = text.split(name, 1)
+                return f"{spelled(before)} <[{token_id}]> {spelled(after)}"
+        return json.dumps(text) if text else ""
+
+    def until(marker: str, *beginning: str) -> str:
+        """The symbol of a text without the marker, or one of the beginnings."""
+        found = [f"~/(?s:.*){render(literal(marker))}(?s:.*)/"] if marker else []
+        found += [f"~/\\n*{render(literal(text))}(?s:.*)/" for text in beginning]
+        return " & ".join([ANYTHING, *found])
+
+    form, calls, rules = parts.form, "", [f"GAP: {EMPTY_LINES}"]
+    opening, closing = parts.thought or ("", "")
+    beginning = (opening,) if opening and not parts.is_open else ()
+    if form is not None and parts.tools:
+        for number, tool in enumerate(parts.tools):
+            rules.append(f"args_{number}: %json {json.dumps(arguments_schema(tool))}")
+            rules.append(f"call_{number}: {json.dumps(tool.name)} {spelled(form.middle)} args_{number} {spelled(form.closing)}")
+        rules.append(f"call: {spelled(form.opening)} ({' | '.join(f'call_{number}' for number in range(len(parts.tools)))})")
+        repeated = "call" if parts.is_single else f"call ({spelled(form.between)} call)*"
+        lead = " | ".join(json.dumps(text) if text else "" for text in form.before)
+        rules.append(f"calls: ({lead}) {repeated} {spelled(form.after)}" if lead else f"calls: {repeated} {spelled(form.after)}")
+        calls = f"GAP? {spelled(form.marker)} calls"
+    if parts.is_required:
+        body = calls
+    elif parts.content is not None:
+        kind, source = parts.content
+        rules.append(f"content: {content_symbol(kind, source)}")
+        body = "GAP? " * bool(parts.thought) + "content" + f" | {calls}" * bool(calls)
+    elif form is None or not form.marker:
+        rules.append(f"SAID: {until('', *beginning, *([form.opening] if form else []))}")
+        body = "SAID" + f" | {calls}" * bool(calls)
+    elif form.marker in symbols:
+        rules.append(f"SAID: {until(form.marker, *beginning)}")
+        body = "SAID" + f" | SAID? {calls}" * bool(calls)
+    else:
+        # A text and the marker after it are one symbol: the library does not go back to where a symbol might have ended.
+        rules.append(f"SAID: {until(form.marker, *beginning)}")
+        rules.append(f"OPENED: SAID {spelled(form.marker)}")
+        body = "SAID" + " | OPENED calls" * bool(calls)
+    rules.append(f"body: {body}")
+    if not parts.thought:
+        return "\n".join(["start: body", *rules])
+    rules.append(f"THINKING: {until(closing)}")
+    if closing in symbols:
+        rules.append(f"thought: THINKING? {spelled(closing)}")
+    else:
+        rules += [f"THOUGHT: THINKING {spelled(closing)}", "thought: THOUGHT"]
+    start = "thought body" if parts.is_open else f"body | GAP? {spelled(opening)} thought body"
+    return "\n".join([f"start: {start}", *rules])
+
+
+def arguments_schema(tool: Tool) -> dict:
+    """The schema of a tool's arguments, as the library obeys it; any object, if it does not, and the tool is not strict."""
+    try:
+        schema = exactly(json.loads(tool.schema))
+    except RequestError as error:
+        if tool.is_strict:
+            raise RequestError(str(error).replace("json_schema", tool.param, 1), tool.param) from None
+        schema = {"type": "object"}
+    return schema | {"x-guidance": SPELLING}
+
+
+def content_symbol(kind: str, source) -> str:
+    """The symbol of a grammar that is part of an answer's."""
+    match kind:
+        case "regex":
+            return f"/{render(parse_regex(source))}/"
+        case "choice":
+            return f"/{render(Either(tuple(map(literal, source))))}/"
+        case "json_object":
+            return "%json " + json.dumps({"type": "object", "x-guidance": SPELLING})
+        case "json_schema":
+            schema = exactly(json.loads(source))
+            return "%json " + json.dumps(schema | {"x-guidance": SPELLING} if isinstance(schema, dict) else schema)
+    raise RequestError(f"{kind} cannot be combined with tools, nor follow a thought; leave it out", kind)
+
+
+def guard_node(parts: Parts):
+    """The node of all answers, whose JSON is only looked at for escapes."""
+    inside = parse_regex(ESCAPES)
+    said = inside if parts.content and parts.content[0] in ("json_schema", "json_object") else ANY_TEXT
+    arguments = Then((Text("{"), inside, Text("}")))
+    return parts_node(parts, parts.content and said, [arguments] * len(parts.tools))
+
+
+class GuidanceGrammar(NamedTuple):
+    """A compiled grammar."""
+
+    matcher: object  # of llguidance; never advanced
+    guidance: Guidance
+    guard: object | None = None  # a grammar of our own that the text must match too
+    nbytes: int = 2**20  # the library does not tell
+
+    def start(self, is_new_text: bool) -> "GuidanceMatcher":
+        return GuidanceMatcher(self, is_new_text)
+
+
+class GuidanceMatcher:
+    """How far the text of one request is."""
+
+    def __init__(self, grammar: GuidanceGrammar, is_new_text: bool):
+        self.matcher = grammar.matcher.deep_copy()
+        self.guidance = grammar.guidance
+        self.guard = grammar.guard and grammar.guard.start(is_new_text)
+        self.drops_space = is_new_text and self.guidance.first_mask is not None
+
+    def mask(self) -> np.ndarray:
+        """A bit for each token, [V / 8] uint8, whether it is allowed; all 0 if the library gave up."""
+        bits = np.zeros(-(-self.guidance.vocab_size // 32), np.int32)
+        self.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if self.matcher.is_error():
+            bits[:] = 0
+        bits = bits.view(np.uint8)[: -(-self.guidance.vocab_size // 8)]
+        if self.drops_space:
+            bits = bits & self.guidance.first_mask
+        return bits if self.guard is None else bits & self.guard.mask()
+
+    def advance(self, token_id: int) -> bool:
+        """Read a token of the text; return whether any other may follow."""
+        self.drops_space = False
+        if self.guard is not None:
+            self.guard.advance(token_id)
+        self.matcher.consume_token(token_id)
+        # After an error it says that it has stopped, too. The next mask is empty then, and the request fails.
+        return self.matcher.is_error() or not self.matcher.is_stopped()

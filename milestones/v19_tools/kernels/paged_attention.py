@@ -1,0 +1,306 @@
+"""Paged attention: Triton kernels that read the blocks of the cache in place.
+
+N tokens of this step, all sequences end to end   S sequences   H query heads   KV key/value heads   G = H / KV
+D head_dim   P num_blocks   BS block_size   M blocks of the longest sequence   X splits of a long context
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The most keys that a program handles at a time, whatever the block size.
+TILE_KEYS = 64
+# The most bytes in a tile of queries, keys or values: several must fit into shared memory, 64 KiB on some GPUs.
+TILE_BYTES = 2**14
+TILE_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+# A split with fewer keys would cost more to launch and combine than it saves.
+MIN_SPLIT_KEYS = 256
+# The results of all splits are stored, for all tokens of a step. So where the keys of a split are fixed, splits are few.
+MAX_FIXED_SPLITS = 8
+
+
+def paged_attention_ref(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+) -> Tensor:
+    """The reference for `paged_attention`: one sequence at a time, in float32."""
+    out = torch.empty_like(q)
+    group, head_dim = q.shape[1] // k_cache.shape[2], q.shape[2]
+    for s, n in enumerate(context_lens.tolist()):
+        first, last = query_starts[s].item(), query_starts[s + 1].item()
+        blocks = block_tables[s, : triton.cdiv(n, k_cache.shape[1])].long()
+        k = k_cache[blocks].flatten(0, 1)[:n].float().repeat_interleave(group, dim=1)
+        v = v_cache[blocks].flatten(0, 1)[:n].float().repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q[first:last].float(), k) * head_dim**-0.5
+        positions = torch.arange(n - (last - first), n, device=q.device)
+        scores = scores.masked_fill(torch.arange(n, device=q.device) > positions[:, None], -torch.inf)
+        out[first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
+    return out
+
+
+# Triton compiles one variant per class of an integer: 1, a multiple of 16, any other. These change from step to step.
+@triton.jit(do_not_specialize=["stride_t_s", "num_tokens", "num_splits", "split_keys"])
+def _attend_kernel(
+    # tensors
+    out_ptr,           # [X, N, H, D], contiguous; the result if X = 1, else that of each split
+    lse_ptr,           # [X, N, H] float32: log of the sum of exponentials of each split's scores
+    q_ptr,             # [N, H, D]
+    k_cache_ptr,       # [P, BS, KV, D], contiguous
+    v_cache_ptr,       # [P, BS, KV, D], contiguous
+    block_tables_ptr,  # [S, M] int32, contiguous
+    query_starts_ptr,  # [S + 1] int32
+    context_lens_ptr,  # [S] int32, this step's tokens included
+    # strides in elements; the last dimension is contiguous
+    stride_q_n, stride_q_h,
+    stride_t_s,
+    # scalars
+    scale,
+    num_tokens,        # N
+    num_splits,        # X
+    split_keys,        # keys of a split, a multiple of TILE_KEYS; 0 for an equal share of the context
+    # compile-time
+    GROUP: tl.constexpr,       # G
+    NUM_KV_HEADS: tl.constexpr,  # KV
+    BLOCK_SIZE: tl.constexpr,  # BS
+    HEAD_DIM: tl.constexpr,    # D
+    PADDED_DIM: tl.constexpr,  # D, rounded up to a power of two
+    TILE_ROWS: tl.constexpr,   # rows of scores: a row is one query of one head
+    TILE_KEYS: tl.constexpr,
+    TILE_DTYPE: tl.constexpr,  # the dtype in which tiles are multiplied; sums are float32
+):
+    """Program (s, kv, i) attends from a tile of sequence s's queries, in the query heads of kv, to a split of its keys.
+
+    i is tile * num_splits + split. Products are computed in full precision (ieee), never in TF32.
+    """
+    # which piece is mine; addresses are int64, because a cache can have more than 2**31 elements
+    s = tl.program_id(0).to(tl.int64)
+    kv = tl.program_id(1)
+    split = tl.program_id(2) % num_splits
+    tile = tl.program_id(2) // num_splits
+    first_query = tl.load(query_starts_ptr + s)
+    num_queries = tl.load(query_starts_ptr + s + 1) - first_query
+    # the grid is sized for the sequence with the most queries
+    if tile * TILE_ROWS >= num_queries * GROUP:
+        return
+    context_len = tl.load(context_lens_ptr + s)
+    offs_r = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    offs_d = tl.arange(0, PADDED_DIM)
+    offs_k = tl.arange(0, TILE_KEYS)
+    query = offs_r // GROUP
+    head = kv * GROUP + offs_r % GROUP
+    position = context_len - num_queries + query
+    # hides rows past the last query, which belong to the next sequence or to none
+    row_mask = query < num_queries
+    # hides the padding of D
+    dim_mask = offs_d < HEAD_DIM
+    token = (first_query + query).to(tl.int64)
+    q_offs = token[:, None] * stride_q_n + head[:, None] * stride_q_h + offs_d[None, :]
+    q = tl.load(q_ptr + q_offs, mask=row_mask[:, None] & dim_mask[None, :], other=0.0).to(TILE_DTYPE)
+
+    # my keys: a share of the context, at most up to the position of the tile's last query
+    tiles_a_split = (context_len + num_splits * TILE_KEYS - 1) // (num_splits * TILE_KEYS)
+    if split_keys > 0:
+        tiles_a_split = split_keys // TILE_KEYS
+    begin = split * tiles_a_split * TILE_KEYS
+    last_query = tl.minimum((tile * TILE_ROWS + TILE_ROWS - 1) // GROUP, num_queries - 1)
+    end = tl.minimum(begin + tiles_a_split * TILE_KEYS, context_len - num_queries + last_query + 1)
+
+    # running softmax over the keys seen so far
+    score_max = tl.full([TILE_ROWS], float("-inf"), tl.float32)
+    exp_sum = tl.zeros([TILE_ROWS], tl.float32)
+    acc = tl.zeros([TILE_ROWS, PADDED_DIM], tl.float32)  # not yet divided by exp_sum
+    for start in range(begin, end, TILE_KEYS):
+        key = start + offs_k
+        # hides slots past the last key: this sequence's future, empty slots, or another sequence's
+        key_mask = key < end
+        block = tl.load(block_tables_ptr + s * stride_t_s + key // BLOCK_SIZE, mask=key_mask, other=0).to(tl.int64)
+        slot = block * BLOCK_SIZE + key % BLOCK_SIZE
+        kv_offs = (slot[:, None] * NUM_KV_HEADS + kv) * HEAD_DIM + offs_d[None, :]
+        mask = key_mask[:, None] & dim_mask[None, :]
+        k = tl.load(k_cache_ptr + kv_offs, mask=mask, other=0.0).to(TILE_DTYPE)
+        v = tl.load(v_cache_ptr + kv_offs, mask=mask, other=0.0).to(TILE_DTYPE)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        # hides the future
+        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+
+        new_max = tl.maximum(score_max, tl.max(scores, axis=1))
+        # a row whose position is before all keys so far still has -inf: -inf - -inf would be NaN
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale = tl.exp(score_max - shift)
+        weights = tl.exp(scores - shift[:, None])
+        exp_sum = exp_sum * rescale + tl.sum(weights, axis=1)
+        acc = acc * rescale[:, None] + tl.dot(weights.to(TILE_DTYPE), v, input_precision="ieee")
+        score_max = new_max
+
+    # a row that has seen no key would get 0 / 0: it gets 0, and an lse of -inf, which means no weight
+    out = acc / tl.where(exp_sum == 0.0, 1.0, exp_sum)[:, None]
+    row = (split.to(tl.int64) * num_tokens + token) * (NUM_KV_HEADS * GROUP) + head
+    out_offs = row[:, None] * HEAD_DIM + offs_d[None, :]
+    tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & dim_mask[None, :])
+    # not read if there is only one split
+    lse = tl.where(exp_sum == 0.0, float("-inf"), score_max + tl.log(tl.where(exp_sum == 0.0, 1.0, exp_sum)))
+    tl.store(lse_ptr + row, lse, mask=row_mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
+def _combine_kernel(
+    # tensors
+    out_ptr,    # [N, H, D], contiguous
+    parts_ptr,  # [X, N, H, D] float32, contiguous
+    lse_ptr,    # [X, N, H] float32
+    # scalars
+    num_rows,   # N * H
+    num_splits,  # X
+    # compile-time
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):
+    """Program r combines the splits' results for row r, one query of one head, by their shares of the softmax.
+
+    It adds them one after another: the order in which `tl.sum` adds would depend on how many they are.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, PADDED_DIM)
+    dim_mask = offs_d < HEAD_DIM
+    lse_max = tl.load(lse_ptr + r)
+    for x in range(1, num_splits):
+        lse_max = tl.maximum(lse_max, tl.load(lse_ptr + x * num_rows + r))
+    # for a row that only pads the batch, all are -inf: -inf - -inf would be NaN
+    shift = tl.where(lse_max == float("-inf"), 0.0, lse_max)
+    weight_sum = 0.0
+    acc = tl.zeros([PADDED_DIM], tl.float32)
+    for x in range(num_splits):
+        row = x * num_rows + r
+        # a split without keys has lse -inf and weight 0, and leaves all bits as they are
+        weight = tl.exp(tl.load(lse_ptr + row) - shift)
+        weight_sum += weight
+        acc += weight * tl.load(parts_ptr + row * HEAD_DIM + offs_d, mask=dim_mask, other=0.0)
+    out = acc / tl.where(weight_sum == 0.0, 1.0, weight_sum)
+    tl.store(out_ptr + r * HEAD_DIM + offs_d, out.to(out_ptr.dtype.element_ty), mask=dim_mask)
+
+
+def count_sms(device: torch.device) -> int:
+    """A GPU's number of streaming multiprocessors (SMs), each of which runs a few programs at a time; 1 on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def choose_splits(num_programs: int, max_context_len: int, num_sms: int) -> int:
+    """The number of splits per context that lets even a few sequences keep all SMs busy.
+
+    >>> choose_splits(num_programs=8, max_context_len=4096, num_sms=132), choose_splits(900, 4096, 132)
+    (16, 1)
+    """
+    wanted = 2 * num_sms // num_programs
+    return max(1, min(wanted, max_context_len // MIN_SPLIT_KEYS))
+
+
+def choose_split_keys(max_context_len: int) -> int:
+    """The keys of a split that do not depend on the batch: a multiple of TILE_KEYS, and at most MAX_FIXED_SPLITS splits.
+
+    >>> choose_split_keys(2048), choose_split_keys(40960)
+    (256, 5120)
+    """
+    tiles = triton.cdiv(max_context_len, MAX_FIXED_SPLITS * TILE_KEYS)
+    return max(MIN_SPLIT_KEYS, tiles * TILE_KEYS)
+
+
+def choose_tile(padded_dim: int, itemsize: int) -> int:
+    """The number of keys, and the most rows of scores, that a program handles at a time.
+
+    >>> choose_tile(padded_dim=128, itemsize=2), choose_tile(128, 4), choose_tile(256, 4)
+    (64, 32, 16)
+    """
+    return max(16, min(TILE_KEYS, TILE_BYTES // (padded_dim * itemsize)))
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    max_query_len: int,
+    max_context_len: int,
+    num_splits: int | None = None,
+    split_keys: int = 0,
+    tile_rows: int | None = None,
+) -> Tensor:
+    """Compute the attention of each sequence's queries to the keys and values in its blocks.
+
+    Args:
+        q: [N, H, D], the sequences' queries end to end; they are at the last positions of each context.
+        k_cache, v_cache: [P, BS, KV, D]. Slots past a sequence's context are never read.
+        block_tables: [S, M] int32; entry i is the block of positions i * BS to (i + 1) * BS - 1.
+        query_starts: [S + 1] int32; sequence s has rows query_starts[s] to query_starts[s + 1] - 1 of q.
+        context_lens: [S] int32, positions to attend to, those of q included.
+        max_query_len, max_context_len: the most queries and the most positions of any sequence; they size the grid.
+        num_splits: splits of each context, each by a program of its own; by default enough to keep the device busy.
+        split_keys: the keys of each split, a multiple of TILE_KEYS, instead of a number of splits; 0 for a number.
+        tile_rows: the rows of scores that a program handles at a time; by default few if no sequence has more.
+    Returns:
+        [N, H, D] in q's dtype; accumulated in float32.
+    Loads 2 * KV * D elements for each key and tile of queries, because the heads of a group share them.
+    Source: https://arxiv.org/abs/2309.06180; online softmax, https://arxiv.org/abs/1805.02867; splits,
+    https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    _, block_size, num_kv_heads, _ = k_cache.shape
+    group = num_heads // num_kv_heads
+    assert k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.is_contiguous() and q.stride(2) == 1
+    padded_dim = max(16, triton.next_power_of_2(head_dim))
+    tile_keys = choose_tile(padded_dim, q.element_size())
+    if tile_rows is None:
+        tile_rows = max(16, triton.next_power_of_2(min(max_query_len * group, tile_keys)))
+    num_tiles = triton.cdiv(max_query_len * group, tile_rows)
+    num_seqs = len(context_lens)
+    if split_keys:
+        num_splits = triton.cdiv(max_context_len, split_keys)
+    elif num_splits is None:
+        num_programs = num_seqs * num_kv_heads * num_tiles
+        num_splits = choose_splits(num_programs, max_context_len, count_sms(q.device))
+    out = torch.empty(num_tokens, num_heads, head_dim, device=q.device, dtype=q.dtype)
+    parts = torch.empty(num_splits, *out.shape, device=q.device, dtype=torch.float32) if num_splits > 1 else out
+    lse = torch.empty(num_splits, num_tokens, num_heads, device=q.device, dtype=torch.float32)
+    # The interpreter cannot multiply bfloat16, so 16-bit tiles are multiplied only on a GPU.
+    tile_dtype = TILE_DTYPES[q.dtype] if q.is_cuda else tl.float32
+    _attend_kernel[(num_seqs, num_kv_heads, num_tiles * num_splits)](
+        parts, lse, q, k_cache, v_cache, block_tables, query_starts, context_lens,
+        q.stride(0), q.stride(1), block_tables.stride(0),
+        head_dim**-0.5, num_tokens, num_splits, split_keys,
+        GROUP=group, NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
+        TILE_ROWS=tile_rows, TILE_KEYS=tile_keys, TILE_DTYPE=tile_dtype,
+    )
+    if num_splits > 1:
+        _combine_kernel[(num_tokens * num_heads,)](
+            out, parts, lse, num_tokens * num_heads, num_splits,
+            HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
+        )
+    return out
+
+
+def warm_up(k_cache: Tensor, v_cache: Tensor, num_heads: int, max_context_len: int) -> None:
+    """Compile every kernel variant that a step may need, by launching each; the contents of the caches stay the same.
+
+    Variants of the attention kernel differ in TILE_ROWS and in the dtype that they write, which is float32 for splits.
+
+    Args:
+        k_cache, v_cache: [P, BS, KV, D], of one layer.
+        num_heads: H.
+        max_context_len: the longest context that a step may have; a short one is not split.
+    """
+    _, block_size, num_kv_heads, head_dim = k_cache.shape
+    group, device = num_heads // num_kv_heads, k_cache.device
+    is_split = max_context_len > MIN_SPLIT_KEYS
+    for num_queries in {1, *(triton.cdiv(rows, group) for rows in (16, 32, TILE_KEYS))}:
+        q = torch.zeros(num_queries, num_heads, head_dim, device=device, dtype=k_cache.dtype)
+        # one sequence, whose table has block 0 in every entry
+        tables = torch.zeros(1, triton.cdiv(num_queries, block_size), device=device, dtype=torch.int32)
+        starts = torch.tensor([0, num_queries], device=device, dtype=torch.int32)
+        lens = torch.tensor([num_queries], device=device, dtype=torch.int32)
+        for num_splits in (1, 2)[: 1 + is_split]:
+            paged_attention(q, k_cache, v_cache, tables, starts, lens, num_queries, num_queries, num_splits)

@@ -1,0 +1,169 @@
+"""The server process: its application, its socket, its startup and its shutdown."""
+import gc
+import json
+import multiprocessing
+import os
+import shlex
+import socket
+import sys
+import time
+from contextlib import asynccontextmanager
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+import uvicorn
+from fastapi import FastAPI
+
+from . import chat, completions, dev, endpoints, observe, responses, tokenizing
+from .access import AccessLog
+from .async_engine import EngineStopped
+from .errors import HANDLERS
+from .gate import Gate
+from .responses_store import Store
+from .service import Service
+
+ROUTERS = (
+    endpoints.router,
+    completions.router,
+    chat.router,
+    tokenizing.router,
+    responses.router,
+    observe.router,
+)
+FAIL_S = 4.0  # how long before a drain's end unfinished requests fail: clients and the process need time to finish
+LAST_WORDS_S = 1.0  # how long the server still answers requests, with an error, after its engine has stopped
+GARBAGE_OBJECTS = 50_000  # allocations between runs of the garbage collector; one large body makes more than this
+GOODBYE_S = 1.0  # how long connections may take to close when the server exits
+SEND_BYTES = 32 * 2**10  # the system's buffer of each connection; Linux doubles it
+
+
+def create_app(service: Service) -> FastAPI:
+    """Return the application, which starts the engine on startup and stops it on shutdown."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI):
+        await service.async_engine.start()
+        yield
+        await service.async_engine.stop()
+        app.middleware_stack.close()
+
+    app = LoggedApp(
+        title="stepserve",
+        lifespan=lifespan,
+        exception_handlers=HANDLERS,
+    )
+    app.state.service = service
+    app.state.responses = Store()
+    app.add_middleware(Gate, service=service)
+    app.add_middleware(HeadAsGet)
+    for router in ROUTERS:
+        app.include_router(router)
+    if service.dev_mode:
+        app.include_router(dev.router)
+    return app
+
+
+class LoggedApp(FastAPI):
+    """An application whose log is outside everything else, so that it sees the answer to a fault too."""
+
+    def build_middleware_stack(self):
+        return AccessLog(super().build_middleware_stack(), self.state.service)
+
+
+class HeadAsGet:
+    """Answers HEAD like GET (uvicorn leaves out the body), and accepts a request target that is a whole URL."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        outer = scope
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = scope | {"method": "GET"}
+        if scope["type"] == "http" and "://" in scope["path"].partition("?")[0]:
+            scope = scope | {"path": urlsplit(scope["path"]).path or "/"}
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            # The router stores the route in the scope that it gets, which may be a copy.
+            outer["route"] = scope.get("route")
+
+
+class Server(uvicorn.Server):
+    """Prints an example request when it is ready, and shuts down on a signal or when the engine has died."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self.service = service
+
+    async def startup(self, sockets=None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            print(invitation(url, self.service), file=sys.stderr, flush=True)
+
+    def handle_exit(self, sig, frame) -> None:
+        """On the first signal, drain: active requests may finish, and new ones get 503. On the second, exit at once."""
+        if self.service.draining:
+            # The engine process ends by itself when the server is gone, but not if it is hung.
+            for child in multiprocessing.active_children():
+                child.kill()
+            os._exit(1)
+        self.service.draining = True
+        self.fail_at = time.monotonic() + self.service.drain_seconds - FAIL_S
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to end the server. uvicorn calls this ten times per second."""
+        async_engine = self.service.async_engine
+        if self.service.draining and async_engine.fatal_error is None and time.monotonic() > self.fail_at:
+            async_engine.fail_all(EngineStopped("the server was shut down before this request was done"))
+        if async_engine.fatal_error is not None and time.monotonic() - async_engine.stopped_at > LAST_WORDS_S:
+            self.should_exit = True
+        if self.service.draining and not self.service.num_active:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def invitation(url: str, service: Service) -> str:
+    """Return an example command to copy, without the API key, since others may read the log."""
+    key = ' -H "Authorization: Bearer $API_KEY"' if service.api_keys else ""
+    body = shlex.quote(json.dumps({"model": service.models[0], "prompt": "Once upon a time", "max_tokens": 32}))
+    return f"serving {service.models[0]}; try:\n  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {body}"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to this address but not listening; ValueError if the address is unavailable."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it. By default, megabytes fit in there, and nobody would see a client that reads nothing.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+        bound.bind(address)
+        return bound
+    except (OSError, UnicodeError) as error:
+        raise unavailable(host, port, error) from None
+
+
+def unavailable(host: str, port: int, error: Exception) -> ValueError:
+    return ValueError(f"cannot listen on {host}:{port}: {error}; choose another host or port (0 picks a free port)")
+
+
+def serve(service: Service, bound: socket.socket, keep_alive_s: int) -> NoReturn:
+    """Serve until a signal or the engine's death, then end the process: exit code 1 if the engine died, otherwise 0."""
+    app = create_app(service)
+    app.openapi()  # build the schema now rather than on the first request for it; it is cached
+    times = dict(timeout_keep_alive=keep_alive_s, timeout_graceful_shutdown=GOODBYE_S)
+    config = uvicorn.Config(app, log_level="warning", ws="none", **times)
+    # A collection would scan everything loaded so far, which takes 0.1 s or more. None of it ever becomes garbage.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GARBAGE_OBJECTS)
+    try:
+        Server(config, service).run([bound])
+    # If two servers start on one port at the same time, the second one to listen fails here.
+    except OSError as error:
+        raise unavailable(*bound.getsockname()[:2], error) from None
+    # A thread may be in the middle of a step or a long text. Python's own exit would wait for it, or crash.
+    os._exit(1 if service.async_engine.died else 0)

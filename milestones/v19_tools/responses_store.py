@@ -1,0 +1,219 @@
+"""Responses, active and finished, and the store that keeps the most recent ones."""
+import asyncio
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.responses import Response
+
+from .answers import PartedAnswer
+from .async_engine import Generation, GenerationFailed, paced
+from .errors import ApiError
+from .items import Items
+from .parts import Parts
+from .protocol import new_id, now, plain_call
+from .responses_protocol import ResponseRequest
+from .service import Service
+from .writer import Written, event, to_json
+
+logger = logging.getLogger(__name__)
+
+# The number of responses to store. When there are more, the oldest finished ones are deleted.
+STORE_SIZE = 1000
+
+
+class Run:
+    """One response, from its request until it is deleted from the store."""
+
+    def __init__(
+        self,
+        service: Service,
+        api_key: str | None,
+        body: ResponseRequest,
+        messages: list[dict],
+        num_prompt: int,
+        parts: Parts,
+    ):
+        self.service = service
+        self.api_key = api_key  # only requests with this key may see the response
+        self.body = body
+        self.messages = messages  # the conversation without instructions
+        self.num_prompt = num_prompt
+        self.id = new_id("resp_")
+        self.created_at = now()
+        self.completed_at = None
+        self.answer = PartedAnswer(0, parts, service.family.new_call_id)
+        self.items = Items(self.answer)
+        self.status = "queued" if body.background else "in_progress"
+        self.error = None
+        self.failure: Exception | None = None
+        self.fetched = asyncio.Event()  # set once a client has retrieved the finished response
+        self.generation: Generation | None = None
+        self.task: asyncio.Task | None = None
+        self.num_events = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.status not in ("queued", "in_progress")
+
+    def turn(self) -> dict[str, Any]:
+        """The answer as a turn of the conversation, as chat templates expect it."""
+        parts = self.answer.parts
+        if parts.calls and not parts.calls[-1].is_whole:
+            raise ApiError(400, f"previous_response_id {self.id!r} was cut off within a call; send the conversation without it as input", "previous_response_id")
+        turn = {"role": "assistant", "content": parts.content}
+        if parts.thought:
+            turn["reasoning_content"] = parts.thought
+        if parts.calls:
+            turn["tool_calls"] = [plain_call(call.id, call.name, call.arguments, "previous_response_id") for call in parts.calls]
+        return turn
+
+    def usage(self) -> dict:
+        return {
+            "input_tokens": self.num_prompt,
+            "input_tokens_details": {"cached_tokens": self.answer.num_cached, "cache_write_tokens": 0},
+            "output_tokens": self.answer.num_tokens,
+            "output_tokens_details": {"reasoning_tokens": self.answer.num_thought},
+            "total_tokens": self.num_prompt + self.answer.num_tokens,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Return the response in its current state, as OpenAI's API shows it."""
+        body = self.body
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created_at,
+            "completed_at": self.completed_at,
+            "status": self.status,
+            "background": body.background,
+            "error": self.error,
+            "incomplete_details": {"reason": "max_output_tokens"} if self.status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata,
+            "model": body.model,
+            "output": self.items.describe(self.status),
+            "parallel_tool_calls": body.parallel_tool_calls,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {"effort": None, "summary": body.reasoning.summary or body.reasoning.generate_summary},
+            "safety_identifier": body.safety_identifier,
+            "prompt_cache_key": body.prompt_cache_key,
+            "service_tier": "default",
+            "store": body.store,
+            "temperature": body.temperature,
+            "text": {"format": body.text.format.answer()},
+            "tool_choice": body.tool_choice if isinstance(body.tool_choice, str) else body.tool_choice.model_dump(),
+            "tools": [tool.model_dump() for tool in body.tools],
+            "top_logprobs": body.top_logprobs or 0,
+            "top_p": body.top_p,
+            "truncation": "disabled",
+            "usage": self.usage() if self.ended else None,
+            "user": body.user,
+        }
+
+    async def events(self) -> AsyncIterator[dict]:
+        """Run the response to its end, and yield each of its events."""
+        try:
+            yield self.event("created", response=self.describe())
+            self.status = "in_progress"
+            yield self.event("in_progress", response=self.describe())
+            async for _, output in self.generation:
+                deltas, tokens = self.answer.push_parts(output)
+                names, count = self.service.names, self.body.top_logprobs or 0
+                logprobs = [Written(json.dumps(names.of_chat(token, count))) async for token in paced(self.answer.tokens_said(tokens))]
+                for name, fields in self.items.add(deltas, logprobs):
+                    yield self.event(name, **fields)
+            self.service.async_engine.metrics.add_parts(self.answer.num_thought, len(self.answer.parts.calls))
+            self.status = "incomplete" if self.answer.finish_reason == "length" else "completed"
+            self.completed_at = now() if self.status == "completed" else None
+            for name, fields in self.items.end(self.status):
+                yield self.event(name, **fields)
+            yield self.event(self.status, response=self.describe())
+        except GenerationFailed as error:
+            self.fail(error, str(error))
+            yield self.event("error", **self.error, param=None) | {"type": "error"}
+            yield self.event("failed", response=self.describe())
+        except Exception as error:
+            self.fail(error, "the server has a bug; see its log")
+            raise
+        finally:
+            if not self.ended:
+                self.status = "cancelled"
+
+    def fail(self, error: Exception, message: str) -> None:
+        self.failure = error
+        self.status = "failed"
+        self.error = {"code": "server_error", "message": message}
+
+    def event(self, name: str, /, **more) -> dict:
+        self.num_events += 1
+        return {"type": f"response.{name}", "sequence_number": self.num_events - 1, **more}
+
+    async def stream(self) -> AsyncIterator[dict]:
+        async for fields in self.events():
+            yield {"event": fields["type"], "data": event(fields)}
+
+    async def whole(self) -> Response:
+        async for _ in self.events():
+            pass
+        if self.failure:
+            raise self.failure
+        return self.answer_now()
+
+    def answer_now(self) -> Response:
+        """Return an HTTP response with this response's current state."""
+        return Response(to_json(self.describe()), media_type="application/json")
+
+    async def in_background(self) -> None:
+        """Run to the end while no client waits. If the server is draining by then, wait until a client has the result."""
+        try:
+            async for _ in self.events():
+                pass
+            if self.service.draining:
+                await self.fetched.wait()
+        except Exception:
+            logger.exception("a background response failed")
+        finally:
+            self.service.num_active -= 1
+
+    def abort(self) -> None:
+        """Abort the generation. A response that has not finished is then cancelled."""
+        if not self.ended:
+            self.status = "cancelled"
+        self.generation.abort()
+
+    def cancel(self) -> None:
+        """Cancel a background response that has not finished."""
+        if not self.ended:
+            self.abort()
+            self.task.cancel()
+
+
+class Store:
+    """The most recent responses, by id."""
+
+    def __init__(self, size: int = STORE_SIZE):
+        self.size = size
+        self.runs: OrderedDict[str, Run] = OrderedDict()
+
+    def add(self, run: Run) -> None:
+        self.runs[run.id] = run
+        # Only finished ones are deleted: an active one could no longer be cancelled.
+        ended_ids = [old.id for old in self.runs.values() if old.ended] if len(self.runs) > self.size else []
+        for response_id in ended_ids[: len(self.runs) - self.size]:
+            del self.runs[response_id]
+
+    def find(self, response_id: str, api_key: str | None) -> Run | None:
+        """Return a response that was stored under this key; None if there is none, or it has been deleted."""
+        run = self.runs.get(response_id)
+        return run if run and run.api_key == api_key else None
+
+    def get(self, response_id: str, api_key: str | None) -> Run:
+        """Return what `find` returns, or raise a 404 for None."""
+        run = self.find(response_id, api_key)
+        if run is None:
+            raise ApiError(404, f"there is no response {response_id[:200]!r}; it was not stored or has been deleted", "response_id")
+        return run

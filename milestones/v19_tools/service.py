@@ -1,0 +1,95 @@
+"""The engine, settings and checks that the endpoints share."""
+import asyncio
+import hashlib
+
+from .async_engine import AsyncEngine
+from .engine_process import EngineProcess
+from .engine_thread import EngineThread
+from .errors import ApiError
+from .metrics import Goal
+from .names import TokenNames
+from .params import RequestError
+from .protocol import now
+from .text import drops_first_space, special_ids, vocabulary_bytes
+from .tools import family_of
+
+
+class Service:
+    """An engine, and what its server offers. Call it from the event loop's thread, unless a method says otherwise."""
+
+    def __init__(
+        self,
+        runner: EngineThread | EngineProcess,
+        model_name: str,
+        api_keys: tuple[str, ...] = (),
+        max_waiting: int = 256,
+        default_max_tokens: int | None = None,
+        drain_seconds: float = 30.0,
+        allow_priority: bool = False,
+        dev_mode: bool = False,
+        goal: Goal = Goal(),
+        metrics_key: str | None = None,
+        log_format: str = "text",
+    ):
+        self.async_engine = AsyncEngine(runner, max_waiting, goal)
+        self.async_engine.metrics.about = {"model": model_name, "max_model_len": str(runner.max_model_len)}
+        self.metrics_key = metrics_key
+        self.log_format = log_format
+        self.shared: dict[str, tuple[float, asyncio.Future]] = {}  # by name: what several readers share, and when it was begun
+        self.models = [model_name]
+        self.started = now()
+        vocabulary, special = vocabulary_bytes(runner.tokenizer), special_ids(runner.tokenizer)
+        self.names = TokenNames(vocabulary, special, drops_first_space(runner.tokenizer, vocabulary))
+        self.family = family_of(runner.tokenizer)
+        self.api_keys = api_keys
+        self.default_max_tokens = default_max_tokens
+        # A text with more bytes cannot fit, whatever its tokens: none is longer than the longest in the vocabulary.
+        # The factor of 4 is for tokenizers that first normalize the text to fewer bytes.
+        self.max_text_bytes = 4 * runner.max_model_len * max(map(len, self.names.vocabulary))
+        self.drain_seconds = drain_seconds
+        self.allow_priority = allow_priority
+        self.dev_mode = dev_mode
+        self.draining = False
+        self.num_active = 0  # requests being answered
+
+    def check_model(self, name: str) -> None:
+        if name not in self.models:
+            served = ", ".join(map(repr, self.models))
+            raise ApiError(404, f"the model {name[:200]!r} is not served here; try {served}", "model", "model_not_found")
+
+    def check_priority(self, priority: int) -> None:
+        """Raise ApiError if clients may not set a priority and this one did."""
+        if priority != 0 and not self.allow_priority:
+            message = f"priority is {priority}, but this server does not let clients set it (--allow-priority); leave it out (0 is accepted)"
+            raise ApiError(400, message, "priority")
+
+    def cache_salt(self, api_key: str | None, salt: str | None) -> str | None:
+        """Return the engine's cache_salt for a client that sent this key and salt: it differs if either of them differs.
+
+        So clients with different keys cannot find each other's prompts, even with the same salt. The engine never gets the key.
+        """
+        if api_key is None:
+            return salt
+        secret = hashlib.blake2b(api_key.encode()).digest()
+        return hashlib.blake2b((salt or "").encode(), key=secret, person=b"tenant").hexdigest()
+
+    def check_count(self, num_prompts: int, n: int) -> None:
+        """Raise ApiError if a call has more requests than may wait at once. Called before any prompt is tokenized."""
+        num_requests, limit = num_prompts * n, self.async_engine.max_waiting
+        if num_requests > limit:
+            param = "prompt" if n == 1 else "n"
+            raise ApiError(400, f"n x prompts is {num_requests}, but a call has at most {limit} requests (--max-waiting); split it into several calls", param)
+
+    def check_text(self, text: str) -> None:
+        """Raise RequestError for a text that cannot fit, without tokenizing it. Any thread may call this."""
+        num_bytes = len(text.encode())
+        if num_bytes > self.max_text_bytes:
+            message = f"prompt has {num_bytes} bytes, too many for max_model_len = {self.async_engine.max_model_len}; shorten it"
+            raise RequestError(message, "prompt", "context_length_exceeded")
+
+    def max_tokens(self, asked: int | None, default: int | None, num_prompt: int) -> int:
+        """Return what the request asked for, or else the smallest of the defaults and the room left in the context."""
+        if asked is not None:
+            return asked
+        room = max(1, self.async_engine.max_model_len - num_prompt)
+        return min(limit for limit in (default, self.default_max_tokens, room) if limit is not None)
