@@ -170,27 +170,36 @@ for ending in ("I call", "a < b", '{"name": "ad', '{"a": 17', "</tool_call>"):
 #
 # ## 2. What the prompt says
 #
-# A checkpoint's chat template writes tools, calls and results into the prompt, in the form in which the model was trained to continue. Nobody writes
-# the form down, so `family_of` looks for a marker in the template.
+# A checkpoint's chat template writes tools, calls and results into the prompt, in the form in which the model was trained to continue. No config says
+# which form that is. So `family_of` gives the template a call, and compares what it writes with the forms in `FORMS`.
 
 # %%
+def hint(call, more=""):
+    """A template that writes only the calls of a conversation, one after another."""
+    return "{% if tools %}{% endif %}" + more + "{% for m in messages %}{% for c in m.tool_calls or [] %}" + call + "{% endfor %}{% endfor %}"
+
+
+THINKS = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>{% endif %}"
 HINTS = {
-    "Qwen3": "{% if tools %}...<tool_call>...{% endif %}{% if enable_thinking is false %}<think>\n\n</think>{% endif %}",
-    "Llama 3": "{% if tools %}...<|python_tag|>...{% endif %}",
-    "Mistral": "{{ tools }}[TOOL_CALLS]...[ARGS]",
-    "Qwen3-Coder": "{{ tools }}<tool_call><function=...",
+    "Qwen3": hint('<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>', THINKS),
+    "Llama 3": hint('{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}'),
+    "Mistral": hint("[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}"),
+    "Qwen3-Coder": hint("<tool_call>\n<function={{ c.function.name }}>{{ c.function.arguments }}</function>\n</tool_call>"),
     "pocket": tokenizer.chat_template,
 }
+unknown = []
 template = tokenizer.chat_template
 for name, text in HINTS.items():
     tokenizer.chat_template = text
     family = family_of(tokenizer)
     form = family.form and f"{family.form.marker!r}, then {family.form.opening!r}"
+    unknown += [name] * (form is None)
     print(f"{name:12} writes tools: {family.has_tools!s:6} thinks: {family.thought is not None!s:6} options: {sorted(family.options)!s:20} calls: {form}")
 tokenizer.chat_template = template
+assert unknown == ["Qwen3-Coder"]
 
 # %% [markdown]
-# (These are only the words that matter of four templates.) Llama's calls have no marker: there, only the beginning of an answer tells a call
+# (These are only the lines that matter of four templates.) Llama's calls have no marker: there, only the beginning of an answer tells a call
 # from a text. Qwen3-Coder's calls are not JSON, and tools are refused for it. Pocket's template knows no tools at all.
 #
 # **Predict.** What does a request with tools become for pocket? How many of its tokens are about the tools?
@@ -314,7 +323,7 @@ print("cut off:", sum(output.finish_reason == "length" for output in outputs), "
 #
 # ## 5. A marker with a token of its own
 #
-# Mistral's markers, `[TOOL_CALLS]` and `[ARGS]`, are special tokens: each is one token, and no text is encoded to it. In the automaton, a special token is
+# Mistral's markers, `[TOOL_CALLS]` and `[ARGS]`, are special tokens: each is one token, which other tokens cannot spell in an answer. In the automaton, a special token is
 # spelled with a byte that UTF-8 does not have, and then its name. Here is a vocabulary of ten tokens, two of them special.
 #
 # **Predict.** May an answer that has no tools to call have the characters `[TOOL_CALLS]`, from ordinary tokens? May one that has? Which tokens are

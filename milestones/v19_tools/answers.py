@@ -71,12 +71,19 @@ class PartedAnswer(Answer):
     def tokens_said(self, tokens: list[tuple[int, int, dict[int, float]]]) -> list[tuple[int, int, dict[int, float]]]:
         """Of these tokens and of earlier ones, those of which it is known now that they belong to what is said."""
         parts = self.parts
-        known = float("inf") if self.finish_reason else parts.num_read - len(parts.held)
-        begin = 0 if parts.thought is None else float("inf") if parts.thought_end is None else parts.thought_end
-        end = float("inf") if parts.content_end is None else parts.content_end
         tokens = self.undecided + tokens
+        if parts.content_begin is None:
+            self.undecided = tokens
+            return []
+        known = float("inf") if self.finish_reason else parts.num_read - len(parts.held)
+        begin = 0 if parts.thought_end is None else parts.thought_end
+        end = float("inf") if parts.content_end is None else parts.content_end
         self.undecided = [token for token in tokens if token[0] >= known]
-        return [token for token in tokens if token[0] < known and begin <= token[0] < end]
+        said = [token for token in tokens if token[0] < known and begin <= token[0] < end]
+        # Those that end before it begins are empty lines.
+        while len(said) > 1 and said[1][0] <= parts.content_begin:
+            said.pop(0)
+        return said
 
     @property
     def may_be_silent(self) -> bool:

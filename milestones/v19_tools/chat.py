@@ -15,7 +15,7 @@ from .protocol import ChatCompletion, ChatRequest, plain_turns, tools_to_call
 from .responses_protocol import ResponseRequest
 from .service import Service
 from .streaming import ANSWERS, Events, unless_gone, while_connected
-from .tools import encode_turns
+from .tools import encode_turns, without_thought
 from .writer import Writer, Written
 
 router = APIRouter(route_class=BodyRoute)
@@ -142,7 +142,8 @@ async def create_chat_completion(request: Request, body: ChatRequest):
     service.check_count(1, body.n)
     with refusals("messages", body.grammar_param):
         tools = [tool.plain() for tool in body.tools]
-        prompt_ids, is_open = await tokenize_chat(service, plain_turns(body.messages), tools, body.chat_template_kwargs)
+        options = without_thought(service.family, body.chat_template_kwargs, body.reasoning_effort, "reasoning_effort")
+        prompt_ids, is_open = await tokenize_chat(service, plain_turns(body.messages), tools, options)
         parts = answer_parts(service, body, is_open)
         params = body.sampling_params(
             service.max_tokens(body.max_completion_tokens or body.max_tokens, None, len(prompt_ids)),

@@ -99,10 +99,8 @@ class Items:
             if delta.kind != "call":
                 yield from self.items[-1].add(delta.text, logprobs)
                 logprobs = [] if kind == "content" else logprobs
+        # A token's text may be held back, so that it adds nothing yet.
         if logprobs:
-            if not self.items or self.items[-1].kind != "content":
-                yield from self.close("completed")
-                yield from self.open("content")
             yield from self.items[-1].add("", logprobs)
 
     def open(self, kind: str, number: int = 0) -> Iterator[Event]:
@@ -118,5 +116,9 @@ class Items:
         if not self.items:
             yield from self.open("content")
         last, parts = self.items[-1], self.answer.parts
-        ended = parts.thought_end is not None if last.kind == "thought" else last.kind == "call" and parts.calls[-1].is_whole
-        yield from self.close("completed" if ended else status)
+        ended = {
+            "thought": parts.thought_end is not None,
+            "content": parts.content_end is not None,
+            "call": bool(parts.calls) and parts.calls[-1].is_whole,
+        }
+        yield from self.close("completed" if ended[last.kind] else status)

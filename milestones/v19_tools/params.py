@@ -146,7 +146,7 @@ class SamplingParams:
         try:
             num_bytes = source.nbytes if kind == "parts" else sum(len(text.encode()) for text in (source if kind == "choice" else [source]))
         except UnicodeEncodeError:
-            raise RequestError(f"{kind} holds half a surrogate pair, which is no character; remove it", kind) from None
+            raise RequestError(f"{param} holds half a surrogate pair, which is no character; remove it", param) from None
         if num_bytes > MOST_GRAMMAR_BYTES:
             raise RequestError(f"{param} has {num_bytes} bytes, but at most {MOST_GRAMMAR_BYTES} are allowed; shorten it", param)
         # These could forbid all tokens that the grammar allows.

@@ -33,6 +33,10 @@ class Form:
     is_single: bool = False  # whether an answer has at most one call
     id_size: int = 24  # letters and digits of a call's id
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.marker, self.opening, self.middle, self.closing, self.between, self.after
+
 class Tool(NamedTuple):
     """A function that may be called."""
 
@@ -104,7 +108,7 @@ def parts_node(parts: Parts, content, arguments: list):
     marker, beginning = (form.marker, () if form.marker else (form.opening,)) if form else ("", ())
 
     def said(*beginning: str):
-        """What may be said, without what would tell a call or a thought."""
+        """What may be said, without what would tell a call or a thought, and what the splitter would take for empty lines."""
         if content is None:
             node = ANY_TEXT
         elif parts.thought is None:
@@ -189,8 +193,11 @@ class Splitter:
         self.held = ""  # text that no part has yet
         self.num_read = 0  # characters
         self.thought_end: int | None = None  # how many of them the thought takes, its marker included, once it has ended
-        self.content_end: int | None = None  # how many come before the first call
+        # Where what is said begins and ends, without empty lines around it; the end is known once something is called.
+        self.content_begin: int | None = None
+        self.content_end: int | None = None
         self.at_begin = True  # of a part, whose empty lines are left out
+        self.taken_from = 0  # where the text begins that was taken last
         self.read = self.read_thought if parts.thought and parts.is_open else self.read_begin if parts.thought else self.read_content
         if self.read == self.read_thought:
             self.thought = ""
@@ -240,10 +247,14 @@ class Splitter:
             if form.opening.startswith(text) and not last:
                 return
         text, found = self.take(form.marker if form else "", last)
+        # Where something must be called, this can only be half a marker.
+        text = "" if self.parts.is_required else text
         self.content += text
         deltas.append(Delta("content", text))
+        if text and self.content_begin is None:
+            self.content_begin = self.taken_from
         if found:
-            self.content_end = self.num_read - len(self.held) - len(form.marker)
+            self.content_end = self.taken_from + len(text)
             self.read = self.read_name
 
     def read_name(self, deltas: list[Delta], last: bool) -> None:
@@ -279,6 +290,7 @@ class Splitter:
         if self.at_begin and self.parts.thought:
             self.held = self.held.lstrip("\n")
             self.at_begin = not self.held
+        self.taken_from = self.num_read - len(self.held)
         before, found, rest = self.held.partition(marker) if marker else (self.held, "", "")
         if found:
             self.held = rest

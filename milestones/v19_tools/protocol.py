@@ -507,7 +507,7 @@ def closed_arguments(schema: dict | None) -> dict:
     """The schema of a function's arguments, whose objects have only the members that they name; without any, exactly {}."""
     schema = schema or {}
     more = set(schema) - NOTES - {"type", "properties", "required", "additionalProperties"}
-    if not (more or schema.get("properties") or schema.get("additionalProperties")):
+    if not (more or schema.get("properties") or schema.get("required") or schema.get("additionalProperties", False) is not False):
         return {"type": "object", "properties": {}, "additionalProperties": False}
     return close({"type": "object"} | schema if "properties" in schema else schema)
 
@@ -616,7 +616,6 @@ class ChatRequest(GenerationRequest):
         "modalities": [["text"]],
         "moderation": [],
         "prediction": [],
-        "reasoning_effort": ["none"],
         "service_tier": ["auto", "default"],
         "verbosity": ["medium"],
         "web_search_options": [],
@@ -633,6 +632,7 @@ class ChatRequest(GenerationRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice = "auto"
     parallel_tool_calls: bool = Field(True, description="false: at most one call")
     chat_template_kwargs: Options = {}
+    reasoning_effort: Literal["none"] | None = Field(None, description="none: without a thought, if the checkpoint can do that")
 
     @model_validator(mode="after")
     def check_pairs(self):

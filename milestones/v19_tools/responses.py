@@ -11,6 +11,7 @@ from .params import SamplingParams
 from .responses_protocol import InputMessage, ResponseRequest, plain_items
 from .responses_store import Run, Store
 from .streaming import ANSWERS, Events, unless_gone, while_connected
+from .tools import without_thought
 
 # OpenAI's parameters for retrieving a response that are not implemented here.
 NOT_RETRIEVED = ("include", "include[]", "include_obfuscation", "starting_after")
@@ -30,7 +31,8 @@ async def create_response(request: Request, body: ResponseRequest):
     instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
     with refusals("input", body.grammar_param):
         tools = [tool.plain() for tool in body.tools]
-        prompt_ids, is_open = await tokenize_chat(service, instructions + messages, tools, body.chat_template_kwargs)
+        options = without_thought(service.family, body.chat_template_kwargs, body.reasoning.effort, "reasoning.effort")
+        prompt_ids, is_open = await tokenize_chat(service, instructions + messages, tools, options)
         parts = answer_parts(service, body, is_open)
         params = SamplingParams(
             max_tokens=service.max_tokens(body.max_output_tokens, None, len(prompt_ids)),

@@ -120,6 +120,8 @@ def plain_items(items: list[InputItem], before: list[dict]) -> list[dict]:
                     turns[-1]["content"] = turn["content"]
                 else:
                     turns.append(turn)
+            case ReasoningItem(text=""):
+                pass  # others send summaries only
             case ReasoningItem(text=text):
                 turns.append({"role": "assistant", "content": "", "reasoning_content": text})
             case CallItem():

@@ -148,7 +148,7 @@ class TextStream:
         self.text = ""
         self.held = ""  # decoded text that may be the beginning of a stop string
         self.stopped_by = None  # the stop string that was found
-        # A special token is never part of the text, so a stop string that names one is matched by id.
+        # A special token is usually no part of the text, so a stop string that names one is matched by id.
         self.stop_ids = {token_id for token_id in self.special_ids if tokenizer.convert_ids_to_tokens(token_id) in stop}
         self.offset = 0  # the number of characters before the last token's, including those held back
         # Some tokenizers drop the space before the first token that they decode. So each new token is decoded after
@@ -202,7 +202,7 @@ class TextStream:
         return text, ""
 
     def extend(self, token_ids: list[int]) -> None:
-        """Append the tokens to decode: all except special ones and ids that the tokenizer lacks."""
+        """Append the tokens to decode: all except those that are skipped and ids that the tokenizer lacks."""
         for token_id in token_ids:
             token = self.tokenizer.backend_tokenizer.id_to_token(token_id)
             if token is None or token_id in self.skipped_ids:

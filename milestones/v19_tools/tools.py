@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from jinja2 import Environment, TemplateError, meta
+from jinja2 import Environment, TemplateError, meta, nodes
 from transformers import PreTrainedTokenizerBase
 
 from .params import RequestError
@@ -72,8 +72,10 @@ class Family(NamedTuple):
 
     def parts(self, is_open: bool | None, **others) -> Parts:
         """The parts of an answer. is_open: whether the prompt ends within a thought; None: after one."""
-        thought = None if is_open is None else self.thought
-        return Parts(thought=thought, is_open=bool(is_open), special=self.special, **others)
+        thought, form = None if is_open is None else self.thought, others.get("form")
+        texts = [*(thought or ()), *(form.texts if form else ())]
+        special = tuple(name for name in self.special if any(name in text for text in texts))
+        return Parts(thought=thought, is_open=bool(is_open), special=special, **others)
 
     def new_call_id(self) -> str:
         size = self.form.id_size if self.form else 24
@@ -87,14 +89,17 @@ def family_of(tokenizer: PreTrainedTokenizerBase) -> Family:
         template = template.get("tool_use") or template.get("default") or ""
     try:
         # The block {% generation %} is known only to transformers.
-        plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
-        names = meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template))
+        names = meta.find_undeclared_variables(parsed)
+        # What it sets itself is no option, unless it asks first whether it is there.
+        tested = {test.node.name for test in parsed.find_all(nodes.Test) if test.name == "defined" and isinstance(test.node, nodes.Name)}
+        names -= {name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"} - tested
     except TemplateError:
         names = set(re.findall("[A-Za-z_]+", template))  # rendering it decides
     has_tools = "tools" in names
-    form = find_form(tokenizer) if has_tools else FORMS["hermes"]
+    form = find_form(tokenizer) if has_tools or "tool_calls" in template else FORMS["hermes"]
     thought = next((pair for pair in THOUGHTS if pair[1] in template), None)
-    texts = [*(thought or ()), *([form.marker, form.opening, form.middle, form.closing, form.between, form.after] if form else [])]
+    texts = [*(thought or ()), *(form.texts if form else ())]
     special = tuple(name for name in map(tokenizer.convert_ids_to_tokens, sorted(special_ids(tokenizer))) if any(name in text for text in texts))
     return Family(form, has_tools, thought, frozenset(names - RESERVED), special)
 
@@ -148,16 +153,25 @@ def encode_turns(
     return prompt_ids, thought_state(family, tokenizer, prompt_ids)
 
 
+def without_thought(family: Family, options: dict[str, Any], effort: str | None, param: str) -> dict[str, Any]:
+    """The options of the chat template for this reasoning effort, which may be "none". param: where the request has it."""
+    if effort is None or family.thought is None or "enable_thinking" in options:
+        return options
+    if "enable_thinking" not in family.options:
+        raise RequestError(f"{param} is none, but this checkpoint always thinks; leave it out", param)
+    return options | {"enable_thinking": False}
+
+
 def with_tools(messages: list[dict], tools: list[dict]) -> list[dict]:
     """A conversation for a template that knows no tools: calls and results become texts."""
     written: list[dict] = []
-    for message in messages:
+    for before, message in zip([None, *messages], messages):
         if message["role"] == "tool":
             text = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if written and written[-1].get("is_result"):
+            if before and before["role"] == "tool":
                 written[-1]["content"] += f"\n{text}"
             else:
-                written.append({"role": "user", "content": text, "is_result": True})
+                written.append({"role": "user", "content": text})
         elif message.get("tool_calls"):
             calls = [f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>" for call in message["tool_calls"]]
             written.append({"role": "assistant", "content": "\n".join([*filter(None, [message["content"]]), *calls])})
@@ -169,4 +183,4 @@ def with_tools(messages: list[dict], tools: list[dict]) -> list[dict]:
             written[0] = written[0] | {"content": f"{written[0]['content']}\n\n{about}"}
         else:
             written.insert(0, {"role": "system", "content": about})
-    return [{name: value for name, value in message.items() if name != "is_result"} for message in written]
+    return written

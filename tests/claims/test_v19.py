@@ -124,7 +124,7 @@ def assert_cut(split, parts, text, whole):
     assert all(its[2].startswith(mine[2]) and mine[3] == (mine[2] == its[2]) for mine, its in zip(calls, whole[2]))
     if not calls and whole[4] is not None and len(text) >= whole[4]:
         assert thought == whole[0] and said.startswith(whole[1][: len(said)])
-        assert parts.form.marker in text or text[whole[4] :].strip("\n") == said.strip("\n")
+        assert parts.form.marker in text or (parts.is_required and not said) or text[whole[4] :].strip("\n") == said.strip("\n")
 
 
 VARIANTS = [
@@ -1159,3 +1159,53 @@ def test_a_grammar_of_parts_is_compiled_in_a_process_of_its_own(module, new_part
     with pytest.raises(module("params").RequestError, match="'weird' is not supported") as caught:
         compiler.compile_apart("parts", replace(parts, tools=(tool,)))
     assert caught.value.param == "tools[7].function.parameters"
+
+
+def test_no_effort_is_no_thought_or_refused(module):
+    tools = module("tools")
+    form = tools.FORMS["hermes"]
+    thinks = tools.Family(form, True, ("<think>", "</think>"), frozenset({"enable_thinking"}), ())
+    assert tools.without_thought(thinks, {}, "none", "reasoning_effort") == {"enable_thinking": False}
+    assert tools.without_thought(thinks, {"enable_thinking": True}, "none", "reasoning_effort") == {"enable_thinking": True}
+    assert tools.without_thought(thinks, {}, None, "reasoning_effort") == {}
+    assert tools.without_thought(thinks._replace(thought=None), {}, "none", "reasoning_effort") == {}
+    with pytest.raises(module("params").RequestError, match="reasoning.effort is none, but this checkpoint always thinks; leave it out") as caught:
+        tools.without_thought(thinks._replace(options=frozenset()), {}, "none", "reasoning.effort")
+    assert caught.value.param == "reasoning.effort"
+
+
+@pytest.mark.parametrize(
+    "schema, closed",
+    [
+        (None, True),
+        ({}, True),
+        ({"type": "object"}, True),
+        ({"type": "object", "properties": {}, "title": "Nothing"}, True),
+        ({"type": "object", "additionalProperties": False}, True),
+        ({"type": "object", "additionalProperties": {}}, False),
+        ({"type": "object", "additionalProperties": True}, False),
+        ({"type": "object", "required": ["a"]}, False),
+    ],
+)
+def test_only_a_schema_without_members_has_no_arguments(module, schema, closed):
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+    assert (module("protocol").closed_arguments(schema) == nothing) == closed
+
+
+def test_empty_lines_between_parts_have_no_logprobs_in_a_response(module):
+    parts, form = module("parts"), module("tools").FORMS["hermes"]
+    tool = parts.Tool("now", '{"type": "object", "properties": {}, "additionalProperties": false}', False, "tools")
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    for thought in ("", "<think>\nWell.\n</think>\n\n"):
+        for said in ("", "Hi", "Hi, you"):
+            for pieces in ([*thought, *said, *("\n" if said else ""), *call], [thought, said, "\n" if said else "", call]):
+                answer = module("answers").PartedAnswer(0, parts.Parts(("<think>", "</think>"), form=form, tools=(tool,)), lambda: "id")
+                kept, offset = [], 0
+                for index, piece in enumerate(pieces):
+                    last = index + 1 == len(pieces)
+                    output = module("outputs").StepOutput(0, index, piece, {index: 0.0}, "stop" if last else None, offset=offset)
+                    offset += len(piece)
+                    _, tokens = answer.push_parts(output)
+                    kept += answer.tokens_said(tokens)
+                assert answer.said == (said or None)
+                assert "".join(pieces[token_id] for _, token_id, _ in kept) == said, (pieces, kept)
