@@ -210,7 +210,8 @@ def plain_products(request, monkeypatch):
     monkeypatch.setattr(storage, "choose_form", choose_plain)
 
 
-@lru_cache(maxsize=None)
+# An engine's cache takes memory once its blocks have been used, and there are hundreds of engines.
+@lru_cache(maxsize=32)
 def shared_engine(chapter, name, **options):
     return chapter.load().Engine(checkpoint(name), **options)
 

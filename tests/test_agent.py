@@ -179,7 +179,9 @@ def test_a_model_that_only_calls_is_given_up_and_a_function_that_fails_is_a_resu
 @pytest.mark.parametrize("words", ["$5, `x` or $(HOME)?", "it's", "--help"])
 def test_make_passes_a_question_as_it_was_typed_and_a_model_only_if_one_is_named(words):
     def made(*variables):
-        done = subprocess.run(["make", r"PYTHON=printf '<%s>\n'", "agent", *variables], cwd=ROOT, capture_output=True, text=True)
+        # These tests may have been started by make, whose variables and messages concern only itself.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        done = subprocess.run(["make", r"PYTHON=printf '<%s>\n'", "agent", *variables], cwd=ROOT, env=environment, capture_output=True, text=True)
         return done.stdout.splitlines()
 
     assert made(f"ASK={words}") == ["<-m>", "<shared.commands.agent>", f"<--ask={words}>"]

@@ -141,11 +141,14 @@ def test_a_response_that_runs_is_continued_later(chapter, tokenizer):
         fake.gate.set()
 
 
-def test_a_response_whose_stream_never_began_is_cancelled(module):
+def test_a_response_whose_stream_never_began_is_cancelled(chapter, module):
     """A generator that never started does not run its `finally`."""
     aborted = []
     body = module("responses_protocol").ResponseRequest(model="pocket", input="Hi")
-    run = module("responses_store").Run(None, None, body, [], 1)
+    service, parts = None, ()
+    if "tools" in chapter.capabilities:
+        service, parts = SimpleNamespace(family=SimpleNamespace(new_call_id=str)), (module("parts").Parts(),)
+    run = module("responses_store").Run(service, None, body, [], 1, *parts)
     run.generation = SimpleNamespace(abort=lambda: aborted.append(1))
     events = module("streaming").Events(run, run.stream())
 

@@ -12,7 +12,6 @@ from .outputs import StepOutput
 from .params import choices
 from .parts import Call, Delta, Parts
 from .protocol import ChatCompletion, ChatRequest, plain_turns, tools_to_call
-from .responses_protocol import ResponseRequest
 from .service import Service
 from .streaming import ANSWERS, Events, unless_gone, while_connected
 from .tools import encode_turns, without_thought
@@ -29,10 +28,10 @@ async def tokenize_chat(service: Service, messages: list[dict], tools: list[dict
     return await service.async_engine.tokenize(encode_turns, service.family, messages, tools, options, service.check_text)
 
 
-def answer_parts(service: Service, body: ChatRequest | ResponseRequest, is_open: bool | None) -> Parts:
+def answer_parts(service: Service, body: ChatRequest, is_open: bool | None) -> Parts:
     """What the answer to a request may consist of; ApiError if nothing can be called as it asks.
 
-    is_open: as `tokenize_chat` returns it.
+    body: a chat's, or any other that has tools in the same way. is_open: as `tokenize_chat` returns it.
     """
     family, choice, has_tools = service.family, body.choice_of_tools, bool(body.tools)
     tools = tools_to_call(body.tools_by_name, choice)

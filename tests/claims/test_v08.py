@@ -21,7 +21,7 @@ def test_the_model_and_its_cache_are_the_last_chapters(chapter):
         assert filecmp.cmp(chapter.path / name, chapter.previous.path / name, shallow=False), name
 
 
-def test_a_whole_answer_is_written_as_it_arrives_and_in_turns(module, monkeypatch):
+def test_a_whole_answer_is_written_as_it_arrives_and_in_turns(chapter, module, monkeypatch):
     """Written all at once at its end, a large one blocked the event loop for seconds."""
     written, pauses = [], []
 
@@ -38,9 +38,12 @@ def test_a_whole_answer_is_written_as_it_arrives_and_in_turns(module, monkeypatc
     async def pause(_seconds):
         pauses.append(len(written))
 
-    service = SimpleNamespace(names=Names([b"x"] * 3, set()))
+    metrics = SimpleNamespace(add_parts=lambda *_numbers: None)
+    service = SimpleNamespace(names=Names([b"x"] * 3, set()), async_engine=SimpleNamespace(metrics=metrics))
     body = module("protocol").ChatRequest(model="m", messages=CHAT, logprobs=True)
-    writer = module("chat").ChatWriter(service, body, generation(), [module("answers").Answer(0)], 1)
+    answers = module("answers")
+    answer = answers.PartedAnswer(0, module("parts").Parts(), str) if "tools" in chapter.capabilities else answers.Answer(0)
+    writer = module("chat").ChatWriter(service, body, generation(), [answer], 1)
 
     async def whole():
         response = await writer.whole()
