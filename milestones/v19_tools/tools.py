@@ -87,21 +87,24 @@ def family_of(tokenizer: PreTrainedTokenizerBase) -> Family:
     template = tokenizer.chat_template or ""
     if isinstance(template, dict):
         template = template.get("tool_use") or template.get("default") or ""
+    own = set()
     try:
         # The block {% generation %} is known only to transformers.
         parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template))
         names = meta.find_undeclared_variables(parsed)
         # What it sets itself is no option, unless it asks first whether it is there.
         tested = {test.node.name for test in parsed.find_all(nodes.Test) if test.name == "defined" and isinstance(test.node, nodes.Name)}
-        names -= {name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"} - tested
+        own = {name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"} - tested
     except TemplateError:
         names = set(re.findall("[A-Za-z_]+", template))  # rendering it decides
     has_tools = "tools" in names
     form = find_form(tokenizer) if has_tools or "tool_calls" in template else FORMS["hermes"]
+    # Tools are written for a template that does not do it, and that is in the form of Hermes.
+    form = form if has_tools or form == FORMS["hermes"] else None
     thought = next((pair for pair in THOUGHTS if pair[1] in template), None)
     texts = [*(thought or ()), *(form.texts if form else ())]
     special = tuple(name for name in map(tokenizer.convert_ids_to_tokens, sorted(special_ids(tokenizer))) if any(name in text for text in texts))
-    return Family(form, has_tools, thought, frozenset(names - RESERVED), special)
+    return Family(form, has_tools, thought, frozenset(names - own - RESERVED), special)
 
 
 def find_form(tokenizer: PreTrainedTokenizerBase) -> Form | None:

@@ -15,6 +15,7 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
+from shared.checkpoints import checkpoint
 from shared.verify.serving import serving, wait_until
 from tests.support.grammars import Walker, distances
 from tests.support.http import HTTP, events_of, post
@@ -1209,3 +1210,27 @@ def test_empty_lines_between_parts_have_no_logprobs_in_a_response(module):
                     kept += answer.tokens_said(tokens)
                 assert answer.said == (said or None)
                 assert "".join(pieces[token_id] for _, token_id, _ in kept) == said, (pieces, kept)
+
+
+CALLS = "{% for m in messages %}{% for c in m.tool_calls or [] %}FORM{% endfor %}{% endfor %}"
+WRITTEN = {
+    "hermes": '<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>',
+    "llama3": '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}',
+}
+
+
+@pytest.mark.parametrize(
+    "begin, form, has_tools, known",
+    [
+        ("{% if tools %}x{% endif %}", "llama3", True, True),
+        ("{% set tools = tools or [] %}", "llama3", True, True),
+        ("", "llama3", False, False),
+        ("", "hermes", False, True),
+    ],
+)
+def test_tools_are_written_by_the_template_or_as_in_hermes(module, begin, form, has_tools, known):
+    tokenizer = module("text").load_tokenizer(checkpoint("pocket"))
+    tokenizer.chat_template = begin + CALLS.replace("FORM", WRITTEN[form])
+    family = module("tools").family_of(tokenizer)
+    assert (family.has_tools, family.form) == (has_tools, module("tools").FORMS[form] if known else None)
+    assert "tools" not in family.options
