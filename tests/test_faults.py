@@ -1,4 +1,6 @@
 """A step that raises: what an engine does with the requests in it."""
+import queue
+
 import pytest
 import torch
 
@@ -65,3 +67,23 @@ def test_a_request_that_finished_in_the_failed_step_is_among_the_failed(make_eng
     assert engine.fail_step() == []
     engine.close()
     assert not engine.has_unfinished_requests()
+
+
+def test_a_device_that_has_failed_for_good_ends_the_engine(make_engine, Params, monkeypatch, module):
+    """Every later step would raise as well. A server that goes on would answer each request with an error, and report `ok`."""
+    engine = make_engine("llama", max_num_seqs=2, num_blocks=6, block_size=4)
+    posted = []
+    inbox = queue.SimpleQueue()
+    messages = module("engine_loop")
+
+    def send(message, _stats):
+        posted.append(message)
+        if isinstance(message, messages.Failed):
+            inbox.put(messages.Stop())
+
+    inbox.put(messages.Add(1, [([9, 10, 11], Params(max_tokens=2, ignore_eos=True))]))
+    monkeypatch.setattr(engine.model, "forward", lambda *_args: 1 / 0)
+    monkeypatch.setattr(engine, "device", torch.device("meta"))  # what is on it cannot be read
+    messages.EngineLoop(engine, inbox, send).run()
+    assert [type(message) for message in posted] == [messages.Added, messages.Died] and "meta" in posted[-1].reason
+    assert not engine.has_unfinished_requests() and engine.pool.num_free == 6
