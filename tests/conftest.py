@@ -67,7 +67,7 @@ def may_hold(file: Path, chapters: list) -> bool:
     """Whether a file may hold tests of these chapters. Files that are not collected make no record stale."""
     if file.parent.name == "claims":
         return file.stem.removeprefix("test_") <= max(chapter.id for chapter in chapters)
-    return file.name in matrix.PARITIES | matrix.WHOLE_RUNS or not file.name.startswith("test_")
+    return file.name in matrix.PARITIES | matrix.ABOUT.keys() | matrix.WHOLE_RUNS or not file.name.startswith("test_")
 
 
 def pytest_configure(config):

@@ -5,10 +5,11 @@ take longer with each chapter, so `make test` runs
 
     claims      of a chapter, for it, the next one and the last
     parities    for every chapter, on pocket and two other checkpoints; for the last chapter on all
+    of files    for the first chapter, the last, and each that changes one of the files that the tests are about
     whole runs  for the first chapter that can do it and the last
 
-and the tests that belong to no chapter; of a test with many cases, those not marked `whole`. The two checkpoints follow
-from the chapter's number, so three consecutive chapters cover them all.
+and the tests that belong to no chapter. It leaves out what is marked `whole`: tests that take seconds, and most cases of
+tests that have many. The two checkpoints follow from the chapter's number, so three consecutive chapters cover them all.
 `make test-vNN` runs all tests of one chapter, `make test-all` those of all chapters; shared/book/full_record.py
 explains what `make prove` runs beyond `make test`.
 """
@@ -26,11 +27,14 @@ PARITIES = {
     "test_modules.py",
     "test_previous.py",
     "test_product.py",
-    "test_refusals.py",
-    "test_sampling.py",
     "test_source.py",
-    "test_text.py",
     "test_tokens.py",
+}
+# Each of these is about few files, which are the same in many chapters.
+ABOUT = {
+    "test_refusals.py": ("config.py", "loader.py", "params.py"),
+    "test_sampling.py": ("params.py", "sampling.py"),
+    "test_text.py": ("text.py",),
 }
 # These serve an engine. If it can have its own process, they run it in one, and with `--engine thread` in
 # `make test-all`: that is how earlier chapters run it, in the same files except for two.
@@ -77,9 +81,17 @@ def chapters_run(file: Path, holds_for: list[Chapter]) -> list[Chapter]:
         return [*holds_for[:2], holds_for[-1]]
     if file.name in PARITIES:
         return holds_for
+    if file.name in ABOUT:
+        changed = [chapter for chapter in holds_for[1:-1] if changes(chapter, ABOUT[file.name])]
+        return [holds_for[0], *changed, holds_for[-1]]
     if file.name in WHOLE_RUNS:
         return [holds_for[0], holds_for[-1]]
     raise ValueError(f"{file.name} has tests that take `chapter`; say in {Path(__file__).name} for which they are run")
+
+
+def changes(chapter: Chapter, names: tuple[str, ...]) -> bool:
+    """Whether one of these files is not the same as in the chapter before."""
+    return any((chapter.path / name).read_bytes() != (chapter.previous.path / name).read_bytes() for name in names)
 
 
 def checkpoints_run(chapter: Chapter, last: Chapter) -> list[str]:

@@ -128,7 +128,19 @@ def test_three_consecutive_chapters_see_all_checkpoints_and_a_claim_its_chapter_
 
 def test_every_test_file_that_the_matrix_names_is_there():
     there = {path.name for path in (ROOT / "tests").glob("test_*.py")}
-    assert matrix.PARITIES | matrix.WHOLE_RUNS <= there and not matrix.PARITIES & matrix.WHOLE_RUNS
+    named = [*matrix.PARITIES, *matrix.ABOUT, *matrix.WHOLE_RUNS]
+    assert set(named) <= there and len(set(named)) == len(named)
+
+
+def test_tests_about_a_file_are_run_for_the_chapters_that_change_it(tmp_path):
+    texts = ["a", "a", "b", "b", "b"]
+    for n, text in enumerate(texts, 1):
+        folder = tmp_path / "milestones" / f"v{n:02}_a"
+        folder.mkdir(parents=True)
+        (folder / "text.py").write_text(text)
+    chapters = Book.of(tmp_path, [Row(f"v{n:02}_a") for n in range(1, 6)]).chapters
+    run = matrix.chapters_run(Path("tests/test_text.py"), list(chapters))
+    assert [chapter.id for chapter in run] == ["v01", "v03", "v05"]
 
 
 def test_a_distance_that_is_no_number_is_the_worst(request, measure):

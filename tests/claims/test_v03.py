@@ -84,6 +84,7 @@ def test_a_group_of_which_all_are_aborted_is_over(chapter, make_engine):
     assert trace.ledger() == [{0: 1, 1: 1}, {0: 1, 1: 1}, {2: 1}]
 
 
+@pytest.mark.whole
 @pytest.mark.until("v04")
 def test_the_share_of_useful_rows_follows_from_the_lengths(chapter, make_engine):
     """Computed by hand: in each group of eight, every row is held until the longest output has finished."""

@@ -88,6 +88,7 @@ def test_nothing_starves(chapter, make_engine):
     assert list(first) == sorted(first) == list(range(20))
 
 
+@pytest.mark.whole
 @pytest.mark.until("v05")
 def test_while_any_request_waits_every_row_gets_a_token(chapter, make_engine):
     """32 ragged requests, 8 rows. On the same workload, v03 wastes half of them."""

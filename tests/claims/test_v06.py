@@ -220,6 +220,7 @@ def test_the_online_softmax_of_the_text_with_a_pencil(chapter):
     assert (round(weight, 3), round((weight * first + second) / (1 + weight), 2)) == (0.182, 28.2)
 
 
+@pytest.mark.whole
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("name", TWO_LAYERS)
@@ -316,6 +317,7 @@ def test_no_step_launches_a_variant_that_warming_up_has_not_compiled(chapter, mo
     assert launched <= compiled
 
 
+@pytest.mark.whole
 @needs_triton
 def test_no_scalar_that_changes_from_step_to_step_is_compiled_in(chapter):
     """Triton would compile one variant for 1, one for multiples of 16, and one for all other values."""

@@ -38,6 +38,7 @@ def largest(engine, requests, Params):
     return max(engine.pool.blocks_for(len(prompt) + options["max_tokens"] - 1) for prompt, options in requests)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("way", WAYS)
 # With seed 0, a token is drawn within rounding of the edge between two tokens.
 @pytest.mark.parametrize("seed", [3, *(pytest.param(seed, marks=pytest.mark.whole) for seed in (1, 2))])
@@ -65,6 +66,7 @@ def test_every_pool_that_holds_the_largest_request_gives_the_same_output(chapter
     assert sum(num_preempted) > 10
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("way", ["recompute", "swap"])
 def test_a_victim_at_any_step_and_of_any_rank_continues_where_it_was(chapter, make_engine, Params, way):
     engine = chapter.load().Engine(checkpoint("llama"), block_size=BS, num_blocks=40, swap_bytes=WAYS[way])
@@ -182,6 +184,7 @@ def test_nothing_is_preempted_for_a_request_that_then_does_not_fit(chapter, Para
     engine.close()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("way", ["recompute", "swap"])
 @pytest.mark.parametrize("reserve_tokens", [0, 2, 10**6])
 def test_the_first_in_rank_is_never_preempted_and_requests_keep_finishing(chapter, Params, way, reserve_tokens):
@@ -236,6 +239,7 @@ def test_every_difference_from_vllms_decisions_has_a_name(chapter, capsys):
 # ---- the other ways out
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("way", WAYS)
 def test_three_hundred_requests_with_aborts_and_faults_leave_nothing_behind(chapter, way):
     engine = chapter.load().Engine(checkpoint("llama"), max_num_seqs=9, num_blocks=13, block_size=7, reserve_tokens=2, swap_bytes=WAYS[way])
@@ -351,6 +355,7 @@ def test_clients_set_a_priority_only_if_the_server_allows_it(chapter, make_engin
     assert seen == [-3]
 
 
+@pytest.mark.whole
 def test_preempted_requests_do_not_count_as_waiting(chapter):
     """The queue has room for three calls while preempted requests wait; /health counts them separately."""
     engine = chapter.load().Engine(checkpoint("pocket"), num_blocks=60, block_size=16, reserve_tokens=0, max_num_seqs=8)
@@ -385,6 +390,7 @@ def test_a_preempted_stream_continues_where_it_was(chapter, make_engine, Params)
     assert list(texts.values()) == [want.text] * 3
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("way", ["recompute", "swap"])
 def test_a_drain_finishes_preempted_requests_too(chapter, way):
     engine = chapter.load().Engine(checkpoint("pocket"), num_blocks=60, block_size=16, reserve_tokens=0, swap_bytes=WAYS[way])
@@ -401,6 +407,7 @@ def test_a_drain_finishes_preempted_requests_too(chapter, way):
     assert engine.pool.num_free == 60 and engine.swap.pool.num_free == engine.swap.pool.num_blocks
 
 
+@pytest.mark.whole
 def test_a_client_that_hangs_up_while_it_is_swapped_out_leaves_nothing(chapter):
     engine = chapter.load().Engine(checkpoint("pocket"), num_blocks=60, block_size=16, reserve_tokens=0, swap_bytes=WAYS["swap"])
     body = {"model": "pocket", "prompt": [20] * 40, "max_tokens": 400, "ignore_eos": True, "n": 3, "stream": True}

@@ -177,6 +177,7 @@ def workload(seed, num_requests=16):
     return requests
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.whole)])
 def test_every_field_is_the_same_with_and_without_it(new_engine, make_engine, Params, seed, way):
@@ -696,6 +697,7 @@ def test_a_salt_is_a_text_that_is_not_empty(chapter, Params, salt):
     assert refused.value.param == "cache_salt"
 
 
+@pytest.mark.whole
 def test_three_hundred_requests_with_shared_beginnings_leave_nothing_behind(chapter, new_engine):
     """After every step, what can be found is compared with what the blocks hold."""
     engine = new_engine(max_num_seqs=9, num_blocks=26, reserve_tokens=2, swap_bytes=WAYS["swap, often full"])

@@ -120,6 +120,7 @@ def workload(seed, num_requests=9):
 POOLS = (1, True), (BS, True), (7, False), (16, True)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.whole) for seed in (1, 2))])
 def test_every_budget_gives_the_same_output(new_engine, whole, Params, way, seed):
@@ -566,6 +567,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_prompt_frees_everything(chapter
     audit(engine)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("way", ["recompute", pytest.param("swap, often full", marks=pytest.mark.whole)])
 def test_a_hundred_requests_in_pieces_leave_nothing_behind(chapter, new_engine, way):
     """With aborts, faults and a budget that the running requests may need for one token each."""

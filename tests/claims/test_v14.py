@@ -794,6 +794,7 @@ def test_silu_of_large_numbers_does_not_overflow(module, fused):
     torch.testing.assert_close(got, F.silu(gate), rtol=2e-6, atol=1e-30)
 
 
+@pytest.mark.whole
 @needs_triton
 @pytest.mark.parametrize("name", ["llama-two-layers", "qwen3-two-layers", "qwen2-two-layers"])
 def test_kernels_and_forms_generate_what_plain_torch_generates(chapter, Params, load, rng, name):

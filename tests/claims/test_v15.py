@@ -181,6 +181,7 @@ def run_both_ways(chapter, module, seed):
     return events
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("seeds", [(24, 1, 10, 2), pytest.param(range(30, 48), marks=pytest.mark.whole)], ids=["few", "many"])
 def test_every_field_of_every_output_is_what_it_is_without_them(chapter, module, seeds):
     """Bit for bit, with every feature at once: the batches are equal, field by field."""
@@ -250,6 +251,7 @@ def test_preempted_and_readmitted_by_one_call_the_blocks_that_it_finds_are_read(
 # ---- recorded
 
 
+@pytest.mark.whole
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize(("seed", "name"), list(enumerate((*TWO_LAYERS, "llama3"))))
@@ -268,6 +270,7 @@ def test_recorded_steps_give_what_launched_ones_give(new_engine, gpu, Params, se
         assert set(sizes) == {1, 2, 3, 4, 5, 6, 7} and set(engine.runner.recorded) == {1, 2, 4, 7}
 
 
+@pytest.mark.whole
 @only_pretended
 @needs_triton
 def test_recorded_in_the_interpreter(new_engine, Params, ids):
@@ -331,6 +334,7 @@ def test_a_replay_reads_every_field_of_the_rows(new_engine, gpu, Params, ids):
             before = found
 
 
+@pytest.mark.whole
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize(("max_num_seqs", "min_split_keys"), [(7, 256), (12, 256), (7, 8)], ids=["7", "12", "splits"])
@@ -431,6 +435,7 @@ def test_a_pass_runs_once_before_it_is_recorded_and_is_recorded_once(new_engine,
 # ---- warming up
 
 
+@pytest.mark.whole
 @needs_triton
 @only_pretended
 @pytest.mark.parametrize("graphs", [None, False])
@@ -464,6 +469,7 @@ def test_after_warming_up_nothing_is_recorded_or_compiled(new_engine, module, mo
     assert set(engine.runner.recorded) == sizes
 
 
+@pytest.mark.whole
 @needs_triton
 @only_pretended
 def test_a_recorded_step_splits_a_long_context_as_a_launched_one_does(new_engine, module, monkeypatch, Params, ids):
@@ -509,6 +515,7 @@ def seen(engine):
     return bits(engine).tolist(), owners, keys, seqs, queues, counters, engine.stats(), generators
 
 
+@pytest.mark.whole
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("attention", ["triton", "torch"])
@@ -531,6 +538,7 @@ def test_warming_up_at_any_time_changes_nothing_that_anybody_sees(new_engine, gp
     assert_same(*outputs)
 
 
+@pytest.mark.whole
 @pytest.mark.gpu
 @needs_triton
 def test_warming_up_says_what_it_costs_and_how_far_it_is(new_engine, gpu, capsys, monkeypatch):
@@ -619,6 +627,7 @@ WAYS = {
 }
 
 
+@pytest.mark.whole
 @needs_triton
 @only_pretended
 @pytest.mark.parametrize("way", WAYS)
@@ -647,6 +656,7 @@ def test_a_step_is_one_replay_one_upload_and_one_wait(new_engine, gpu, Params, i
             assert computed.count("replay") == 1 and len(computed) <= most_launches
 
 
+@pytest.mark.whole
 @needs_triton
 @only_pretended
 @pytest.mark.parametrize("graphs", [None, False])
@@ -676,6 +686,7 @@ def addresses(*owners):
     return {name: getattr(value, "held", value).data_ptr() for name, value in pairs if isinstance(value, Tensor)}
 
 
+@pytest.mark.whole
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -722,6 +733,7 @@ def test_a_recording_that_fails_fails_its_step_and_no_other(new_engine, gpu, mon
 # ---- two engines
 
 
+@pytest.mark.whole
 @pytest.mark.gpu
 @needs_triton
 def test_two_engines_have_a_pool_each_and_one_may_be_collected(new_engine, gpu, monkeypatch, Params):
@@ -759,6 +771,7 @@ def test_two_engines_have_a_pool_each_and_one_may_be_collected(new_engine, gpu, 
 # ---- the option
 
 
+@pytest.mark.whole
 @needs_triton
 def test_graphs_are_refused_where_they_are_impossible_and_on_where_they_are_possible(new_engine, gpu):
     impossible = {
@@ -844,6 +857,7 @@ def copied(args):
     return copies
 
 
+@pytest.mark.whole
 @needs_triton
 @only_pretended
 @pytest.mark.parametrize("name", ["llama-two-layers", "qwen3-two-layers"])

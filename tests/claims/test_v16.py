@@ -130,18 +130,21 @@ def differences(new_engine, new_requests, name, lengths=LENGTHS, max_new=MAX_NEW
 CASES = [("pocket", 16), ("llama", 1), ("llama3", 48), ("mistral", 3), ("qwen2", 16), ("qwen3", 1)]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "block_size"), CASES)
 def test_a_request_has_the_same_bits_in_company_in_pieces_preempted_and_cached(new_engine, new_requests, name, block_size):
     found = differences(new_engine, new_requests, name, block_size=block_size, device="cpu")
     assert len(found) == 8 and not any(found.values()), found
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "block_size", "dtype"), [("qwen2", 48, "bfloat16"), ("mistral", 3, "float16")])
 def test_in_16_bits_too(new_engine, new_requests, name, block_size, dtype):
     found = differences(new_engine, new_requests, name, block_size=block_size, device="cpu", dtype=dtype)
     assert len(found) == 8 and not any(found.values()), found
 
 
+@pytest.mark.whole
 def test_on_two_threads_too(new_engine, new_requests, num_threads):
     num_threads(2)
     engine = new_engine("pocket", device="cpu", max_num_batched_tokens=90, enable_prefix_caching=False)
@@ -156,6 +159,7 @@ def test_a_long_context_has_the_same_bits(new_engine, new_requests):
     assert counted(engine.generate(prompts, params), alone(engine, prompts, params)) == 0
 
 
+@pytest.mark.whole
 def test_without_exact_the_same_comparison_finds_differences(new_engine, new_requests):
     """In every way, for some request."""
     for name in ("pocket", "qwen2"):
@@ -167,6 +171,7 @@ def test_without_exact_the_same_comparison_finds_differences(new_engine, new_req
 SEEDS, NAMES = (105, 106, 110, 111), ("llama3", "qwen2", "qwen3")
 
 
+@pytest.mark.whole
 def test_with_every_feature_at_once_too(chapter):
     events = product.rounds(chapter, SEEDS, NAMES)
     assert events["exact engines"] == len(SEEDS)
@@ -174,6 +179,7 @@ def test_with_every_feature_at_once_too(chapter):
     assert expected <= {event for event, count in events.items() if count > 0}
 
 
+@pytest.mark.whole
 def test_the_product_test_notices_an_engine_that_is_not_exact(chapter, module, monkeypatch):
     monkeypatch.setattr(module("engine"), "make_exact", lambda model, config, backend, *_: ("plain", backend))
     with pytest.raises(AssertionError, match="logprobs at") as caught:
@@ -277,6 +283,7 @@ def test_tensors_are_the_same_only_if_all_bits_are(module, change, is_noticed):
         assert module("trial").is_same(before, after.T.contiguous().T) is not is_noticed
 
 
+@pytest.mark.whole
 def test_the_experiment_takes_less_than_a_second(new_engine, module):
     """Of the trained checkpoint, and of a layer and a head of the shape of a published one."""
     exact, seconds = module("exact"), []
@@ -309,6 +316,7 @@ def small_trial(module, monkeypatch):
     monkeypatch.setattr(trial, "HEAD_ROWS", ((0, 1), (3, 5), (2, 16)))
 
 
+@pytest.mark.whole
 @needs_triton
 @only_pretended
 def test_in_tritons_interpreter_it_is_exact_or_refused(new_engine, module, monkeypatch, new_requests):
@@ -547,6 +555,7 @@ def test_the_product_kernel_never_multiplies_in_tf32(module, monkeypatch):
     torch.testing.assert_close(module("kernels.product").product(x, weight, None), F.linear(x, weight), atol=4e-6, rtol=1e-6)
 
 
+@pytest.mark.whole
 @needs_triton
 @only_pretended
 def test_split_every_so_many_keys_a_sequence_has_the_same_bits_beside_longer_ones(module):
@@ -571,6 +580,7 @@ def test_split_every_so_many_keys_a_sequence_has_the_same_bits_beside_longer_one
                 assert each.equal(together[number]), members
 
 
+@pytest.mark.whole
 @needs_triton
 @only_pretended
 def test_as_many_splits_combine_to_the_same_bits(module):
@@ -593,6 +603,7 @@ def test_as_many_splits_combine_to_the_same_bits(module):
             assert all(each.equal(results[0]) for each in results)
 
 
+@pytest.mark.whole
 @needs_triton
 @only_pretended
 def test_in_the_interpreter_recorded_eager_alone_and_in_company(new_engine, module, monkeypatch, new_requests):
@@ -611,6 +622,7 @@ def test_in_the_interpreter_recorded_eager_alone_and_in_company(new_engine, modu
     assert results == [results[0]] * 3
 
 
+@pytest.mark.whole
 @needs_triton
 @only_pretended
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
@@ -626,6 +638,7 @@ def test_on_a_gpu_recorded_eager_in_pieces_alone_and_in_company(new_engine, gpu,
     assert engine.stats().preemptions
 
 
+@pytest.mark.whole
 @needs_triton
 @only_pretended
 def test_on_a_gpu_a_split_context_has_the_same_bits_beside_many_others(new_engine, module, gpu, monkeypatch, new_requests):
@@ -640,6 +653,7 @@ def test_on_a_gpu_a_split_context_has_the_same_bits_beside_many_others(new_engin
     assert [said(eager.generate(prompts[:count], params[:count]))[0] for count in (1, 17)] == [want] * 2
 
 
+@pytest.mark.whole
 @needs_triton
 @only_pretended
 def test_a_layer_launches_ten_kernels_or_eleven(new_engine, new_requests):
@@ -661,6 +675,7 @@ def test_a_layer_launches_ten_kernels_or_eleven(new_engine, new_requests):
     assert found == {5: {10}, 520: {11}}
 
 
+@pytest.mark.whole
 @needs_triton
 @only_pretended
 @pytest.mark.parametrize("graphs", [None, False])
@@ -727,6 +742,7 @@ def test_of_equal_logprobs_the_smallest_ids_are_the_likeliest_for_any_count(modu
         assert found[0].tolist() == [values[token_id] for token_id in want[:count]]
 
 
+@pytest.mark.whole
 def test_reported_tokens_do_not_depend_on_how_many_others_ask_for(new_engine, Params, rng):
     """In 16 bits, many logits are equal."""
     engine = new_engine("pocket", dtype="bfloat16", enable_prefix_caching=False)

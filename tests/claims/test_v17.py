@@ -214,6 +214,7 @@ def new_run(new_engine, new_metrics, Params, clock):
     return new_run
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("seed", "swap_bytes"), [(1, 0), (2, 0), (3, 2**20)])
 def test_every_counter_is_a_recount_from_the_outputs_of_the_run(new_run, seed, swap_bytes):
     """Preempted, chunked, found, aborted, failed: tokens that were lost with their step are not counted."""
@@ -242,6 +243,7 @@ def test_every_counter_is_a_recount_from_the_outputs_of_the_run(new_run, seed, s
     }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_latencies_are_those_of_the_outputs(new_run, seed):
     """Counts and sums, exactly: from a request's arrival, which is before its queue, and across preemptions."""
@@ -271,6 +273,7 @@ def test_the_latencies_are_those_of_the_outputs(new_run, seed):
     assert sum(value for (name, *_), value in got.items() if name == "step_part_seconds_total") == run.num_steps
 
 
+@pytest.mark.whole
 def test_counters_never_decrease_and_each_request_ends_once(new_run):
     run = new_run(4)
     for earlier, later in pairwise(run.scrapes):
@@ -314,6 +317,7 @@ def test_the_gaps_of_a_step_are_one_pair_however_many_run(new_engine, Params, id
     assert [step.num_output for step in steps] == [64] * 3 and len(ended) == 64
 
 
+@pytest.mark.whole
 def test_the_gap_over_a_preemption_counts_and_the_hits_do_not(new_engine, new_metrics, Params, ids, clock):
     """What a preempted request computes again is computed, and what it finds again was not found by a prompt."""
     engine, metrics = new_engine(num_blocks=6, reserve_tokens=0), new_metrics()
@@ -740,6 +744,7 @@ def test_reading_does_not_wait_for_a_step(chapter, fake):
             fake.gate.set()
 
 
+@pytest.mark.whole
 def test_tokens_that_clients_have_not_read_are_seen(chapter, fake, Params):
     """A generation's outputs wait in the server, not in the engine; when nobody holds it any more, they are gone."""
     with serving(chapter, fake, log_format="none") as server:
@@ -850,6 +855,7 @@ def test_readers_share_what_one_of_them_asked_for(chapter, module, fake, monkeyp
         assert HTTP.get(f"{server.url}/dashboard/data").status_code == 200 and made["picture"] == 2
 
 
+@pytest.mark.whole
 def test_the_number_of_series_does_not_depend_on_what_clients_send(chapter, fake):
     """300 paths, methods, models and ids: labels are the routes' own paths, and statuses."""
     rng = random.Random(7)
@@ -946,6 +952,7 @@ def test_a_trace_is_chromes_and_holds_no_text(chapter, pocket, module):
         assert text not in trace.text and text not in shown
 
 
+@pytest.mark.whole
 def test_a_long_trace_stops_nobody(chapter, fake, module):
     """Five minutes of steps of 10 ms are 20 MB of JSON."""
     with serving(chapter, fake, log_format="none") as server:
@@ -1082,6 +1089,7 @@ def test_the_log_is_printed_before_the_server_ends(chapter, fake, monkeypatch):
     assert reader.text.count("GET /v1/models 200") == 9
 
 
+@pytest.mark.whole
 def test_a_server_whose_log_nobody_reads_can_be_stopped(chapter):
     """Not even a flush of stderr may wait for the reader: the thread that prints may hold its lock."""
     # Without a buffer there is no lock.

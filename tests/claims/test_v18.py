@@ -311,6 +311,7 @@ TIGHT = {"num_blocks": 20, "reserve_tokens": 0}
 WAYS = {"together": {}, "in pieces": {"max_num_batched_tokens": 7, "max_num_seqs": 7}, "computed again": TIGHT, "swapped": TIGHT | {"swap_bytes": 10**7}}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("name", "ways"), [("llama-two-layers", ("together", "in pieces", "computed again")), ("mistral-two-layers", ("together", "swapped"))])
 def test_a_request_has_the_same_text_in_company(new_engine, Params, ids, name, ways):
     """Nothing that it counts or follows is another request's, or counted or followed twice, or lost."""
