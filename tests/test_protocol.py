@@ -387,11 +387,31 @@ def test_what_asks_nothing_of_an_answer_is_accepted(server):
     assert post(server, "/v1/chat/completions", body | {"messages": history}).status_code == 200
 
 
+def test_a_template_sees_no_field_that_has_no_effect(server, monkeypatch):
+    """Some templates ask whether a message has tool_calls, and expect one if it has."""
+    template = "{% for m in messages %}{{ m.keys() | sort | join(' ') }}{% endfor %}"
+    monkeypatch.setattr(server.service.async_engine.tokenizer, "chat_template", template)
+    plain = [TURN, {"role": "assistant", "content": "y", "name": "x"}, TURN]
+    history = [TURN, plain[1] | {"tool_calls": [], "refusal": "", "audio": None, "function_call": None}, TURN]
+    counts = [post(server, "/tokenize", {"messages": messages}).json()["count"] for messages in (plain, history)]
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("path", ["/health", "/version", "/v1/models", "/v1/models/pocket", "/docs", "/openapi.json"])
 def test_head_is_answered_as_get_is_and_without_a_body(server, path):
     got, head = HTTP.get(f"{server.url}{path}"), HTTP.head(f"{server.url}{path}")
     assert (head.status_code, head.content) == (200, b"") and head.headers["content-length"] == got.headers["content-length"]
     assert HTTP.head(f"{server.url}/v1/completions").status_code == 405
+
+
+def test_a_body_in_another_encoding_than_json_has_is_refused(server):
+    """Its parts would not be counted: these are 200,000 lists behind an escaped quote."""
+    body = '{"model": "pocket", "x": "\\"", "y": [' + "[]," * 200_000 + '1], "prompt": "Hi", "max_tokens": 1}'
+    for encoding in ("utf-16", "utf-16-le", "utf-32"):
+        answer = HTTP.post(f"{server.url}/v1/completions", content=body.encode(encoding), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400 and "body" in answer.json()["error"]["message"], encoding
+    marked = b'\xef\xbb\xbf{"model": "pocket", "prompt": "Hi", "max_tokens": 1}'
+    assert HTTP.post(f"{server.url}/v1/completions", content=marked, headers={"Content-Type": "application/json"}).status_code == 200
 
 
 def test_a_body_of_too_many_parts_is_refused_before_it_is_parsed(server):
@@ -420,7 +440,7 @@ def test_the_parts_of_a_body_are_counted_outside_of_its_texts(chapter):
             assert bodies.count_parts(body) == (3 + 1 + len(texts) + 1 + 6, 2 + 9 + 1 + 2), body
 
 
-@pytest.mark.parametrize("target", ["http://anybody/health", "http://anybody:8000/v1/models"])
+@pytest.mark.parametrize("target", ["http://anybody/health", "http://anybody:8000/v1/models", "http://[x/health", "http://a/v1/models/pocket?x=http://b"])
 def test_a_target_may_be_a_whole_url(server, target):
     """As clients send it if they believe that they talk to a proxy."""
     host, port = server.url.removeprefix("http://").split(":")

@@ -13,6 +13,7 @@ import pytest
 from shared.verify.serving import serving, wait_until
 from shared.verify.soak_server import is_idle
 from tests.support.fake_engine import FakeEngine
+from tests.support.http import HTTP
 from tests.support.stressed import client_of, engine, hang_up, tokenizer  # noqa: F401
 
 pytestmark = pytest.mark.needs("responses")
@@ -76,6 +77,8 @@ def test_a_server_that_drains_waits_for_what_is_in_the_background(chapter, token
         run = server.config.app.state.responses.runs[begun.id]
         wait_until(lambda: run.ended)
         time.sleep(0.5)
+        assert HTTP.head(f"{server.url}/v1/responses/{begun.id}").status_code == 200
+        time.sleep(0.3)
         assert not server.should_exit, "no client has retrieved the answer yet"
         assert client.responses.retrieve(begun.id).status == "incomplete"
         wait_until(lambda: server.should_exit)

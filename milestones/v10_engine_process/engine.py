@@ -246,7 +246,11 @@ class Engine:
         """After `step` has raised: finish every request in it with reason error, and return their ids.
 
         How far the step got is unknown. The ids include requests that it finished, because their last output is lost.
+
+        Raises:
+            Exception: what PyTorch raises if the device no longer works. After some errors of a GPU, every later step fails.
         """
+        torch.zeros(1, device=self.device).cpu()
         took_part = {seq.seq_id: seq for seq in self.in_step + self.scheduler.running}
         for seq in took_part.values():
             if seq.seq_id in self.seqs:

@@ -9,7 +9,6 @@ import sys
 import time
 from contextlib import asynccontextmanager
 from typing import NoReturn
-from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI
@@ -67,9 +66,9 @@ class HeadAsGet:
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "http" and scope["method"] == "HEAD":
-            scope = scope | {"method": "GET"}
-        if scope["type"] == "http" and "://" in scope["path"].partition("?")[0]:
-            scope = scope | {"path": urlsplit(scope["path"]).path or "/"}
+            scope = scope | {"method": "GET", "head": True}
+        if scope["type"] == "http" and not scope["path"].startswith("/") and "://" in scope["path"]:
+            scope = scope | {"path": "/" + scope["path"].partition("://")[2].partition("/")[2]}
         await self.app(scope, receive, send)
 
 

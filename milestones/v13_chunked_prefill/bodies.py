@@ -42,7 +42,8 @@ class BodyRequest(Request):
                 if num_parts > MAX_PARTS or num_commas > MAX_NUMBERS:
                     message = f"the body has more than {MAX_PARTS:,} lists, objects and strings, or {MAX_NUMBERS:,} numbers; split it into several requests"
                     raise ApiError(400, message, code="body_too_large")
-            self._json = json.loads(body)
+            # From bytes, the parser would take other encodings too, in which the parts were not counted.
+            self._json = json.loads(body.decode("utf-8-sig"))
         return self._json
 
 

@@ -76,7 +76,7 @@ async def retrieve_response(request: Request, response_id: str, stream: bool = F
         if name in request.query_params:
             raise ApiError(400, f"{name} is not supported here; leave it out", name)
     run = request.app.state.responses.get(response_id, request.scope["api_key"])
-    if run.ended:
+    if run.ended and "head" not in request.scope:
         run.fetched.set()
     return run.answer_now()
 

@@ -257,7 +257,8 @@ class Message(Strict):
 
     def plain(self) -> dict[str, Any]:
         """Return the turn as chat templates expect it, with its other fields."""
-        return self.model_extra | plain_turn(self.role, self.content)
+        others = {name: value for name, value in self.model_extra.items() if name not in self.refused}
+        return others | plain_turn(self.role, self.content)
 
 
 class ChatRequest(GenerationRequest):
@@ -352,7 +353,7 @@ class Detokenized(BaseModel):
     prompt: str
 
 
-# ---- schemas of responses, for the API's documentation only: responses are built as dicts
+# ---- schemas of responses, which are built as dicts
 
 
 class PromptTokensDetails(BaseModel):

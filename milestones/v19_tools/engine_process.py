@@ -43,7 +43,7 @@ class Ready(NamedTuple):
 
 
 class NoEngine(NamedTuple):
-    """Creating the engine raised ValueError with this text. The only message."""
+    """Creating the engine raised a ValueError or an OSError with this text. The only message."""
 
     reason: str
 
@@ -182,7 +182,7 @@ def run_engine(end: socket.socket, make_engine: Callable[[], EngineLike]) -> Non
     threading.Thread(target=read_until_gone, args=(end, inbox), name="reader", daemon=True).start()
     try:
         engine = make_engine()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         channel.send(NoEngine(str(error)), None)
         leave(2)
     except Exception:
@@ -191,6 +191,9 @@ def run_engine(end: socket.socket, make_engine: Callable[[], EngineLike]) -> Non
     channel.send(Ready(engine.name, engine.tokenizer, engine.max_model_len), engine.stats())
     threading.Thread(target=say_alive, args=(channel,), name="alive", daemon=True).start()
     EngineLoop(engine, inbox, channel.send).run()
+    # If the server wrote to a socket that is closed, it could not read the last messages any more.
+    end.shutdown(socket.SHUT_WR)
+    time.sleep(END_S)
     leave(0)
 
 

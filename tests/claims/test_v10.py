@@ -18,7 +18,7 @@ from shared.bench.served import Served, processes_of
 from shared.chapters import ROOT
 from shared.checkpoints import POCKET
 from shared.verify.killing import kill
-from shared.verify.serving import serving, wait_until
+from shared.verify.serving import runner_of, serving, wait_until
 from tests.support.fake_engine import FakeEngine
 from tests.support.http import HTTP
 
@@ -283,6 +283,7 @@ def run(chapter, code):
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=12)
 
 
+@pytest.mark.whole
 def test_the_servers_modules_import_no_torch(chapter):
     code = "import importlib, sys\n" + "".join(
         f"importlib.import_module('milestones.{chapter.name}.{name}')\n" for name in ("process", "service", "__main__", "engine_process")
@@ -291,6 +292,35 @@ def test_the_servers_modules_import_no_torch(chapter):
     assert done.stdout == "False\n", done.stderr
 
 
+def test_a_dying_engines_last_messages_are_read_although_the_server_wrote_meanwhile(chapter, module, fake, monkeypatch):
+    """The event loop may be busy while the engine dies, and send a request before it reads."""
+    loop = module("engine_loop")
+    monkeypatch.setattr(fake, "step", lambda: 1 / 0)
+    monkeypatch.setattr(fake, "fail_step", lambda: [])
+    runner, received = runner_of(chapter, fake), []
+    call = [([20, 21], module("params").SamplingParams(max_tokens=2))]
+
+    async def die():
+        await runner.start(lambda message, _stats: received.append(message))
+        runner.send(loop.Add(1, call))
+        await asyncio.sleep(0)
+        time.sleep(0.5)
+        runner.send(loop.Add(2, call))
+        await runner.reading
+
+    asyncio.run(asyncio.wait_for(die(), 10))
+    assert [type(message) for message in received] == [loop.Added, loop.Died] and "ZeroDivisionError" in received[-1].reason
+
+
+def test_a_file_that_cannot_be_read_is_said_in_one_line(chapter):
+    """A name may be too long for the file system, or a folder closed to this user."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"milestones.{chapter.name}", "serve", "--model", "a" * 300], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "File name too long" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize("model_dir", ["nowhere", str(POCKET)])
 def test_what_the_engine_refuses_at_its_start_is_said_as_before(chapter, module, model_dir):
     process = module("engine_process")
@@ -307,6 +337,7 @@ def test_a_process_that_ends_before_it_is_ready_is_an_error_and_not_a_wait(chapt
         process.EngineProcess(partial(os._exit, 7)).wait_until_ready()
 
 
+@pytest.mark.whole
 def test_bytes_that_are_no_message_end_both_sides(chapter, module):
     """A bug must not leave a process that no longer reads: the engine ends, and the server notices."""
     process, loop = module("engine_process"), module("engine_loop")
@@ -327,6 +358,7 @@ def test_bytes_that_are_no_message_end_both_sides(chapter, module):
     asyncio.run(asyncio.wait_for(write_nonsense(), 20))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGSEGV, "SIGSEGV"), (35, "exit code -35")])
 def test_the_engines_death_is_reported_and_logged_whatever_its_signal(chapter, module, caplog, number, said):
     """Only the first and the last of the real-time signals have names."""
@@ -368,6 +400,7 @@ class InterruptedStart:
         return int, ()
 
 
+@pytest.mark.whole
 def test_ctrl_c_while_the_process_starts_leaves_nothing(chapter):
     # A shell lets what it runs in the background ignore Ctrl-C.
     code = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -377,6 +410,7 @@ def test_ctrl_c_while_the_process_starts_leaves_nothing(chapter):
     assert "KeyboardInterrupt" in done.stderr and done.returncode != 0
 
 
+@pytest.mark.whole
 def test_a_second_signal_ends_a_hung_engine_too(chapter):
     with Served(chapter) as served, served.stream({"prompt": "Once", "max_tokens": 2000}) as lines:
         next(lines)
@@ -394,6 +428,7 @@ def served(chapter):
         yield served
 
 
+@pytest.mark.whole
 def test_the_server_has_no_torch_and_the_engine_no_http_after_they_have_answered(served):
     served.ask({"prompt": "Once", "max_tokens": 5, "logprobs": 2, "echo": True}).raise_for_status()
     maps = {name: open(f"/proc/{pid}/maps").read() for name, pid in served.pids.items()}
@@ -411,6 +446,7 @@ def test_signals_to_the_engine_alone_change_nothing(served):
     assert served.ask({"prompt": "Once", "max_tokens": 5}).status_code == 200
 
 
+@pytest.mark.whole
 def test_a_server_that_was_suspended_keeps_its_engine(served):
     with served.stream({"prompt": "Once", "max_tokens": 300}) as lines:
         next(lines)
@@ -421,6 +457,7 @@ def test_a_server_that_was_suspended_keeps_its_engine(served):
     assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
 
 
+@pytest.mark.whole
 def test_when_the_engine_is_killed_every_client_gets_an_error_at_once_and_the_server_exits_1(chapter):
     with Served(chapter) as served:
         told = kill(served, "engine", streams=8, after_s=0.3, patience_s=5)
@@ -430,6 +467,7 @@ def test_when_the_engine_is_killed_every_client_gets_an_error_at_once_and_the_se
         assert not processes_of(served)
 
 
+@pytest.mark.whole
 def test_a_request_that_the_engine_has_not_answered_fails_when_it_dies(chapter):
     with Served(chapter) as served:
         os.kill(served.pids["engine"], signal.SIGSTOP)
@@ -438,12 +476,14 @@ def test_a_request_that_the_engine_has_not_answered_fails_when_it_dies(chapter):
         assert told.seconds_to_answer < 1 and "has ended (SIGKILL)" in told.error
 
 
+@pytest.mark.whole
 def test_nothing_is_left_of_a_killed_server(chapter):
     with Served(chapter) as served:
         told = kill(served, "server", streams=8, after_s=0.3, patience_s=5)
         assert told.hung == 0 and not processes_of(served)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.whole)])
 def test_ctrl_c_reaches_both_processes_and_the_answers_finish(chapter, number):
     with Served(chapter) as served:
@@ -457,6 +497,7 @@ def test_ctrl_c_reaches_both_processes_and_the_answers_finish(chapter, number):
         wait_until(lambda: not processes_of(served), 5)
 
 
+@pytest.mark.whole
 def test_a_script_that_never_stops_its_engine_exits(chapter):
     """At exit, multiprocessing sends SIGTERM to its children and waits for them."""
     module = f"milestones.{chapter.name}.engine_process"
@@ -467,6 +508,7 @@ def test_a_script_that_never_stops_its_engine_exits(chapter):
     wait_until(lambda: not os.path.exists(f"/proc/{int(done.stdout)}"), 5)
 
 
+@pytest.mark.whole
 def test_a_server_that_cannot_begin_takes_its_engine_with_it(chapter):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
@@ -497,6 +539,7 @@ def served(chapter):
         yield served
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.whole] * (kind not in ("chat", "messages"))) for kind in LARGEST])
 def test_no_request_waits_for_another_clients_largest_one(served, kind):
     """Over 200 probes of /health beside it, the 95th percentile grows by less than 50 ms."""
