@@ -23,6 +23,8 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 def memory_bytes(device: torch.device) -> int:
     """The most bytes that a cache could take: a GPU's free memory or, on a CPU, all of the machine's memory."""
     if device.type == "cuda":
+        # PyTorch keeps memory that was freed, as by joining weights, unless it is told to give it back.
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -174,7 +174,7 @@ class Engine:
             self.cache,
             self.backend,
             self.device,
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=min(max_num_seqs, num_blocks),
             max_model_len=self.max_model_len,
             graphs=choose_graphs(graphs, self.backend, self.device),
         )

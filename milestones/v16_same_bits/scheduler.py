@@ -86,9 +86,9 @@ class Scheduler:
         block_size = self.pool.block_size
         key = seq.block_key(num_found, block_size)
         return any(
-            other.block_key(i, block_size) == key
+            other.num_computed // block_size <= num_found < other.num_prompt // block_size
+            and other.block_key(num_found, block_size) == key
             for other in ahead
-            for i in range(other.num_computed // block_size, other.num_prompt // block_size)
         )
 
     def share(self, seq: Sequence, found: list[int]) -> None:

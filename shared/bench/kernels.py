@@ -27,7 +27,7 @@ TARGETS = {"sm_75": 75, "sm_80": 80, "sm_86": 86, "sm_90": 90}
 LLAMA = {"GROUP": 4, "NUM_KV_HEADS": 8, "BLOCK_SIZE": 16, "HEAD_DIM": 64, "PADDED_DIM": 64}
 QWEN = LLAMA | {"GROUP": 2, "HEAD_DIM": 128, "PADDED_DIM": 128}
 DECODE, PREFILL = {"TILE_ROWS": 16}, {"TILE_ROWS": 64}
-ROTATE_LLAMA = {"NORM": False, "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HALF": 32, "PADDED_HALF": 32, "num_warps": 1}
+ROTATE_LLAMA = {"NORM": False, "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HALF": 32, "PADDED_HALF": 32, "num_warps": 1, "enable_fp_fusion": False}
 PRODUCT = {"BIAS": False, "SIZE_IN": 2048, "SIZE_OUT": 2048, "TILE_OUT": 64, "TILE_IN": 64}
 ROTATE_QWEN = ROTATE_LLAMA | {"NORM": True, "NUM_HEADS": 16, "HALF": 64, "PADDED_HALF": 64}
 # Each kernel with the module it is in and its constants, then the model's dtype and that of the output: splits write
@@ -68,10 +68,22 @@ def kernels_of(chapter: Chapter) -> list[str]:
     return [name for name, (file, kernel, *_) in KERNELS.items() if f"def {kernel}(" in files.get(file, "")]
 
 
-def compiled(
+def compiled(chapter: Chapter, target: int, *kernel, **types) -> dict:
+    """The resource usage of what binary_of returns for these arguments."""
+    binary = binary_of(chapter, target, *kernel, **types)
+    usage = resources(binary.asm["cubin"])
+    return {
+        "registers": usage["REG"],
+        "stack_bytes": usage["STACK"],
+        "shared_bytes": binary.metadata.shared,
+        "warps": binary.metadata.num_warps,
+    }
+
+
+def binary_of(
     chapter: Chapter, target: int, file: str, kernel: str, constants: dict, dtype: str = "bf16", out_dtype: str | None = None
-) -> dict:
-    """A kernel's resource usage on a GPU of this compute capability, compiled for the arguments a launch passes.
+):
+    """A kernel on a GPU of this compute capability, compiled for the arguments a launch passes.
 
     Tensors begin at multiples of 16 bytes, and strides that a model fixes are multiples of 16 elements.
     out_dtype is the output's; None means dtype.
@@ -82,7 +94,7 @@ def compiled(
 
     module = importlib.import_module(f"milestones.{chapter.name}.kernels.{file}")
     function = getattr(module, kernel)
-    options = {"num_warps": constants["num_warps"]} if "num_warps" in constants else {}
+    options = {name: constants[name] for name in ("num_warps", "enable_fp_fusion") if name in constants}
     # A later version of a kernel may no longer have all of them.
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     tile_dtype = {"bf16": triton.language.bfloat16, "fp32": triton.language.float32}[dtype]
@@ -99,14 +111,7 @@ def compiled(
     aligned = [name.endswith("_ptr") or name.startswith(OF_MODEL) for name in function.arg_names]
     attrs = {(i,): [["tt.divisibility", 16]] for i, is_aligned in enumerate(aligned) if is_aligned}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
-    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    usage = resources(binary.asm["cubin"])
-    return {
-        "registers": usage["REG"],
-        "stack_bytes": usage["STACK"],
-        "shared_bytes": binary.metadata.shared,
-        "warps": binary.metadata.num_warps,
-    }
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
 def resources(cubin: bytes) -> dict[str, int]:

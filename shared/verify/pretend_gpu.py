@@ -262,6 +262,7 @@ def pretend_gpu() -> Iterator[list[str]]:
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "device_count": lambda: 1,
+        "empty_cache": lambda: None,
         "mem_get_info": lambda device=None: (2**33, 2**33),
         "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=16),
         "device_of": lambda tensor: contextlib.nullcontext(),

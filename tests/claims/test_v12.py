@@ -157,6 +157,17 @@ def test_each_block_is_hashed_once_per_request(new_engine, Params, module, monke
     assert len(calls) == sum((len(prompt) + 8) // BS for prompt in prompts)
 
 
+def test_many_long_prompts_that_share_nothing_are_not_compared_block_by_block(new_engine, Params, module, monkeypatch):
+    """A key fixes its block's number, so one block of each request ahead can be the same."""
+    engine, rng = new_engine(num_blocks=500, max_num_seqs=20), random.Random(0)
+    for _ in range(20):
+        engine.add_request(random_ids(20 * BS, 401, rng), Params(max_tokens=1))
+    calls, block_key = [], module("sequence").Sequence.block_key
+    monkeypatch.setattr(module("sequence").Sequence, "block_key", lambda *args: calls.append(1) or block_key(*args))
+    engine.scheduler.schedule()
+    assert len(engine.scheduler.running) >= 2 and len(calls) <= 20 * 20
+
+
 # ---- with and without it, the output is the same
 
 

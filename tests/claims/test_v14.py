@@ -3,7 +3,11 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import random
+import re
+import subprocess
+import sys
 import weakref
 from types import SimpleNamespace
 from unittest import mock
@@ -13,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from shared.chapters import find
+from shared.bench.kernels import ROTATE_LLAMA
+from shared.chapters import ROOT, find
 from shared.checkpoints import RANDOM, TWO_LAYERS, checkpoint
 from shared.verify.pretend_gpu import launches, pretend_gpu
 from shared.verify.soak import audit
@@ -718,6 +723,39 @@ def places(which, num_tokens, sizes, dtype):
         return enclosed(torch.cat(parts, dim=1)).split(list(sizes), dim=1)
     # Each has NaN behind every row, values more of it than keys.
     return [enclosed(F.pad(part, (0, 3 + 5 * i), value=math.nan))[:, : sizes[i]] for i, part in enumerate(parts)]
+
+
+ROTATION = """
+from shared.bench import kernels
+from shared.chapters import find
+binary = kernels.binary_of(find("{id}"), 90, *kernels.KERNELS["llama_rotate"], dtype="fp32")
+print(binary.asm["ptx"])
+"""
+
+
+@pytest.mark.whole
+@needs_triton
+def test_compiled_for_a_gpu_the_rotation_rounds_each_product(chapter):
+    """A fused multiply-add would not. Triton's interpreter, in which the other tests run, never fuses."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", ROTATION.format(id=chapter.id)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"mul(\.rn)?\.f32", done.stdout) and "fma" not in done.stdout
+
+
+@needs_triton
+def test_the_rotation_is_launched_as_it_was_compiled_there(module, monkeypatch):
+    fused, options = module("kernels.fused"), {}
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *_args, **names: options.update(names)
+
+    monkeypatch.setattr(fused, "_rotate_kernel", Launch())
+    q, kv, cache, angles = torch.zeros(1, 2, 4), torch.zeros(1, 1, 4), torch.zeros(1, 4, 1, 4), torch.zeros(1, 2)
+    fused.rotate_and_write(q, kv, kv, angles, angles, None, 1e-5, cache, cache, torch.zeros(1, dtype=torch.int64))
+    assert {name: options[name] for name in ("num_warps", "enable_fp_fusion")} == {"num_warps": 1, "enable_fp_fusion": False}
+    assert options.items() >= {name: ROTATE_LLAMA[name] for name in ("num_warps", "enable_fp_fusion")}.items()
 
 
 @pytest.mark.gpu

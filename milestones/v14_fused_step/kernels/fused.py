@@ -157,7 +157,7 @@ def rotate_and_write(
         q.stride(0), k.stride(0), v.stride(0),
         eps,
         NORM=weights is not None, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads,
-        HALF=head_dim // 2, PADDED_HALF=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        HALF=head_dim // 2, PADDED_HALF=triton.next_power_of_2(head_dim // 2), num_warps=1, enable_fp_fusion=False,
     )
     return out
 
