@@ -363,7 +363,7 @@ async def retrieve(response_id: str):
 
 
 counted, as_sent, ids = Metrics(Goal()), set(), []
-logged = AccessLog(app, SimpleNamespace(async_engine=SimpleNamespace(metrics=counted), log_format="none"))
+logged = AccessLog(app, SimpleNamespace(async_engine=SimpleNamespace(metrics=counted), log_format="none"), None)
 
 
 async def send_all():

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .engine_loop import Abort, Add, Died, EngineLike, EngineLoop, ResetPrefixCache, ShowBlocks, Stop
+from .log import Log, log_to
 from .outputs import Stats
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class EngineProcess:
         """Start and return the engine process, which neither Ctrl-C nor SIGTERM ends."""
         # A fork cannot use CUDA, and would copy this process's locks without the threads that hold them.
         spawn = multiprocessing.get_context("spawn")
-        process = spawn.Process(target=run_engine, args=(engine_end, make_engine), name="engine", daemon=True)
+        process = spawn.Process(target=run_process, args=(engine_end, make_engine), name="engine", daemon=True)
         # A child inherits the set of blocked signals. A signal that arrives here meanwhile is delivered afterward.
         # multiprocessing's resource tracker must already be running, because starting it would unblock them.
         resource_tracker.ensure_running()
@@ -176,8 +177,14 @@ def load_engine(model_dir: str | Path, **options) -> EngineLike:
     return engine
 
 
+def run_process(end: socket.socket, make_engine: Callable[[], EngineLike]) -> None:
+    """Run the engine process, with a log that nothing waits for: a step that fails may not stop the others' steps."""
+    log_to(Log())
+    run_engine(end, make_engine)
+
+
 def run_engine(end: socket.socket, make_engine: Callable[[], EngineLike]) -> None:
-    """Run the engine process, with the engine loop in its main thread. Does not return."""
+    """Run the engine loop, in the process's main thread. Does not return."""
     channel, inbox = Channel(end), queue.SimpleQueue()
     threading.Thread(target=read_until_gone, args=(end, inbox), name="reader", daemon=True).start()
     try:
@@ -231,7 +238,8 @@ def say_alive(channel: Channel) -> None:
 
 
 def leave(exit_code: int) -> None:
-    """End this process at once. Any of its threads may call this."""
+    """End this process, even during a step, once its log is printed or takes too long. Any of its threads may call this."""
+    logging.shutdown()
     os._exit(exit_code)
 
 

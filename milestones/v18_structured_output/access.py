@@ -1,32 +1,25 @@
 """A line in the log for each HTTP request, and an id that the client and the log share."""
 import json
-import queue
 import re
-import sys
-import threading
 import time
 import uuid
-from contextlib import suppress
 
+from .log import Log
 from .service import Service
 
 # A client's goes into the log as it is, so it must be short and harmless.
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 HEADER = b"x-request-id"
-# Lines that may wait for a slow reader of the log, and how long the process waits for them when it ends.
-MOST_LINES, FLUSH_S = 1_000, 1.0
 
 
 class AccessLog:
     """Gives each request an id, which the response's x-request-id repeats, and writes a line when it has been answered."""
 
-    def __init__(self, app, service: Service):
+    def __init__(self, app, service: Service, log: Log):
         self.app = app
         self.metrics = service.async_engine.metrics
         self.log_format = service.log_format  # text, json, or none for no lines
-        self.lines: queue.Queue[str | None] = queue.Queue(MOST_LINES)
-        self.thread = threading.Thread(target=self.print_lines, name="log", daemon=True)
-        self.thread.start()
+        self.log = log
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -57,20 +50,4 @@ class AccessLog:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "request_id": scope["request_id"], "method": scope["method"][:10]}
         line |= {"path": path, "status": status, "seconds": round(seconds, 4)}
         if self.log_format != "none":
-            self.put(json.dumps(line) if self.log_format == "json" else " ".join(map(str, line.values())))
-
-    def put(self, line: str | None) -> None:
-        """Queue a line to be printed, or None to end the thread. If nobody reads the log, the line is lost: answers matter more."""
-        with suppress(queue.Full):
-            self.lines.put_nowait(line)
-
-    def print_lines(self) -> None:
-        """Print lines. A log that cannot be written, since its reader has gone or its disk is full, loses them."""
-        while (line := self.lines.get()) is not None:
-            with suppress(OSError, ValueError):
-                print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Print what is queued, for at most FLUSH_S."""
-        self.put(None)
-        self.thread.join(FLUSH_S)
+            self.log.put(json.dumps(line) if self.log_format == "json" else " ".join(map(str, line.values())))

@@ -1,6 +1,7 @@
 """The server process: its application, its socket, its startup and its shutdown."""
 import gc
 import json
+import logging
 import multiprocessing
 import os
 import shlex
@@ -18,8 +19,11 @@ from .access import AccessLog
 from .async_engine import EngineStopped
 from .errors import HANDLERS
 from .gate import Gate
+from .log import Log, log_to
 from .responses_store import Store
 from .service import Service
+
+logger = logging.getLogger(__name__)
 
 ROUTERS = (
     endpoints.router,
@@ -44,7 +48,6 @@ def create_app(service: Service) -> FastAPI:
         await service.async_engine.start()
         yield
         await service.async_engine.stop()
-        app.middleware_stack.close()
 
     app = LoggedApp(
         title="stepserve",
@@ -53,6 +56,7 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.state.responses = Store()
+    app.state.log = Log()
     app.add_middleware(Gate, service=service)
     app.add_middleware(HeadAsGet)
     for router in ROUTERS:
@@ -66,7 +70,7 @@ class LoggedApp(FastAPI):
     """An application whose log is outside everything else, so that it sees the answer to a fault too."""
 
     def build_middleware_stack(self):
-        return AccessLog(super().build_middleware_stack(), self.state.service)
+        return AccessLog(super().build_middleware_stack(), self.state.service, self.state.log)
 
 
 class HeadAsGet:
@@ -150,19 +154,25 @@ def unavailable(host: str, port: int, error: Exception) -> ValueError:
 
 
 def serve(service: Service, bound: socket.socket, keep_alive_s: int) -> NoReturn:
-    """Serve until a signal or the engine's death, then end the process: exit code 1 if the engine died, otherwise 0."""
+    """Serve until a signal or the engine's death, then end the process: exit code 1 if the engine died or the server failed, otherwise 0."""
     app = create_app(service)
+    log_to(app.state.log)
     app.openapi()  # build the schema now rather than on the first request for it; it is cached
     times = dict(timeout_keep_alive=keep_alive_s, timeout_graceful_shutdown=GOODBYE_S)
-    config = uvicorn.Config(app, log_level="warning", ws="none", **times)
+    config = uvicorn.Config(app, log_config=None, log_level="warning", ws="none", **times)
     # A collection would scan everything loaded so far, which takes 0.1 s or more. None of it ever becomes garbage.
     gc.collect()
     gc.freeze()
     gc.set_threshold(GARBAGE_OBJECTS)
+    has_failed = False
     try:
         Server(config, service).run([bound])
     # If two servers start on one port at the same time, the second one to listen fails here.
     except OSError as error:
         raise unavailable(*bound.getsockname()[:2], error) from None
+    except Exception:
+        has_failed = True
+        logger.exception("the server has failed")
+    app.state.log.close()
     # A thread may be in the middle of a step or a long text. Python's own exit would wait for it, or crash.
-    os._exit(1 if service.async_engine.died else 0)
+    os._exit(1 if has_failed or service.async_engine.died else 0)

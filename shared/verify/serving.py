@@ -24,7 +24,7 @@ def serving(chapter, engine, **options):
     service = process.Service(runner_of(chapter, engine), "pocket", **options)
     # The chapter's own socket: asyncio sets TCP_NODELAY only if the socket names its protocol, as this one does.
     with process.bind("127.0.0.1", 0) as listener:
-        config = uvicorn.Config(process.create_app(service), log_level="critical", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(process.create_app(service), log_config=None, log_level="critical", timeout_graceful_shutdown=1)
         server = process.Server(config, service)
         server.url = "http://127.0.0.1:%d" % listener.getsockname()[1]
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
@@ -37,6 +37,9 @@ def serving(chapter, engine, **options):
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive(), "the server has not stopped after 20 s"
+            # The process would close its log last of all.
+            if log := getattr(config.app.state, "log", None):
+                log.close()
 
 
 def runner_of(chapter, engine):

@@ -4,6 +4,7 @@ import fcntl
 import gc
 import http.client
 import json
+import logging
 import os
 import pickle
 import queue
@@ -16,11 +17,13 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from itertools import pairwise
 from math import inf
 from types import SimpleNamespace
 
 import httpx
+import psutil
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
@@ -214,7 +217,6 @@ def new_run(new_engine, new_metrics, Params, clock):
     return new_run
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize(("seed", "swap_bytes"), [(1, 0), (2, 0), (3, 2**20)])
 def test_every_counter_is_a_recount_from_the_outputs_of_the_run(new_run, seed, swap_bytes):
     """Preempted, chunked, found, aborted, failed: tokens that were lost with their step are not counted."""
@@ -243,7 +245,6 @@ def test_every_counter_is_a_recount_from_the_outputs_of_the_run(new_run, seed, s
     }
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_latencies_are_those_of_the_outputs(new_run, seed):
     """Counts and sums, exactly: from a request's arrival, which is before its queue, and across preemptions."""
@@ -273,7 +274,6 @@ def test_the_latencies_are_those_of_the_outputs(new_run, seed):
     assert sum(value for (name, *_), value in got.items() if name == "step_part_seconds_total") == run.num_steps
 
 
-@pytest.mark.whole
 def test_counters_never_decrease_and_each_request_ends_once(new_run):
     run = new_run(4)
     for earlier, later in pairwise(run.scrapes):
@@ -317,7 +317,6 @@ def test_the_gaps_of_a_step_are_one_pair_however_many_run(new_engine, Params, id
     assert [step.num_output for step in steps] == [64] * 3 and len(ended) == 64
 
 
-@pytest.mark.whole
 def test_the_gap_over_a_preemption_counts_and_the_hits_do_not(new_engine, new_metrics, Params, ids, clock):
     """What a preempted request computes again is computed, and what it finds again was not found by a prompt."""
     engine, metrics = new_engine(num_blocks=6, reserve_tokens=0), new_metrics()
@@ -744,7 +743,6 @@ def test_reading_does_not_wait_for_a_step(chapter, fake):
             fake.gate.set()
 
 
-@pytest.mark.whole
 def test_tokens_that_clients_have_not_read_are_seen(chapter, fake, Params):
     """A generation's outputs wait in the server, not in the engine; when nobody holds it any more, they are gone."""
     with serving(chapter, fake, log_format="none") as server:
@@ -855,7 +853,6 @@ def test_readers_share_what_one_of_them_asked_for(chapter, module, fake, monkeyp
         assert HTTP.get(f"{server.url}/dashboard/data").status_code == 200 and made["picture"] == 2
 
 
-@pytest.mark.whole
 def test_the_number_of_series_does_not_depend_on_what_clients_send(chapter, fake):
     """300 paths, methods, models and ids: labels are the routes' own paths, and statuses."""
     rng = random.Random(7)
@@ -952,7 +949,6 @@ def test_a_trace_is_chromes_and_holds_no_text(chapter, pocket, module):
         assert text not in trace.text and text not in shown
 
 
-@pytest.mark.whole
 def test_a_long_trace_stops_nobody(chapter, fake, module):
     """Five minutes of steps of 10 ms are 20 MB of JSON."""
     with serving(chapter, fake, log_format="none") as server:
@@ -1063,7 +1059,7 @@ def test_a_log_whose_reader_has_gone_costs_no_answer(chapter, fake, monkeypatch)
 
 
 def test_a_log_that_nobody_reads_loses_lines_and_stops_nobody(chapter, module, fake, monkeypatch):
-    monkeypatch.setattr(module("access"), "MOST_LINES", 5)
+    monkeypatch.setattr(module("log"), "MOST_LINES", 5)
     with serving(chapter, fake, log_format="text") as server:
         reader = Reader()
         monkeypatch.setattr(sys, "stderr", reader)
@@ -1075,37 +1071,128 @@ def test_a_log_that_nobody_reads_loses_lines_and_stops_nobody(chapter, module, f
         wait_until(lambda: reader.text.count("\n") == 6)
         HTTP.get(f"{server.url}/version", headers={"x-request-id": "last"})
         wait_until(lambda: reader.text.endswith("\n") and "last" in reader.text)
-    assert [line.split()[1] for line in reader.text.splitlines()] == [*(f"id-{number}" for number in range(6)), "last"]
+    *printed, missing, last = reader.text.splitlines()
+    assert [line.split()[1] for line in (*printed, last)] == [*(f"id-{number}" for number in range(6)), "last"]
+    assert missing.startswith("14 lines of the log are missing here")
 
 
-def test_the_log_is_printed_before_the_server_ends(chapter, fake, monkeypatch):
-    with serving(chapter, fake, log_format="text") as server:
-        reader = Reader()
-        monkeypatch.setattr(sys, "stderr", reader)
-        for _ in range(9):
-            HTTP.get(f"{server.url}/v1/models")
-        wait_for_answers(server, 9)
-        threading.Timer(0.3, reader.reads.set).start()
-    assert reader.text.count("GET /v1/models 200") == 9
+def test_what_the_garbage_collector_logs_in_the_middle_of_a_put_stops_nobody(module):
+    """asyncio logs what has become of a task when it is collected, wherever Python is then."""
+    log = module("log").Log()
 
+    class Task:
+        def __init__(self):
+            self.itself = self
 
-@pytest.mark.whole
-def test_a_server_whose_log_nobody_reads_can_be_stopped(chapter):
-    """Not even a flush of stderr may wait for the reader: the thread that prints may hold its lock."""
-    # Without a buffer there is no lock.
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    process = subprocess.Popen([sys.executable, "-m", f"milestones.{chapter.name}", "serve", "--port", "0"], cwd=ROOT, env=env, stderr=subprocess.PIPE)
+        def __del__(self):
+            log.put("collected")
+
+    def put():
+        for _ in range(200):
+            Task()
+            log.put("a line")
+
+    thread, before = threading.Thread(target=put, daemon=True), gc.get_threshold()
+    gc.set_threshold(1)
     try:
-        url = next(re.search(rb"http://[^/]+", line) for line in process.stderr if b"curl" in line).group().decode()
-        fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
-        for _ in range(100):
-            assert HTTP.get(f"{url}/version", timeout=5).status_code == 200
-        process.terminate()
-        assert process.wait(20) == 0
+        thread.start()
+        thread.join(10)
+    finally:
+        gc.set_threshold(*before)
+    assert not thread.is_alive()
+    log.close()
+
+
+@contextmanager
+def running_server(chapter, setup="pass"):
+    """The real server, and its address. setup: what Python does before it."""
+    # Without a buffer, stderr has no lock for which the server could wait.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    package = f"milestones.{chapter.name}"
+    code = f"import sys\nfrom {package} import __main__, process\n{setup}\nsys.exit(__main__.main(['serve', '--port', '0', '--linear', 'plain']))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.PIPE)
+    try:
+        yield process, next(re.search(rb"http://[^/]+", line) for line in process.stderr if b"curl" in line).group().decode()
     finally:
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+def send_garbage(url):
+    """A request that is not HTTP, which uvicorn logs; returns the status line."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(b"garbage\r\n\r\n")
+        return connection.recv(100).partition(b"\r\n")[0]
+
+
+def fill_log(process, url):
+    """Let the log's pipe be full, and the thread that prints wait for somebody who reads it."""
+    fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+    for _ in range(100):
+        assert HTTP.get(f"{url}/version", timeout=5).status_code == 200
+
+
+def test_a_server_whose_log_nobody_reads_answers_and_can_be_stopped(chapter):
+    """Not even a warning of uvicorn, or a flush of stderr, may wait for the reader: the thread that prints may hold its lock."""
+    with running_server(chapter) as (process, url):
+        fill_log(process, url)
+        assert send_garbage(url) == b"HTTP/1.1 400 Bad Request"
+        assert HTTP.get(f"{url}/version", timeout=5).status_code == 200
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def test_the_log_says_why_the_server_has_ended(chapter):
+    with running_server(chapter) as (process, url):
+        assert HTTP.get(f"{url}/version").status_code == 200
+        assert send_garbage(url) == b"HTTP/1.1 400 Bad Request"
+        for child in psutil.Process(process.pid).children():
+            # The other one is multiprocessing's resource tracker.
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+        first, second, *_, last = process.stderr.read().decode().splitlines()
+        assert process.wait(20) == 1
+    assert " GET /version 200 " in first and "Invalid HTTP request" in second
+    assert last.endswith("the engine's process has ended (SIGKILL)")
+
+
+# Of the server, as soon as somebody wants to stop it.
+BUG = """
+async def on_tick(server, counter):
+    return server.service.draining and 1 / 0
+process.Server.on_tick = on_tick
+"""
+
+
+def test_a_server_that_fails_ends_although_nobody_reads_its_log(chapter):
+    with running_server(chapter, BUG) as (process, url):
+        fill_log(process, url)
+        process.terminate()
+        assert process.wait(20) == 1
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_an_engines_process_does_not_wait_for_who_reads_the_log(chapter, is_full):
+    code = f"""
+from functools import partial
+from operator import truediv
+from milestones.{chapter.name}.engine_process import EngineProcess
+try:
+    EngineProcess(partial(truediv, 1, 0)).wait_until_ready()
+except ValueError as error:
+    print(error)
+"""
+    ours, its = os.pipe()
+    with open(ours, "rb") as log, open(its, "wb", buffering=0) as pipe:
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
+        pipe.write(bytes(4096 if is_full else 1))
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=pipe, text=True, timeout=30, check=True)
+        pipe.close()
+        written = log.read()
+    assert done.stdout == "the engine's process has ended (exit code 1) before it was ready\n"
+    assert is_full or written.endswith(b"ZeroDivisionError: division by zero\n")
 
 
 @pytest.mark.parametrize(
