@@ -48,9 +48,9 @@ async def metrics(request: Request) -> Response:
 
 
 async def shared(service: Service, name: str, make: Callable[[], Awaitable[Response]]) -> Response:
-    """Return what make() returns, the same for all who ask within SHARE_S: many readers must not take the streams' time."""
+    """Return what make() returns, the same for all who ask within SHARE_S or meanwhile: many readers must not take the streams' time."""
     begun, making = service.shared.get(name, (-inf, None))
-    if time.monotonic() - begun >= SHARE_S:
+    if time.monotonic() - begun >= SHARE_S and (making is None or making.done()):
         making = asyncio.ensure_future(make())
         service.shared[name] = time.monotonic(), making
     return await making
@@ -83,7 +83,7 @@ async def dashboard_data(request: Request) -> JSONResponse:
     async def picture() -> Response:
         async_engine = service.async_engine
         await async_engine.show_blocks()
-        # A minute may have tens of thousands of steps. Sorting their times would stop all streams meanwhile.
+        # A minute may have tens of thousands of steps. Counting them here would stop all streams meanwhile.
         picture = await asyncio.to_thread(async_engine.metrics.picture, async_engine.metrics.num_unread, async_engine.runner.silent_s)
         return JSONResponse(picture | {"model": service.models[0], "draining": service.draining})
 

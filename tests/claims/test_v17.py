@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from math import inf
@@ -464,6 +465,16 @@ def test_histograms_goals_and_percentiles(module):
     assert metrics.percentiles([(7, 1)]) == [7, 7, 7] and metrics.percentiles([]) == [None] * 3
 
 
+def test_no_call_of_sorted_takes_long(module, monkeypatch):
+    """It is one call, and no other thread runs meanwhile: all streams would stop."""
+    metrics, lengths = module("metrics"), []
+    monkeypatch.setattr(metrics, "sorted", lambda values: (lengths.append(len(values)), sorted(values))[1], raising=False)
+    values = [random.Random(5).random() for _ in range(3 * metrics.SORT + 7)]
+    ordered = sorted(values)
+    assert metrics.percentiles([(value, 1) for value in values]) == [ordered[(len(values) * share - 1) // 100] for share in (50, 90, 99)]
+    assert sum(lengths) == len(values) and max(lengths) <= metrics.SORT <= 1_000
+
+
 def step_of(module, began, num_prompt=0, num_output=1, seconds=0.01):
     """A step of one request."""
     numbers = {"num_seqs": 1, "num_fed": 1, "num_prompt": num_prompt, "num_output": num_output, "num_waiting": 0, "num_preemptions": 0}
@@ -851,6 +862,22 @@ def test_readers_share_what_one_of_them_asked_for(chapter, module, fake, monkeyp
         # The time is over.
         monkeypatch.setattr(module("observe"), "SHARE_S", 0.0)
         assert HTTP.get(f"{server.url}/dashboard/data").status_code == 200 and made["picture"] == 2
+
+
+def test_no_second_picture_is_begun_beside_a_slow_one(chapter, fake, monkeypatch):
+    with serving(chapter, fake, log_format="none") as server:
+        metrics, made, may_end = server.service.async_engine.metrics, [], threading.Event()
+        picture = metrics.picture
+        monkeypatch.setattr(metrics, "picture", lambda *args: (made.append(args), may_end.wait(10), picture(*args))[2])
+        with ThreadPoolExecutor() as readers:
+            asked = [readers.submit(HTTP.get, f"{server.url}/dashboard/data") for _ in range(3)]
+            wait_until(lambda: made)
+            asked.append(readers.submit(HTTP.get, f"{server.url}/dashboard/data"))
+            time.sleep(0.3)
+            may_end.set()
+            assert [response.result().status_code for response in asked] == [200] * 4
+        assert len(made) == 1
+        assert HTTP.get(f"{server.url}/dashboard/data").status_code == 200 and len(made) == 2
 
 
 def test_the_number_of_series_does_not_depend_on_what_clients_send(chapter, fake):
