@@ -395,6 +395,10 @@ class Engine:
             waits_for=self.scheduler.waits_for,
         )
 
+    def report_failed(self, request_ids: list[int]) -> None:
+        """What these requests got in the last step is not sent, so those that ended in it are reported as failed."""
+        self.recorder.fail(request_ids)
+
     def take_report(self) -> Report | None:
         """What has happened since the last call; None if nothing has."""
         return self.recorder.take()

@@ -130,7 +130,7 @@ class Recorder:
         )
 
     def fail(self, request_ids: list[int]) -> None:
-        """These requests were in a step that has failed; some may have ended in it, but nobody got their last token."""
+        """What these requests got in the last step is lost; some may have ended in it, but nobody gets their last token."""
         for index, ended in enumerate(self.ended):
             if ended.request_id in request_ids:
                 self.ended[index] = ended._replace(reason="error")

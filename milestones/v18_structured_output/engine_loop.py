@@ -37,6 +37,7 @@ class EngineLike(Protocol):
     def reset_prefix_cache(self) -> None: ...
     def close(self) -> None: ...
     def stats(self) -> Stats: ...
+    def report_failed(self, request_ids: list[int]) -> None: ...
     def take_report(self) -> Report | None: ...
     def block_states(self) -> bytes: ...
 
@@ -224,7 +225,10 @@ class EngineLoop:
             call_ids = {self.owners[request_id][0] for request_id in request_ids}
             self.fail_calls(call_ids, f"the step that computed this request failed: {error!r}")
         else:
-            self.fail_calls({self.owners[output.request_id][0] for output in outputs if output.finish_reason == "error"}, NOT_FINITE)
+            call_ids = {self.owners[output.request_id][0] for output in outputs if output.finish_reason == "error"}
+            if call_ids:
+                self.engine.report_failed([output.request_id for output in outputs if self.owners[output.request_id][0] in call_ids])
+            self.fail_calls(call_ids, NOT_FINITE)
             outputs = [output for output in outputs if output.request_id in self.owners]
             # Receiving a message blocks the event loop, and a prompt has many logprobs, so outputs with them go alone.
             together = [output for output in outputs if output.prompt_logprobs is None]

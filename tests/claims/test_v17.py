@@ -410,6 +410,18 @@ def test_a_token_that_is_none_is_not_counted(chapter, overflowing, new_metrics, 
     assert got["time_to_first_token_seconds_count",] == got["goal_requests_total",] == 1
 
 
+def test_what_ends_in_the_step_in_which_its_call_fails_has_failed(chapter, module, overflowing, Params):
+    """The client gets an error and not its last token, so it may meet no goal. Another call's request has nothing to do with it."""
+    engine, sent = chapter.load().Engine(overflowing, dtype="float16"), []
+    engine_loop = module("engine_loop").EngineLoop(engine, queue.SimpleQueue(), lambda message, stats: sent.append(stats.report))
+    params = [Params(max_tokens=most, ignore_eos=True) for most in (1, 4)]
+    engine_loop.add(1, [([9, 10, 11], params[0]), ([9, BAD, 11], params[1]), ([9, 10, 12], params[1])], None)
+    engine_loop.add(2, [([9, 10, 13], params[0])], None)
+    engine_loop.step()
+    ended = {each.request_id: each.reason for report in sent if report for each in report.ended}
+    assert ended == {1: "error", 2: "error", 3: "abort", 4: "length"}
+
+
 def test_reports_that_nobody_takes_are_bounded(new_engine, module, Params, ids, monkeypatch):
     """A script calls generate for days, and never asks."""
     records = module("records")

@@ -59,6 +59,9 @@ class FakeEngine:
     def close(self):
         self.requests.clear()
 
+    def report_failed(self, request_ids):
+        pass
+
     def take_report(self):
         return None
 
