@@ -7,6 +7,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from .async_engine import EngineStopped, GenerationFailed, QueueFull
@@ -124,6 +125,8 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
     """Return the errors that FastAPI and Starlette raise themselves in OpenAI's format."""
     if isinstance(error.__cause__, ApiError):
         return error_response(error.__cause__)
+    if isinstance(error.__cause__, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it, but it is counted
     if isinstance(error.__cause__, RecursionError):
         return await on_deep_body(request, error.__cause__)
     cause = str(error.__cause__ or error.detail).partition(";")[0]  # the rest is Python's advice to programmers

@@ -1066,6 +1066,18 @@ def test_the_access_log_has_a_line_and_no_content(chapter, fake, capsys, log_for
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line[0]) and 0 <= float(line[5]) < 10
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_body_has_gone(chapter, fake):
+    """As one that leaves later: it has made no mistake that a 400 would tell."""
+    with serving(chapter, fake, log_format="none") as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
+            connection.sendall(f'{head}{{"model": "po'.encode())
+            time.sleep(0.2)
+        wait_for_answers(server, 1)
+        assert server.service.async_engine.metrics.answers == {("/v1/completions", "499"): 1}
+
+
 class Reader:
     """In place of stderr. Its reader has gone, or stops reading until `reads` is set."""
 
