@@ -241,16 +241,16 @@ class Metrics(Collector):
             lines.append(f"The engine's process has said nothing for {silent_s:.0f} s. If it stays silent, the server kills it.")
         preempted = sum(step.num_preemptions for step in minute)
         if preempted:
-            lines.append(f"{preempted} preemptions in the last minute: the cache is too small for what runs. Raise --kv-bytes or --num-blocks, or --reserve-tokens.")
+            lines.append(f"{number_of(preempted, 'preemption', 'preemptions')} in the last minute: the cache is too small for what runs. Raise --kv-bytes or --num-blocks, or --reserve-tokens.")
         if stats.waiting and stats.waits_for in LACKS and not (stats.waits_for == "blocks" and preempted):
-            lines.append(f"{stats.waiting} requests wait {LACKS[stats.waits_for]}")
+            lines.append(f"{number_of(stats.waiting, 'request waits', 'requests wait')} {LACKS[stats.waits_for]}")
         mixed = [sum(step.seconds) for step in minute if step.num_prompt and step.num_output > 1]
         plain = [sum(step.seconds) for step in minute if not step.num_prompt]
         if stats.waits_for != "tokens" and len(mixed) > 3 and len(plain) > 3 and median(mixed) > 4 * median(plain):
             lines.append("Streams wait for pieces of prompts: steps with prompts take more than four times as long. Lower --max-num-batched-tokens; prompts then take longer.")
         refused = sum(at >= time.monotonic() - 60 for at in list(self.refused))
         if refused:
-            lines.append(f"{refused} requests in the last minute got a 429, since too many waited. Raise --max-waiting, or add a server.")
+            lines.append(f"{number_of(refused, 'request', 'requests')} in the last minute got a 429, since too many waited. Raise --max-waiting, or add a server.")
         if num_unread > UNREAD:
             lines.append(f"{num_unread} tokens wait for clients to read them. The clients or the network are slow; no flag of the server helps.")
         return lines or ["Nothing that a flag would change."]
@@ -310,6 +310,10 @@ class Metrics(Collector):
         yield histogram("request_seconds", "From a finished request's arrival to its end.", self.request_times)
         yield histogram("request_prompt_tokens", "Prompt tokens of finished requests.", self.prompt_lengths)
         yield histogram("request_output_tokens", "Generated tokens of finished requests.", self.output_lengths)
+
+
+def number_of(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
 
 
 def gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

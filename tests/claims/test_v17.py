@@ -514,8 +514,8 @@ def test_advice_names_the_flag(module, new_engine, new_metrics, Params, ids):
     """Staged: more requests than places; a cache that is too small, or full; prompts that fill the steps; clients that do not read."""
     for options, prompts, flag, others in (
         ({"max_num_seqs": 2}, [ids(5)] * 5, "--max-num-seqs", ("--kv-bytes", "--max-num-batched")),
-        ({"num_blocks": 6, "reserve_tokens": 0}, [ids(9)] * 2, "--kv-bytes", ("--max-num-",)),
-        ({"num_blocks": 6, "reserve_tokens": 16}, [ids(9)] * 2, "wait for blocks of the cache. Raise --kv-bytes", ("--max-num-", "preempt")),
+        ({"num_blocks": 6, "reserve_tokens": 0}, [ids(9)] * 2, "1 preemption in the last minute: the cache is too small for what runs. Raise --kv-bytes", ("--max-num-",)),
+        ({"num_blocks": 6, "reserve_tokens": 16}, [ids(9)] * 2, "1 request waits for blocks of the cache. Raise --kv-bytes", ("--max-num-", "preempt")),
         ({"max_num_batched_tokens": 8, "num_blocks": 200}, [ids(50) for _ in range(6)], "--max-num-batched-tokens", ("--kv-bytes", "--max-num-seqs", "Lower")),
     ):
         engine, metrics = new_engine(**options, enable_prefix_caching=False), new_metrics()
@@ -602,7 +602,10 @@ def test_refused_requests_are_on_the_page(new_metrics, clock):
     picture = metrics.picture(0)
     assert picture["answers"] == {"200": 3, "401": 2, "429": 4}
     [advice] = picture["advice"]
-    assert advice.startswith("4 requests") and "--max-waiting" in advice
+    assert advice.startswith("4 requests in") and "--max-waiting" in advice
+    clock.now += 61
+    metrics.add_answer("/4", 429)
+    assert metrics.picture(0)["advice"][0].startswith("1 request in")
     clock.now += 61
     assert metrics.picture(0)["advice"] == ["Nothing that a flag would change."]
 
