@@ -82,7 +82,8 @@ def make_engine(**options):
 # ## 1. The four moments of a request
 #
 # Real times differ from run to run. So `records.py` gets a clock of our own here, which moves on by 10 ms whenever somebody looks at
-# it. A step looks six times: when it begins, and at the end of each of its five parts. So each step takes 50 ms.
+# it. A step looks six times: when it begins, and at the end of each of its five parts. So each step takes 50 ms,
+# and 10 ms lie between two steps.
 #
 # The engine has one place. Requests A and B arrive together; A generates four tokens, and B two.
 #
@@ -124,7 +125,7 @@ a, b = report.ended
 assert b.began > a.ended and b.first - b.arrived > 5 * (b.first - b.began)
 
 # %% [markdown]
-# B's prompt took 30 ms, but its first token 300 ms, because that is counted from the arrival. A user waits for the queue, too. `began` is the end of scheduling, and `first` the end of choosing, so the prompt's time is that of three parts: batch,
+# B's prompt took 30 ms, but its first token came after 290 ms, because that is counted from the arrival. A user waits for the queue, too. `began` is the end of scheduling, and `first` the end of choosing, so the prompt's time is that of three parts: batch,
 # model and choose.
 #
 # This is where time is counted:
@@ -152,7 +153,7 @@ assert num_gaps == sum(ended.num_output for ended in report.ended) - len(report.
 
 # %% [markdown]
 # All tokens of a step have one time, so requests that got a token in the step before, too, have one gap: a pair of numbers, whether there
-# are four of them or 64. A first token
+# are four of them or 64. It is 60 ms here, a step and the 10 ms before it. A first token
 # has no gap. Only a request that was preempted, or whose last token is older for another reason, has a gap of its own. Part 4 has some.
 #
 # ## 3. Buckets
