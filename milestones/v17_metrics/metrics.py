@@ -218,7 +218,7 @@ class Metrics(Collector):
                 "a step": percentiles([(sum(step.seconds), 1) for step in minute]),
             },
             "parts": {part: [seconds / max(1, len(minute)), seconds / total if total else 0.0] for part, seconds in zip(PARTS, spent)},
-            "requests": [{name: getattr(each, name) for name in ("request_id", "arrived", "began", "first", "ended", "reason", "num_preemptions")} for each in list(self.requests)[-40:] if each.ended >= now - SERIES_S],
+            "requests": [{name: getattr(each, name) for name in ("request_id", "arrived", "began", "first", "ended", "reason", "num_preemptions", "num_early_preemptions")} for each in list(self.requests)[-40:] if each.ended >= now - SERIES_S],
             "blocks": self.blocks,
             "advice": self.advice(minute, num_unread, silent_s),
         }

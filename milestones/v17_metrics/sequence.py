@@ -49,6 +49,7 @@ class Sequence:
         self.last: float | None = None
         self.longest_gap = 0.0  # between two of its tokens
         self.num_preemptions = 0
+        self.num_early_preemptions = 0  # of these, before its first token
 
     @property
     def rank(self) -> tuple[int, int]:

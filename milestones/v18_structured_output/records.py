@@ -48,6 +48,7 @@ class Ended(NamedTuple):
     num_output: int
     num_preemptions: int
     longest_gap: float  # between two of its tokens
+    num_early_preemptions: int = 0  # before its first token; no gap is due to them
 
 
 class Compilation(NamedTuple):
@@ -104,6 +105,7 @@ class Recorder:
         self.num_output += 1
         if seq.last is None:
             seq.first = self.now
+            seq.num_early_preemptions = seq.num_preemptions
             self.first_times.append(seq.first - seq.arrived)
         else:
             gap = self.now - seq.last
@@ -135,6 +137,7 @@ class Recorder:
                 num_output=seq.num_output,
                 num_preemptions=seq.num_preemptions,
                 longest_gap=seq.longest_gap,
+                num_early_preemptions=seq.num_early_preemptions,
             )
         )
 

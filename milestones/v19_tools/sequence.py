@@ -72,6 +72,7 @@ class Sequence:
         self.last: float | None = None
         self.longest_gap = 0.0  # between two of its tokens
         self.num_preemptions = 0
+        self.num_early_preemptions = 0  # of these, before its first token
         self.matcher = matcher  # of its grammar, which its output follows so far
         self.bad_words = bad_words  # token ids of each
         self.history = History()

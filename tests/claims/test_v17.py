@@ -589,9 +589,22 @@ def test_a_preempted_requests_gap_is_on_the_page(module, new_engine, new_metrics
     assert picture["latency"]["longest gap of a request"] == [shortest, longest, longest] and longest > 3 * shortest
     assert picture["latency"]["between tokens"][0] == 1.0
     assert (picture["counters"]["goal_gap_missed"], picture["counters"]["goal_first_missed"]) == (1, 0)
-    assert sorted(request["num_preemptions"] for request in picture["requests"]) == [0, 1]
+    assert sorted((request["num_preemptions"], request["num_early_preemptions"]) for request in picture["requests"]) == [(0, 0), (1, 0)]
     clock.now += 61
     assert metrics.picture(0)["latency"]["longest gap of a request"] == [None] * 3
+
+
+def test_a_preemption_before_the_first_token_makes_no_gap(new_engine, new_metrics, Params, ids, clock):
+    """On the page, a request that generates in red has a gap. This one is preempted while its prompt is computed."""
+    engine, metrics = new_engine(num_blocks=6, reserve_tokens=0, max_num_seqs=2, max_num_batched_tokens=2), new_metrics()
+    second_per_step(engine, clock)
+    for _ in range(2):
+        engine.add_request(ids(9), Params(max_tokens=12, ignore_eos=True), clock.now)
+    while engine.has_unfinished_requests():
+        engine.step()
+    first, second = deliver(engine, metrics).ended
+    assert (first.num_preemptions, first.longest_gap, second.longest_gap) == (0, 1.0, 1.0)
+    assert second.num_preemptions == second.num_early_preemptions == metrics.picture(0)["requests"][1]["num_early_preemptions"] > 0
 
 
 def test_refused_requests_are_on_the_page(new_metrics, clock):
@@ -650,7 +663,7 @@ def test_the_cost_is_small(module, new_metrics):
     """At most 300 microseconds of CPU time per step at 64 sequences: the recorder's part, the message's and the server's."""
     recorder, metrics, records = module("records").Recorder(), new_metrics(), module("records")
     seqs = [
-        SimpleNamespace(seq_id=i, began=None, arrived=0.0, first=None, last=None, longest_gap=0.0, num_computed=9, num_prompt=5, num_scheduled=1)
+        SimpleNamespace(seq_id=i, began=None, arrived=0.0, first=None, last=None, longest_gap=0.0, num_computed=9, num_prompt=5, num_scheduled=1, num_preemptions=0)
         for i in range(64)
     ]
     times = []
