@@ -178,13 +178,13 @@ def load_engine(model_dir: str | Path, **options) -> EngineLike:
 
 
 def run_process(end: socket.socket, make_engine: Callable[[], EngineLike]) -> None:
-    """Run the engine process, with a log that nothing waits for: a step that fails may not stop the others' steps."""
+    """Let nothing in the engine process wait for its log's reader, not even a step that fails, and run it."""
     log_to(Log())
     run_engine(end, make_engine)
 
 
 def run_engine(end: socket.socket, make_engine: Callable[[], EngineLike]) -> None:
-    """Run the engine loop, in the process's main thread. Does not return."""
+    """Run the engine process, with the engine loop in its main thread. Does not return."""
     channel, inbox = Channel(end), queue.SimpleQueue()
     threading.Thread(target=read_until_gone, args=(end, inbox), name="reader", daemon=True).start()
     try:
