@@ -1,7 +1,8 @@
 """The engine: feed tokens, choose the next ones, append them."""
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from .sampling import NO_TOKEN, sample, top_logprobs
 from .scheduler import Scheduler
 from .sequence import Sequence
 from .storage import store_weights
-from .text import TextStream, encode, load_tokenizer
+from .text import TextStream, encode, load_tokenizer, spell_words
 
 # The head runs on at most this many rows at a time: a long prompt has thousands, each with vocab_size logits.
 HEAD_ROWS = 256
@@ -155,6 +156,8 @@ class Engine:
         else:
             self.linear = store_weights(self.model, linear)
         self.tokenizer = load_tokenizer(model_dir)
+        # All answers of a call have the same words.
+        self.spell_words = lru_cache(32)(partial(spell_words, self.tokenizer))
         self.recorder = Recorder()
         self.grammars = Grammars(
             self.tokenizer,
@@ -296,15 +299,8 @@ class Engine:
             root_key=root_key(params.cache_salt, self.num_resets),
             arrived=time.monotonic() if arrived is None else arrived,
             matcher=grammar and grammar.start(is_new_text=params.new_text),
-            bad_words=tuple(self.spell_words(params.bad_words)),
+            bad_words=self.spell_words(tuple(params.bad_words)),
         )
-
-    def spell_words(self, words: tuple[str, ...]) -> Iterator[list[int]]:
-        """The token ids of each word, where it begins a text and where it follows a space."""
-        for word in words:
-            for text in (word, f" {word.lstrip()}"):
-                if ids := self.tokenizer(text, add_special_tokens=False).input_ids:
-                    yield ids
 
     def compile_grammars(self, params: list[SamplingParams], call: Callable[[], None], is_wanted: Callable[[], bool]) -> bool:
         """Whether no request with one of these parameters would wait for its grammar. If one would, compile them in

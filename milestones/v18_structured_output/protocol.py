@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from .errors import ApiError
 from .json_schema import close
-from .params import SamplingParams
+from .params import MOST_WORDS, SamplingParams
 
 # The most messages plus parts, or prompts, that a body may have. A body with more is refused before validation.
 MAX_ITEMS = 4096
@@ -277,7 +277,7 @@ class Shaped(Labels):
     min_p: float = Field(0.0, ge=0, le=1, description="not OpenAI's: the least probability, as a share of the likeliest token's")
     min_tokens: int = Field(0, ge=0, description="not OpenAI's: no token ends the answer before there are as many")
     bad_words: list[Annotated[str, Field(min_length=1)]] = Field(
-        [], max_length=MOST_ENTRIES, description="not OpenAI's: texts whose tokens are never completed"
+        [], max_length=MOST_WORDS, description="not OpenAI's: texts whose tokens are never completed"
     )
     structured_outputs: StructuredOutputs | None = None
     regex: str | None = Field(None, description="not OpenAI's: the answer matches it as a whole")

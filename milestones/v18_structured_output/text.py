@@ -3,6 +3,7 @@ import codecs
 import re
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The token ids of a text as is, with the BOS that the tokenizer adds."""
     check_unicode(text)
     return tokenizer(text).input_ids
+
+
+def spell_words(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> tuple[list[int], ...]:
+    """The token ids of each word, where it begins a text and where it follows a space."""
+    texts = chain.from_iterable((word, f" {word.lstrip()}") for word in words)
+    spelled = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
+    return tuple(ids for ids in spelled if ids)
 
 
 def check_unicode(text: str) -> None:

@@ -11,6 +11,8 @@ from .parts import Parts
 # The parameters of which a request has at most one, and how long its value may be.
 GRAMMARS = ("regex", "choice", "json_schema", "json_object", "grammar", "parts")
 MOST_GRAMMAR_BYTES = 100_000
+# How many bad_words a request has at most, and how many bytes they have together. The engine's thread tokenizes them.
+MOST_WORDS, MOST_WORD_BYTES = 128, 10_000
 
 
 class RequestError(ValueError):
@@ -118,8 +120,14 @@ class SamplingParams:
                 check_number(f"logit_bias of token {token_id}", bias, -100, 100, param="logit_bias")
         if not isinstance(self.bad_words, (tuple, list)) or not all(isinstance(word, str) and word for word in self.bad_words):
             raise RequestError(f"bad_words must be a tuple of non-empty strings, got {self.bad_words!r}", "bad_words")
-        if any("\ud800" <= character <= "\udfff" for word in self.bad_words for character in word):
-            raise RequestError("bad_words hold half a surrogate pair, which is no character; remove it", "bad_words")
+        if len(self.bad_words) > MOST_WORDS:
+            raise RequestError(f"bad_words has {len(self.bad_words)} words, but at most {MOST_WORDS} are allowed; leave some out", "bad_words")
+        try:
+            num_bytes = sum(len(word.encode()) for word in self.bad_words)
+        except UnicodeEncodeError:
+            raise RequestError("bad_words hold half a surrogate pair, which is no character; remove it", "bad_words") from None
+        if num_bytes > MOST_WORD_BYTES:
+            raise RequestError(f"bad_words has {num_bytes} bytes, but at most {MOST_WORD_BYTES} are allowed; shorten it", "bad_words")
 
     def check_grammar(self) -> None:
         if not isinstance(self.json_object, bool):

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from .errors import ApiError
 from .json_schema import NOTES, close
-from .params import SamplingParams, json_text
+from .params import MOST_WORDS, SamplingParams, json_text
 from .parts import Parts, Tool, arguments_of
 
 # The most messages plus parts, or prompts, that a body may have. A body with more is refused before validation.
@@ -283,7 +283,7 @@ class Shaped(Labels):
     min_p: float = Field(0.0, ge=0, le=1, description="not OpenAI's: the least probability, as a share of the likeliest token's")
     min_tokens: int = Field(0, ge=0, description="not OpenAI's: no token ends the answer before there are as many")
     bad_words: list[Annotated[str, Field(min_length=1)]] = Field(
-        [], max_length=MOST_ENTRIES, description="not OpenAI's: texts whose tokens are never completed"
+        [], max_length=MOST_WORDS, description="not OpenAI's: texts whose tokens are never completed"
     )
     structured_outputs: StructuredOutputs | None = None
     regex: str | None = Field(None, description="not OpenAI's: the answer matches it as a whole")

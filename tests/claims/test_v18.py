@@ -293,6 +293,19 @@ def test_greedy_runs_are_hugging_faces(make_engine, Params, options):
         assert output.token_ids == want[len(prompt_ids) :].tolist(), prompt
 
 
+def test_all_answers_of_a_call_have_their_words_spelled_once(new_engine, module, Params, ids, monkeypatch):
+    """The engine's thread does it, while all streams wait."""
+    spelled, spell_words = [], module("text").spell_words
+    monkeypatch.setattr(module("engine"), "spell_words", lambda tokenizer, words: (spelled.append(words), spell_words(tokenizer, words))[1])
+    engine, prompt = new_engine(), ids(4)
+    for words in (("ab", " cd"), ["ab", " cd"], ("ef",)):
+        for params in module("params").choices(Params(bad_words=words, seed=1), 3):
+            engine.add_request(prompt, params)
+    assert spelled == [("ab", " cd"), ("ef",)]
+    want = [engine.tokenizer(text, add_special_tokens=False).input_ids for text in ("ab", " ab", " cd", " cd")]
+    assert [seq.bad_words for seq in engine.seqs.values()][:6] == [tuple(want)] * 6
+
+
 def shaped(Params, number, **others):
     """A request that uses some of everything."""
     kinds = (
@@ -586,6 +599,9 @@ REFUSED = (
     ({"logit_bias": {5: 101}}, "logit_bias", "logit_bias of token 5 must be a number from -100 to 100, got 101"),
     ({"bad_words": "the"}, "bad_words", "bad_words must be a tuple of non-empty strings, got 'the'"),
     ({"bad_words": ("a", "")}, "bad_words", "bad_words must be a tuple of non-empty strings"),
+    ({"bad_words": ("a", "\ud800")}, "bad_words", "bad_words hold half a surrogate pair, which is no character; remove it"),
+    ({"bad_words": ("a",) * 129}, "bad_words", "bad_words has 129 words, but at most 128 are allowed; leave some out"),
+    ({"bad_words": ("é" * 2_500,) * 2 + ("b",)}, "bad_words", "bad_words has 10001 bytes, but at most 10000 are allowed; shorten it"),
     ({"json_object": 1}, "json_object", "json_object must be True or False, got 1"),
     ({"regex": "a", "choice": ("b",)}, "choice", "regex and choice are both given, but a text follows only one grammar; leave one out"),
     ({"json_object": True, "grammar": "x"}, "grammar", "json_object and grammar are both given"),
@@ -615,7 +631,7 @@ def test_parameters_are_refused_by_name_and_range(Params, RequestError, options,
 
 
 def test_the_largest_and_the_inert_are_accepted(pocket, Params):
-    Params(regex="a" * 100_000), Params(choice=("é" * 50_000,))
+    Params(regex="a" * 100_000), Params(choice=("é" * 50_000,)), Params(bad_words=("a",) * 128), Params(bad_words=("é" * 5_000,))
     Params(regex="a", bad_words=[], min_tokens=0, logit_bias={}), Params(logit_bias={2047: -100}, frequency_penalty=-2, min_p=1, repetition_penalty=0.01)
     inert = Params(logit_bias={}, bad_words=(), repetition_penalty=1, frequency_penalty=0)
     assert not inert.adjusts_logits and inert.constraint is None
@@ -975,6 +991,8 @@ ERRORS = (
     ({"min_p": 1.5}, "min_p", ""),
     ({"min_tokens": -1}, "min_tokens", ""),
     ({"bad_words": [""]}, "bad_words", ""),
+    ({"bad_words": ["a"] * 129}, "bad_words", "128"),
+    ({"bad_words": ["a" * 10_001]}, "bad_words", "bad_words has 10001 bytes, but at most 10000 are allowed; shorten it"),
     ({"guided_json": {}}, "guided_json", "not supported"),
 )
 
