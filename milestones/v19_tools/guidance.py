@@ -113,6 +113,11 @@ def exactly(schema: dict | bool) -> dict | bool:
         if "pattern" in each:
             each["pattern"] = render(parse_regex(each["pattern"], "json_schema"))
         todo += parts_of(each, path)
+        if "patternProperties" in each:
+            names = {name: render(parse_regex(name, "json_schema")) for name in each["patternProperties"]}
+            if len(set(names.values())) < len(names):
+                raise RequestError(f"json_schema: {where}: two names in patternProperties are the same pattern; leave one out", "json_schema")
+            each["patternProperties"] = {names[name]: part for name, part in each["patternProperties"].items()}
     return schema
 
 

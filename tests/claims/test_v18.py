@@ -38,6 +38,7 @@ from transformers import (
 
 from shared.chapters import ROOT
 from shared.checkpoints import checkpoint
+from shared.verify import json_suite
 from shared.verify.reference import reference
 from shared.verify.serving import serving, wait_until
 from shared.workloads import random_ids
@@ -670,6 +671,31 @@ def test_what_only_the_engine_can_know_is_refused_there(make_engine, new_grammar
             own.get(constraint)
     with pytest.raises(ValueError, match="grammar_backend must be one of auto, own, llguidance, got 'outlines'"):
         new_grammars("outlines")
+
+
+def test_names_in_pattern_properties_are_patterns_as_any_other(new_grammars, RequestError):
+    """Written character by character for the library, which has other ideas of white space and line ends."""
+    grammars = new_grammars()
+    for name, valid, invalid in (
+        ("^\\S$", ["b", "é"], ["\x1c", "\ufeff", " ", "bb"]),
+        ("^.$", ["b", "\x01", '"'], ["\u2028", "\n"]),
+        ("b|^c$", ["abc", "c"], ["cc", "a"]),
+    ):
+        grammar = grammars.get(("json_schema", json.dumps({"patternProperties": {name: {"const": 1}}, "type": "object", "additionalProperties": False})))
+        for each in valid + invalid:
+            text = json.dumps({each: 1}, ensure_ascii=False)
+            assert json_suite.can_generate(grammar, grammars.tokenizer, text) == (each in valid), (name, each)
+            assert not json_suite.can_generate(grammar, grammars.tokenizer, text.replace("1}", "2}"))
+    inner = {"type": "object", "properties": {"x": {"patternProperties": {"a": {"patternProperties": {"(": {}}}}}}}
+    for schema, said in (
+        ({"patternProperties": {"(?i)^a$": {}}}, "look-around, flags and conditions are not supported: (? at character 0 of '(?i)^a$'"),
+        ({"patternProperties": {"a": {}, "[a]": {"type": "null"}}}, "the schema: two names in patternProperties are the same pattern; leave one out"),
+        (inner, "this ( is not closed at character 0 of '('"),
+        ({"patternProperties": {"a": {"minProperties": 2}}}, "/patternProperties/a: minProperties above 1"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            grammars.get(("json_schema", json.dumps(schema)))
+        assert said in str(caught.value) and caught.value.param == "json_schema"
 
 
 def test_without_the_library_only_what_needs_it_is_refused(module, new_grammars, monkeypatch, RequestError):
