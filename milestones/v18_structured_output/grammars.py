@@ -147,7 +147,10 @@ class Grammars:
         RequestError if it is refused.
         """
         with self.lock:
-            future, is_new = self.find(constraint)
+            future, is_new = self.kept.get(constraint), False
+            # What exceeded the limits of a process of its own would have none here: only `prepare` has it compiled again.
+            if not (future and future.done() and isinstance(future.exception(), NotNow)):
+                future, is_new = self.find(constraint)
         if is_new:
             self.compile(future, constraint, compile_here)
         return future.result()

@@ -812,6 +812,28 @@ def test_a_grammar_that_exceeds_the_limits_is_compiled_once_for_all_who_wait_for
     engine.close()
 
 
+def test_a_grammar_that_exceeded_the_limits_is_never_compiled_without_them(module, new_engine, Params, RequestError, ids, monkeypatch):
+    """Also if it expires just after the engine loop has asked for it: in the engine's thread nothing would end it."""
+    engine, told = new_engine(), threading.Event()
+    constraint = Params(regex="a+").constraint
+
+    def slow(kind, source):
+        raise module("compiler").NotNow("regex takes too long", "regex")
+
+    monkeypatch.setattr(module("grammars"), "compile_apart", slow)
+    assert not engine.compile_grammars([Params(regex="a+")], told.set, lambda: True) and told.wait(20)
+    assert engine.compile_grammars([Params(regex="a+")], told.set, lambda: True)
+    engine.grammars.kept[constraint].until = 0.0
+    for _ in range(2):
+        with pytest.raises(RequestError, match="regex takes too long"):
+            engine.add_request(ids(4), Params(regex="a+"))
+    monkeypatch.setattr(module("grammars"), "compile_apart", module("compiler").compile_here)
+    told.clear()
+    assert not engine.compile_grammars([Params(regex="a+")], told.set, lambda: True) and told.wait(20)
+    engine.add_request(ids(4), Params(regex="a+"))
+    engine.close()
+
+
 def test_a_grammar_that_nobody_waits_for_any_more_is_not_compiled(module, new_engine, Params, ids, monkeypatch):
     loop, engine, inbox, sent, compiled, gate = module("engine_loop"), new_engine(), queue.SimpleQueue(), [], [], threading.Event()
     engine_loop = loop.EngineLoop(engine, inbox, lambda message, stats: sent.append(message))
