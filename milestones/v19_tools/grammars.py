@@ -181,7 +181,8 @@ class Grammars:
 
             num_pending = sum(not future.done() for future in self.kept.values())
             for constraint, (future, is_new) in zip(dict.fromkeys(constraints), found):
-                future.wanted.append(is_wanted)
+                if not future.done():
+                    future.wanted.append(is_wanted)
                 if is_new and num_pending > MOST_PENDING:
                     message = f"{param_of(*constraint)} would wait for {MOST_PENDING} other grammars to be compiled; try again later"
                     self.end(future, NotNow(message, param_of(*constraint), "queue_full"))
@@ -225,6 +226,7 @@ class Grammars:
             self.end(future, error)
         self.record(Compilation(backend, time.monotonic() - began))
         with self.lock:
+            future.wanted.clear()
             self.forget_oldest()
 
     def compile_by(self, constraint: tuple, compile_own: Callable) -> tuple[str, object]:

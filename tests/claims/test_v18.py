@@ -860,6 +860,16 @@ def test_a_grammar_that_nobody_waits_for_any_more_is_not_compiled(module, new_en
     engine.close()
 
 
+def test_calls_that_asked_for_a_grammar_are_forgotten_when_it_is_compiled(module, new_engine, Params):
+    """However many use it later: it is kept as long as it is used."""
+    engine, told, params = new_engine(), threading.Event(), [Params(regex="[0-9]+")]
+    assert not engine.compile_grammars(params, told.set, lambda: True) and told.wait(20)
+    assert all(engine.compile_grammars(params, told.set, lambda: True) for _ in range(100))
+    future = engine.grammars.kept[params[0].constraint]
+    wait_until(lambda: not future.wanted)
+    engine.close()
+
+
 def test_a_flood_of_new_grammars_is_refused_with_try_again_later(module, new_engine, Params, RequestError, ids, monkeypatch):
     engine, gate = new_engine(), threading.Event()
     limit = module("grammars").MOST_PENDING
