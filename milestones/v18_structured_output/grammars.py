@@ -179,6 +179,7 @@ class Grammars:
                 if is_new and num_pending > MOST_PENDING:
                     message = f"{constraint[0]} would wait for {MOST_PENDING} other grammars to be compiled; try again later"
                     self.end(future, NotNow(message, constraint[0], "queue_full"))
+                    future.until = 0.0  # the next call may find fewer
                 elif is_new:
                     try:
                         self.compilers.submit(self.compile, future, constraint, compile_apart)

@@ -881,6 +881,12 @@ def test_a_flood_of_new_grammars_is_refused_with_try_again_later(module, new_eng
         engine.add_request(ids(4), Params(regex="b"))
     assert caught.value.code == "queue_full"
     gate.set()
+    # Retry-After is shorter than the time for which other failures are kept.
+    told = threading.Event()
+    wait_until(lambda: all(future.done() for future in engine.grammars.kept.values()))
+    assert not engine.compile_grammars([Params(regex="b")], told.set, lambda: True) and told.wait(20)
+    assert engine.compile_grammars([Params(regex="b")], told.set, lambda: True)
+    engine.add_request(ids(4), Params(regex="b"))
     engine.close()
 
 
