@@ -225,6 +225,9 @@ class Grammars:
             future.set_result(grammar)
         except BaseException as error:
             self.end(future, error)
+            if isinstance(error, KeyboardInterrupt):  # of a caller that compiles in its own thread
+                future.until = 0.0
+                raise
         self.record(Compilation(backend, time.monotonic() - began))
         with self.lock:
             future.wanted.clear()

@@ -528,6 +528,20 @@ def test_a_grammar_is_compiled_once_and_so_is_a_refusal(module, new_grammars, Re
     assert len(numbers) == 3
 
 
+def test_an_interrupt_while_a_grammar_is_compiled_stays_one(module, new_grammars, monkeypatch):
+    """And the grammar can be compiled at once again."""
+    grammars = new_grammars()
+
+    def interrupted(kind, source):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module("grammars"), "compile_here", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            grammars.get(("regex", "a+"))
+    assert grammars.get(("regex", "a+")).nbytes
+
+
 def test_schemas_with_members_in_another_order_are_others(pocket, Params):
     one, other = (
         {"type": "object", "properties": {name: {"const": 1} for name in names}, "required": ["a", "b"], "additionalProperties": False}
