@@ -221,9 +221,10 @@ class TextFormat(Closed):
 
 
 def parsed(schema: Any) -> Any:
-    """Return a schema that is given as a string of JSON; anything else, also what is no JSON, as it is."""
+    """Return a schema that is given as a string with a JSON object; anything else, also what is no JSON, as it is."""
     with suppress(ValueError, TypeError):
-        return json.loads(schema)
+        value = json.loads(schema)
+        return value if isinstance(value, dict) else schema
     return schema
 
 
