@@ -118,7 +118,8 @@ def exactly(schema: dict | bool) -> dict | bool:
             if len(set(names.values())) < len(names):
                 raise RequestError(f"json_schema: {where}: two names in patternProperties are the same pattern; leave one out", "json_schema")
             each["patternProperties"] = {names[name]: part for name, part in each["patternProperties"].items()}
-    return schema
+    # Only an object can say how its values are spelled.
+    return {} if schema is True else schema
 
 
 def numbers_in(value) -> Iterator[float]:

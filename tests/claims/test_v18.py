@@ -712,6 +712,14 @@ def test_names_in_pattern_properties_are_patterns_as_any_other(new_grammars, Req
         assert said in str(caught.value) and caught.value.param == "json_schema"
 
 
+@pytest.mark.parametrize("schema", ["true", "{}"])
+def test_any_json_has_one_spelling(new_grammars, schema):
+    grammars = new_grammars()
+    grammar = grammars.get(("json_schema", schema))
+    for text, is_spelling in (('[1, {"a": 2}]', True), ("[1,2]", False), ("[1,  2]", False), ('{"a":1}', False), ("[\n1]", False)):
+        assert json_suite.can_generate(grammar, grammars.tokenizer, text) == is_spelling, text
+
+
 def test_without_the_library_only_what_needs_it_is_refused(module, new_grammars, monkeypatch, RequestError):
     for name in [name for name in sys.modules if name.split(".")[0] == "llguidance"]:
         monkeypatch.delitem(sys.modules, name)
