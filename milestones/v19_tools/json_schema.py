@@ -460,6 +460,9 @@ def check_schema(schema: object, param: str = "json_schema") -> None:
 
 # Beside these, `properties` does not say all that an object may have.
 OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "allOf", "$ref", "not", "if", "dependentSchemas"}
+# Keywords whose values have schemas by name, and those whose values hold none that is obeyed.
+NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+WITHOUT_SCHEMAS = NOTES - NAMED | {"enum", "const"}
 
 
 def close(schema):
@@ -505,7 +508,11 @@ def puts_together(schema, root) -> bool:
             apart = "oneOf" not in schema or told_apart(schema["oneOf"], root)
             if several or beside or not apart or keywords & {"not", "if", "contains", "dependentSchemas", "unevaluatedProperties"}:
                 return True
-            return any(puts_together(each, root) for each in schema.values())
+            for keyword in set(schema) - WITHOUT_SCHEMAS:
+                value = schema[keyword]
+                parts = value.values() if keyword in NAMED and isinstance(value, dict) else [value]
+                if any(puts_together(each, root) for each in parts):
+                    return True
     return False
 
 

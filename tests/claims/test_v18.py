@@ -1129,6 +1129,31 @@ def test_a_schema_that_says_nothing_of_other_members_gets_none(server):
             assert post(server, "/v1/completions", (body % nested).encode()).status_code == 400, depth
 
 
+KEYWORDS = ("contains", "if", "not", "allOf", "oneOf", "$ref", "dependentSchemas", "unevaluatedProperties", "const", "properties", "items")
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_a_member_that_is_named_as_a_keyword_is_a_member(module, name):
+    """And what is only a value, or a note, is no schema: all objects are closed, and nothing else is changed."""
+    inner, no_more = {"type": "object", "properties": {"x": {"type": "null"}}}, {"additionalProperties": False}
+    for schema in (
+        lambda inner: {"type": "object", "properties": {name: {"type": "string"}, "a": inner}},
+        lambda inner: {"type": "object", "properties": {"b": {"enum": [{name: [1, 2], "c": 3}], "default": {name: 1}}, "a": inner}, "examples": [{name: [{}, {}]}]},
+        lambda inner: {"type": "object", "properties": {"a": {"items": {"$ref": f"#/$defs/{name}"}}, "b": inner}, "$defs": {name: inner, "d": inner}},
+    ):
+        assert module("json_schema").close(schema(inner)) == schema(inner | no_more) | no_more
+
+
+def test_a_schema_that_puts_objects_together_at_any_depth_stays_as_it_is(module):
+    close, inner = module("json_schema").close, {"type": "object", "properties": {"x": {"type": "null"}}}
+    together = {"allOf": [inner, {"properties": {"y": {}}}]}
+    for keyword in ("properties", "patternProperties", "$defs", "definitions"):
+        for schema in ({keyword: {"not": together}, "items": inner}, {"anyOf": [{"items": {keyword: {"a": together}}}, inner]}):
+            assert close(schema) == schema
+    for schema in ({"items": together}, {"properties": {"a": {"properties": {"b": {"not": inner}}}}}, {"properties": [together]}, {"prefixItems": [inner, together]}):
+        assert close(schema) == schema
+
+
 def test_choices_over_http_share_one_compilation_and_metrics_recount_it(server):
     """By what follows a grammar; none: those refused."""
     before = compilations(server)
