@@ -483,7 +483,7 @@ def closed(schema):
             return [closed(each) for each in schema]
         case dict():
             named = {"properties", "$defs", "definitions"}
-            parts = named | {"items", "prefixItems", "anyOf", "oneOf", "additionalProperties"}
+            parts = named | {"items", "prefixItems", "anyOf", "oneOf", "allOf", "additionalProperties"}
             result = {}
             for keyword, value in schema.items():
                 if keyword in named and isinstance(value, dict):

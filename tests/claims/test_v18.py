@@ -1150,6 +1150,7 @@ def test_a_schema_that_puts_objects_together_at_any_depth_stays_as_it_is(module)
     for keyword in ("properties", "patternProperties", "$defs", "definitions"):
         for schema in ({keyword: {"not": together}, "items": inner}, {"anyOf": [{"items": {keyword: {"a": together}}}, inner]}):
             assert close(schema) == schema
+    assert close({"items": {"allOf": [inner]}}) == {"items": {"allOf": [inner | {"additionalProperties": False}]}}
     for schema in ({"items": together}, {"properties": {"a": {"properties": {"b": {"not": inner}}}}}, {"properties": [together]}, {"prefixItems": [inner, together]}):
         assert close(schema) == schema
 
