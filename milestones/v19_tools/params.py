@@ -3,7 +3,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
 
 from .parts import Parts
 
@@ -162,7 +164,7 @@ class SamplingParams:
             if getattr(self, name) not in (inert, []):
                 raise RequestError(f"{name} cannot be combined with {param}, which decides where a text may end and which words it has; leave one out", name)
 
-    @property
+    @cached_property
     def constraint(self) -> tuple[str, str | tuple[str, ...] | Parts] | None:
         """The kind of the grammar that the text must match, and its source; None if there is none."""
         if self.regex is not None:
@@ -208,8 +210,11 @@ def choices(params: SamplingParams, num_choices: int) -> list[SamplingParams]:
     >>> [choice.seed == 7 for choice in choices(SamplingParams(seed=7), 3)]
     [True, False, False]
     """
-    seeds = [params.seed, *(choice_seed(params.seed, i) for i in range(1, num_choices))]
-    return [replace(params, seed=seed) for seed in seeds]
+    answers = [copy(params) for _ in range(num_choices)]
+    for i, answer in enumerate(answers[1:], start=1):
+        # All else is checked, and the text of a schema is written once for all.
+        object.__setattr__(answer, "seed", choice_seed(params.seed, i))
+    return answers
 
 
 def choice_seed(seed: int | None, index: int) -> int | None:

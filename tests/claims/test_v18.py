@@ -528,6 +528,22 @@ def test_a_grammar_is_compiled_once_and_so_is_a_refusal(module, new_grammars, Re
     assert len(numbers) == 3
 
 
+def test_a_schema_is_written_once_for_all_answers_of_a_call(module, new_engine, Params, ids, monkeypatch):
+    """It takes a millisecond if it is large, and the engine asks for it several times. Only once does it cross to its process."""
+    written, params, json_text = [], module("params"), module("params").json_text
+    monkeypatch.setattr(params, "json_text", lambda schema: (written.append(schema), json_text(schema))[1])
+    one = Params(json_schema={"type": "null", "description": "x" * 10_000}, seed=3)
+    requests = params.choices(one, 5)
+    assert len({each.seed for each in requests}) == 5 and requests[0] == one and one.seed == 3
+    crossed = pickle.dumps(requests)
+    assert len(crossed) < 30_000
+    engine = new_engine()
+    for each in pickle.loads(crossed):
+        engine.compile_grammars([each], lambda: None, lambda: True)
+        engine.add_request(ids(4), each)
+    assert len(written) == 1
+
+
 def test_an_interrupt_while_a_grammar_is_compiled_stays_one(module, new_grammars, monkeypatch):
     """And the grammar can be compiled at once again."""
     grammars = new_grammars()
