@@ -128,7 +128,7 @@ class SamplingParams:
     def check_grammar(self) -> None:
         if not isinstance(self.json_object, bool):
             raise RequestError(f"json_object must be True or False, got {self.json_object!r}", "json_object")
-        given = [kind for kind in GRAMMARS if getattr(self, kind) not in (None, False)]
+        given = [kind for kind in GRAMMARS if getattr(self, kind) is not (False if kind == "json_object" else None)]
         if len(given) > 1:
             raise RequestError(f"{given[0]} and {given[1]} are both given, but a text follows only one grammar; leave one out", given[1])
         if not given:
