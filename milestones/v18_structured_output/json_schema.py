@@ -20,7 +20,7 @@ from .params import RequestError
 from .regex import invert, merge, parse_regex, searching
 
 COMMA, COLON = ", ", ": "
-MOST_BYTES, MOST_DEPTH, MOST_MULTIPLE = 100_000, 32, 10_000
+MOST_DEPTH, MOST_MULTIPLE = 32, 10_000
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 # Characters that a string cannot hold as they are, by code point: their spelling.
 ESCAPED = {code: json.dumps(chr(code))[1:-1] for code in (*range(32), ord('"'), ord("\\"))}
