@@ -390,8 +390,8 @@ for question in ("Give me a JSON record of a user.", "Who are you?"):
 #
 # ## 6. A mask does not look ahead
 #
-# Pocket continues "Once upon a time there was" with one of two texts. The next cell lets it choose, greedily, and then asks for each text alone, to add
-# up the model's logprobs.
+# Pocket continues "Once upon a time there was" with one of two texts. The next cell asks for each text alone, to add up the model's logprobs, and then lets
+# it choose, greedily.
 #
 # **Predict.** Which of the two does it choose: the one that is likelier as a whole, or the one that begins likelier?
 
@@ -574,7 +574,8 @@ plt.show()
 #
 # ## To try
 #
-# 1. In part 2, add a state to the table by hand so that `ab*c` also accepts `abd`, and let `nine` walk through it.
+# 1. In part 2, change the table by hand so that it also accepts `abd`, but not `abbd`, and let `nine` walk through it. How many states and
+#    classes does it need?
 # 2. In part 4, allow white space: compile `[ \n\t]*` between all parts of a record, as a regular expression. At temperature 1.3, how long do answers
 #    get? Why does the chapter allow one spelling only?
 # 3. In part 6, throw away and draw again: sample freely until a text is among the choices. How many draws does it take, and which choice wins?
