@@ -218,6 +218,7 @@ def new_run(new_engine, new_metrics, Params, clock):
     return new_run
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("seed", "swap_bytes"), [(1, 0), (2, 0), (3, 2**20)])
 def test_every_counter_is_a_recount_from_the_outputs_of_the_run(new_run, seed, swap_bytes):
     """Preempted, chunked, found, aborted, failed: tokens that were lost with their step are not counted."""
@@ -246,6 +247,7 @@ def test_every_counter_is_a_recount_from_the_outputs_of_the_run(new_run, seed, s
     }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_latencies_are_those_of_the_outputs(new_run, seed):
     """Counts and sums, exactly: from a request's arrival, which is before its queue, and across preemptions."""
@@ -275,6 +277,7 @@ def test_the_latencies_are_those_of_the_outputs(new_run, seed):
     assert sum(value for (name, *_), value in got.items() if name == "step_part_seconds_total") == run.num_steps
 
 
+@pytest.mark.whole
 def test_counters_never_decrease_and_each_request_ends_once(new_run):
     run = new_run(4)
     for earlier, later in pairwise(run.scrapes):
@@ -318,6 +321,7 @@ def test_the_gaps_of_a_step_are_one_pair_however_many_run(new_engine, Params, id
     assert [step.num_output for step in steps] == [64] * 3 and len(ended) == 64
 
 
+@pytest.mark.whole
 def test_the_gap_over_a_preemption_counts_and_the_hits_do_not(new_engine, new_metrics, Params, ids, clock):
     """What a preempted request computes again is computed, and what it finds again was not found by a prompt."""
     engine, metrics = new_engine(num_blocks=6, reserve_tokens=0), new_metrics()
@@ -782,6 +786,7 @@ def test_reading_does_not_wait_for_a_step(chapter, fake):
             fake.gate.set()
 
 
+@pytest.mark.whole
 def test_tokens_that_clients_have_not_read_are_seen(chapter, fake, Params):
     """A generation's outputs wait in the server, not in the engine; when nobody holds it any more, they are gone."""
     with serving(chapter, fake, log_format="none") as server:
@@ -908,6 +913,7 @@ def test_no_second_picture_is_begun_beside_a_slow_one(chapter, fake, monkeypatch
         assert HTTP.get(f"{server.url}/dashboard/data").status_code == 200 and len(made) == 2
 
 
+@pytest.mark.whole
 def test_the_number_of_series_does_not_depend_on_what_clients_send(chapter, fake):
     """300 paths, methods, models and ids: labels are the routes' own paths, and statuses."""
     rng = random.Random(7)
@@ -1004,6 +1010,7 @@ def test_a_trace_is_chromes_and_holds_no_text(chapter, pocket, module):
         assert text not in trace.text and text not in shown
 
 
+@pytest.mark.whole
 def test_a_long_trace_stops_nobody(chapter, fake, module):
     """Five minutes of steps of 10 ms are 20 MB of JSON."""
     with serving(chapter, fake, log_format="none") as server:
@@ -1190,6 +1197,7 @@ def fill_log(process, url):
         assert HTTP.get(f"{url}/version", timeout=5).status_code == 200
 
 
+@pytest.mark.whole
 def test_a_server_whose_log_nobody_reads_answers_and_can_be_stopped(chapter):
     """Not even a warning of uvicorn, or a flush of stderr, may wait for the reader: the thread that prints may hold its lock."""
     with running_server(chapter) as (process, url):
@@ -1200,6 +1208,7 @@ def test_a_server_whose_log_nobody_reads_answers_and_can_be_stopped(chapter):
         assert process.wait(20) == 0
 
 
+@pytest.mark.whole
 def test_the_log_says_why_the_server_has_ended(chapter):
     with running_server(chapter) as (process, url):
         assert HTTP.get(f"{url}/version").status_code == 200
@@ -1222,6 +1231,7 @@ process.Server.on_tick = on_tick
 """
 
 
+@pytest.mark.whole
 def test_a_server_that_fails_ends_although_nobody_reads_its_log(chapter):
     with running_server(chapter, BUG) as (process, url):
         fill_log(process, url)
@@ -1229,6 +1239,7 @@ def test_a_server_that_fails_ends_although_nobody_reads_its_log(chapter):
         assert process.wait(20) == 1
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("is_full", [False, True])
 def test_an_engines_process_does_not_wait_for_who_reads_the_log(chapter, is_full):
     code = f"""
