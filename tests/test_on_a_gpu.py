@@ -83,6 +83,7 @@ def test_a_forward_pass_finds_all_it_needs_on_the_gpu(chapter, gpu, limits, modu
         assert not (crossings or ())[before:after]
 
 
+@pytest.mark.whole
 @pytest.mark.needs("attention")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is pretended")
 @needs_triton

@@ -126,6 +126,7 @@ def copies_are_not_freed(module, patch):
     patch.setattr(module("scheduler").Scheduler, "release", bug)
 
 
+@pytest.mark.whole
 @pytest.mark.needs("preemption")
 @pytest.mark.parametrize(
     ("bug", "audited", "message"),
@@ -249,6 +250,7 @@ def nothing_waits_for_what_is_being_computed(module, patch):
     patch.setattr(module("scheduler").Scheduler, "awaits", lambda self, *args: False)
 
 
+@pytest.mark.whole
 @pytest.mark.needs("prefix_cache")
 @pytest.mark.parametrize(
     ("bug", "message"),

@@ -169,6 +169,7 @@ def serve(service: Service, bound: socket.socket, keep_alive_s: int) -> NoReturn
         Server(config, service).run([bound])
     # If two servers start on one port at the same time, the second one to listen fails here.
     except OSError as error:
+        app.state.log.close()
         raise unavailable(*bound.getsockname()[:2], error) from None
     except Exception:
         has_failed = True

@@ -84,6 +84,7 @@ def test_a_sequence_holds_less_than_a_block_that_is_empty(chapter):
             assert 0 <= BS * len(part.rows) - reached[part.request] < BS
 
 
+@pytest.mark.whole
 @pytest.mark.until("v11")
 def test_at_equal_bytes_more_requests_run_because_they_reserve_less(chapter):
     """v04 reserves max_model_len for each; v05 reserves prompt + max_tokens - 1, rounded up to blocks.

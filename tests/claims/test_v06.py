@@ -279,6 +279,7 @@ def test_warming_up_changes_nothing_in_the_cache(kernels):
 CHANGING = {"stride_t_s", "num_tokens", "num_splits", "num_rows"}
 
 
+@pytest.mark.whole
 @needs_triton
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU is pretended")
 @pytest.mark.parametrize(

@@ -312,6 +312,7 @@ def test_a_dying_engines_last_messages_are_read_although_the_server_wrote_meanwh
     assert [type(message) for message in received] == [loop.Added, loop.Died] and "ZeroDivisionError" in received[-1].reason
 
 
+@pytest.mark.whole
 def test_a_file_that_cannot_be_read_is_said_in_one_line(chapter):
     """A name may be too long for the file system, or a folder closed to this user."""
     done = subprocess.run(
@@ -439,6 +440,7 @@ def test_the_server_has_no_torch_and_the_engine_no_http_after_they_have_answered
     assert threads["engine"] >= 3
 
 
+@pytest.mark.whole
 def test_signals_to_the_engine_alone_change_nothing(served):
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(served.pids["engine"], number)

@@ -623,6 +623,7 @@ def detokenized(server, **body):
 PARTS = f"<think>\nHm é.\n</think>\n\nLet <tool\n\n{CALL}\n{NOW}"
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("in_pieces", [False, True], ids=["tokens", "pieces"])
 def test_an_answer_that_max_tokens_cuts_says_so_and_streams_the_same(server, rng, in_pieces):
     """At any token. Nothing is repaired, what is not yet known is not said, and no half of a marker is lost."""
@@ -652,6 +653,7 @@ def test_an_answer_that_max_tokens_cuts_says_so_and_streams_the_same(server, rng
     assert num_calls == 2 and ("tool_calls" in message) == bool(calls)
 
 
+@pytest.mark.whole
 def test_a_forced_call_that_max_tokens_cuts(server):
     """As soon as the name is known, it is a call; before, the message is empty. The template has ended the thought."""
     said = server.say(f"{NOW}\n{NOW}")
@@ -948,6 +950,7 @@ def test_a_conversation_of_responses_goes_on_with_results(server):
     assert seen == [len(post(server, "/tokenize", {"messages": turns, "tools": TOOLS}).json()["tokens"])] * 2
 
 
+@pytest.mark.whole
 def test_a_response_that_is_cut_has_an_incomplete_item_and_does_not_go_on_within_a_call(server):
     said = server.say(PARTS)
     tokenizer, seen = server.engine.tokenizer, set()
