@@ -177,14 +177,14 @@ assert posted[-1].stats.free_blocks == engine.pool.num_blocks
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 2.4))
-colours = {1: "tab:blue", 2: "tab:orange", 3: "tab:green"}
+colors = {1: "tab:blue", 2: "tab:orange", 3: "tab:green"}
 for place, (message, _, _) in enumerate(posted):
     if isinstance(message, Stepped):
         for call, _, _ in message.outputs:
-            axes.plot(place, call, "o", color=colours[call])
+            axes.plot(place, call, "o", color=colors[call])
     else:
         marker = "x" if isinstance(message, Aborted) else ">"
-        axes.plot(place, message.call_id, marker, color=colours[message.call_id], markersize=10)
+        axes.plot(place, message.call_id, marker, color=colors[message.call_id], markersize=10)
 axes.set_xticks(range(len(posted)), [type(message).__name__ for message, _, _ in posted], rotation=40, fontsize=8)
 axes.set(title="What the engine's thread posts, in order", ylabel="call")
 axes.set_yticks([1, 2, 3])

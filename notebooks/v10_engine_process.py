@@ -164,7 +164,7 @@ for _, message, stats in beside.received:
 assert [type(message).__name__ for _, message, _ in beside.received] == ["Added"] + ["Stepped"] * 4
 
 # %% [markdown]
-# Five messages carry twelve tokens. The engine sent the tokenizer, in `Ready`.
+# Four of the five messages carry the twelve tokens. The engine sent the tokenizer, in `Ready`.
 #
 # ## 3. A busy thread beside it
 #

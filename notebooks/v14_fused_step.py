@@ -156,7 +156,7 @@ axes.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# The curve is flat at first, because few rows take as long as reading the weights, and rises where multiplying takes longer. It
+# The curve rises slowly at first, because few rows take as long as reading the weights, and faster where multiplying takes longer. It
 # does not begin at the bound: plain's product of one row reads more slowly than this thread can. So there are two things to win:
 # fewer bytes, and a better order.
 #
@@ -294,7 +294,7 @@ axes.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# With many rows, a product takes as long as its multiplications, which are the same in every form.
+# With many rows, a product takes as long as its multiplications. Every form has as many, but libraries differ in how fast they multiply.
 #
 # The engine measures in the same way, for 1, 8, 32 and 128 rows, and lets `fastest` choose. You can give `fastest` any numbers.
 #
