@@ -519,7 +519,7 @@ CACHE_BUGS = {
     "two tokens are computed": ("scheduler", "(seq.first_draw - 1) //", "(seq.first_draw - 2) //"),
     "no request waits for a block": ("scheduler", "if self.awaits(seq, len(found), ahead) or not", "if not"),
     "a request waits for generated tokens": ("scheduler", "other.num_prompt // block_size", "other.num_tokens // block_size"),
-    "a request waits for any block": ("scheduler", "other.block_key(i, block_size) == key", "True"),
+    "a request waits for any block": ("scheduler", "other.block_key(num_found, block_size) == key", "True"),
     "a request waits only for a prompt's first block": ("scheduler", "if num_found == self.most_cached(seq)", "if num_found or not self.most_cached(seq)"),
     "a block can be found before it is computed": ("scheduler", "min(seq.num_computed //", "min(seq.num_tokens //"),
     "a shared block counts for each table": (

@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from contextlib import suppress
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -14,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from .errors import ApiError
 from .json_schema import close
-from .params import MOST_WORDS, SamplingParams
+from .params import MOST_GRAMMAR_BYTES, MOST_WORDS, SamplingParams
 
 # The most messages plus parts, or prompts, that a body may have. A body with more is refused before validation.
 MAX_ITEMS = 4096
@@ -182,7 +183,7 @@ class ResponseFormat(Closed):
     def grammar(self) -> tuple[str, Any] | None:
         """The kind of the grammar and its value, as in SamplingParams."""
         if self.type == "json_schema":
-            return "json_schema", close(self.json_schema.schema_)
+            return "json_schema", closed(self.json_schema.schema_, "response_format.json_schema.schema")
         return ("json_object", True) if self.type == "json_object" else None
 
 
@@ -206,12 +207,25 @@ class TextFormat(Closed):
     @property
     def grammar(self) -> tuple[str, Any] | None:
         if self.type == "json_schema":
-            return "json_schema", close(self.schema_)
+            return "json_schema", closed(self.schema_, "text.format.schema")
         return ("json_object", True) if self.type == "json_object" else None
 
     def answer(self) -> dict:
         """As a response repeats it."""
         return self.model_dump(by_alias=True, exclude_none=True)
+
+
+def check_length(schema: Any, param: str) -> None:
+    """ApiError for a schema that is too long: what reads it in Python would hold up the event loop."""
+    length = len(schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False))
+    if length > MOST_GRAMMAR_BYTES:
+        raise ApiError(400, f"{param} has {length} characters, but at most {MOST_GRAMMAR_BYTES} bytes are allowed; shorten it", param)
+
+
+def closed(schema: Any, param: str) -> Any:
+    """What `close` returns for a schema; ApiError if it is too long."""
+    check_length(schema, param)
+    return close(schema)
 
 
 def parsed(schema: Any) -> Any:
@@ -242,9 +256,10 @@ class StructuredOutputs(Closed):
     )
     disable_any_whitespace: bool = Field(True, description="has no effect: there is one space after a comma and a colon")
 
-    @property
+    @cached_property
     def grammars(self) -> list[tuple[str, str, Any]]:
         """Each grammar that is given: its parameter, its kind and its value."""
+        check_length(self.json_, "structured_outputs.json")
         schema = parsed(self.json_)
         if self.disable_additional_properties:
             schema = close(schema)
@@ -292,7 +307,7 @@ class Shaped(Labels):
         """The parameter of OpenAI's that may hold a grammar, and the grammar."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def grammars(self) -> list[tuple[str, str, Any]]:
         """Each grammar that is given: its parameter, its kind and its value."""
         name, asked = self.asked_format
@@ -302,7 +317,7 @@ class Shaped(Labels):
         for kind in ("regex", "choice", "json_schema", "json_object", "grammar"):
             value = getattr(self, kind)
             if value not in (None, False):
-                given.append((kind, kind, close(value) if kind == "json_schema" else value))
+                given.append((kind, kind, closed(value, kind) if kind == "json_schema" else value))
         return given
 
     @model_validator(mode="after")

@@ -169,8 +169,6 @@ class Grammars:
         """
         with self.lock:
             found = [self.find(constraint) for constraint in dict.fromkeys(constraints)]
-            pending = [future for future, _ in found if not future.done()]
-            remaining = [len(pending)]
 
             def count(_future: Future) -> None:
                 with self.lock:
@@ -192,6 +190,9 @@ class Grammars:
                         self.compilers.submit(self.compile, future, constraint, compile_apart)
                     except RuntimeError as error:  # there are too many threads
                         self.end(future, error)
+            # A call whose grammar was just refused must find that, and not ask anew.
+            pending = [future for future, _ in found if not future.done()]
+            remaining = [len(pending)]
         for future in pending:
             future.add_done_callback(count)
         return not pending

@@ -217,8 +217,12 @@ def parts_grammar(parts: Parts, symbols: dict[str, int]) -> str:
 
 def arguments_schema(tool: Tool) -> dict:
     """The schema of a tool's arguments, as the library obeys it; any object, if it does not, and the tool is not strict."""
+    from llguidance import LLMatcher
+
     try:
         schema = exactly(json.loads(tool.schema))
+        if not tool.is_strict and LLMatcher.validate_grammar(schema_grammar(schema)):
+            schema = {"type": "object"}
     except RequestError as error:
         if tool.is_strict:
             raise RequestError(str(error).replace("json_schema", tool.param, 1), tool.param) from None

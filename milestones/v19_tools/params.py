@@ -194,14 +194,14 @@ def param_of(kind: str, source) -> str:
     return source.param if kind == "parts" else kind
 
 
-def json_text(schema: dict | str) -> str:
-    """A JSON Schema as JSON, with keys in the given order."""
+def json_text(schema: dict | str, param: str = "json_schema") -> str:
+    """A JSON Schema as JSON, with keys in the given order; param holds it, and is named in the error."""
     try:
         text = json.dumps(json.loads(schema) if isinstance(schema, str) else schema, ensure_ascii=False, allow_nan=False)
         text.encode()  # fails for half a surrogate pair
         return text
     except (ValueError, TypeError, RecursionError) as error:
-        raise RequestError(f"json_schema is not valid JSON: {error}", "json_schema") from None
+        raise RequestError(f"{param} is not valid JSON: {error}", param) from None
 
 
 def choices(params: SamplingParams, num_choices: int) -> list[SamplingParams]:

@@ -308,4 +308,5 @@ def arguments_of(text: str) -> dict:
     arguments = json.loads(text or "{}")
     if not isinstance(arguments, dict):
         raise ValueError(f"it must be a JSON object, got {text[:40]}")
+    json.dumps(arguments, allow_nan=False)  # fails for NaN and infinity, which Python's parser takes
     return arguments

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from .errors import ApiError
 from .json_schema import NOTES, close
-from .params import MOST_WORDS, SamplingParams, json_text
+from .params import MOST_GRAMMAR_BYTES, MOST_WORDS, SamplingParams, json_text
 from .parts import Parts, Tool, arguments_of
 
 # The most messages plus parts, or prompts, that a body may have. A body with more is refused before validation.
@@ -188,7 +188,7 @@ class ResponseFormat(Closed):
     def grammar(self) -> tuple[str, Any] | None:
         """The kind of the grammar and its value, as in SamplingParams."""
         if self.type == "json_schema":
-            return "json_schema", close(self.json_schema.schema_)
+            return "json_schema", closed(self.json_schema.schema_, "response_format.json_schema.schema")
         return ("json_object", True) if self.type == "json_object" else None
 
 
@@ -212,12 +212,25 @@ class TextFormat(Closed):
     @property
     def grammar(self) -> tuple[str, Any] | None:
         if self.type == "json_schema":
-            return "json_schema", close(self.schema_)
+            return "json_schema", closed(self.schema_, "text.format.schema")
         return ("json_object", True) if self.type == "json_object" else None
 
     def answer(self) -> dict:
         """As a response repeats it."""
         return self.model_dump(by_alias=True, exclude_none=True)
+
+
+def check_length(schema: Any, param: str) -> None:
+    """ApiError for a schema that is too long: what reads it in Python would hold up the event loop."""
+    length = len(schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False))
+    if length > MOST_GRAMMAR_BYTES:
+        raise ApiError(400, f"{param} has {length} characters, but at most {MOST_GRAMMAR_BYTES} bytes are allowed; shorten it", param)
+
+
+def closed(schema: Any, param: str) -> Any:
+    """What `close` returns for a schema; ApiError if it is too long."""
+    check_length(schema, param)
+    return close(schema)
 
 
 def parsed(schema: Any) -> Any:
@@ -248,9 +261,10 @@ class StructuredOutputs(Closed):
     )
     disable_any_whitespace: bool = Field(True, description="has no effect: there is one space after a comma and a colon")
 
-    @property
+    @cached_property
     def grammars(self) -> list[tuple[str, str, Any]]:
         """Each grammar that is given: its parameter, its kind and its value."""
+        check_length(self.json_, "structured_outputs.json")
         schema = parsed(self.json_)
         if self.disable_additional_properties:
             schema = close(schema)
@@ -298,7 +312,7 @@ class Shaped(Labels):
         """The parameter of OpenAI's that may hold a grammar, and the grammar."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def grammars(self) -> list[tuple[str, str, Any]]:
         """Each grammar that is given: its parameter, its kind and its value."""
         name, asked = self.asked_format
@@ -308,7 +322,7 @@ class Shaped(Labels):
         for kind in ("regex", "choice", "json_schema", "json_object", "grammar"):
             value = getattr(self, kind)
             if value not in (None, False):
-                given.append((kind, kind, close(value) if kind == "json_schema" else value))
+                given.append((kind, kind, closed(value, kind) if kind == "json_schema" else value))
         return given
 
     @model_validator(mode="after")
@@ -500,7 +514,8 @@ def tools_by_name(functions: list[tuple[str, Any, bool | None, str]]) -> dict[st
             raise ApiError(400, f"{param} has the name {name!r}, as an earlier one; rename one of them", param)
         if (schema or {}).get("type", "object") != "object":
             raise ApiError(400, f"{param}.parameters must be a schema of objects, since arguments have names; its type must be object", f"{param}.parameters")
-        tools[name] = Tool(name, json_text(closed_arguments(schema)), bool(strict), f"{param}.parameters")
+        check_length(schema, f"{param}.parameters")
+        tools[name] = Tool(name, json_text(closed_arguments(schema), f"{param}.parameters"), bool(strict), f"{param}.parameters")
     return tools
 
 
@@ -527,11 +542,12 @@ class ToolCall(Strict):
 
 
 def plain_call(call_id: str, name: str, arguments: str, param: str) -> dict[str, Any]:
-    """A call as chat templates expect it; ApiError if its arguments are no JSON object."""
+    """A call as chat templates expect it; ApiError if its arguments are no JSON object, or too long."""
+    check_length(arguments, param)
     try:
         plain = arguments_of(arguments)
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"{param} must be a JSON object: {error}; if the answer was cut off, leave the call out", param) from None
+        raise ApiError(400, f"{param} must be a JSON object: {str(error).partition(';')[0]}; if the answer was cut off, leave the call out", param) from None
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": plain}}
 
 

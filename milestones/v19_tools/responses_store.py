@@ -38,7 +38,8 @@ class Run:
     ):
         self.service = service
         self.api_key = api_key  # only requests with this key may see the response
-        self.body = body
+        # A response is kept for long, and these may be megabytes.
+        self.body = body.model_copy(update={"input": "", "chat_template_kwargs": {}})
         self.messages = messages  # the conversation without instructions
         self.num_prompt = num_prompt
         self.id = new_id("resp_")
@@ -98,7 +99,7 @@ class Run:
             "output": self.items.describe(self.status),
             "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": body.previous_response_id,
-            "reasoning": {"effort": None, "summary": body.reasoning.summary or body.reasoning.generate_summary},
+            "reasoning": {"effort": body.reasoning.effort, "summary": body.reasoning.summary or body.reasoning.generate_summary},
             "safety_identifier": body.safety_identifier,
             "prompt_cache_key": body.prompt_cache_key,
             "service_tier": "default",

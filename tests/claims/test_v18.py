@@ -916,9 +916,10 @@ def test_a_flood_of_new_grammars_is_refused_with_try_again_later(module, new_eng
     engine, gate = new_engine(), threading.Event()
     limit = module("grammars").MOST_PENDING
     monkeypatch.setattr(module("grammars"), "compile_apart", lambda kind, source: gate.wait(20) and module("compiler").compile_here(kind, source))
-    prepared = [engine.compile_grammars([Params(regex=f"a{number}")], lambda: None, lambda: True) for number in range(limit + 1)]
+    prepared = [engine.compile_grammars([Params(regex=f"a{number}")], lambda: None, lambda: True) for number in range(limit)]
     assert not any(prepared)
-    engine.compile_grammars([Params(regex="b")], lambda: None, lambda: True)
+    # It is refused at once: a call that had to ask again would be refused again, and again.
+    assert engine.compile_grammars([Params(regex="b")], lambda: pytest.fail("it asks again"), lambda: True)
     with pytest.raises(RequestError, match=f"would wait for {limit} other grammars.*try again later") as caught:
         engine.add_request(ids(4), Params(regex="b"))
     assert caught.value.code == "queue_full"
@@ -930,6 +931,19 @@ def test_a_flood_of_new_grammars_is_refused_with_try_again_later(module, new_eng
     assert engine.compile_grammars([Params(regex="b")], told.set, lambda: True)
     engine.add_request(ids(4), Params(regex="b"))
     engine.close()
+
+
+def test_a_schema_is_read_once_and_a_long_one_not_at_all(module, monkeypatch):
+    """On the event loop, four megabytes of it would take half a minute."""
+    protocol, calls = module("protocol"), []
+    close = protocol.close
+    monkeypatch.setattr(protocol, "close", lambda schema: calls.append(1) or close(schema))
+    body = protocol.CompletionRequest(model="pocket", prompt="a", json_schema={"type": "object"})
+    assert body.grammars == body.grammars and body.grammar_param == "json_schema" and body.shape() and len(calls) == 1
+    for given in ({"json_schema": {"enum": ["a"] * 40_000}}, {"structured_outputs": {"json": json.dumps({"enum": ["a"] * 40_000})}}):
+        with pytest.raises(module("errors").ApiError, match="at most 100000 bytes"):
+            protocol.CompletionRequest(model="pocket", prompt="a", **given)
+    assert len(calls) == 1
 
 
 def test_a_process_that_compiles_ends_with_its_parent(module):
@@ -1079,6 +1093,8 @@ ERRORS = (
     ({"structured_outputs": {"json": "false"}}, "structured_outputs.json", "no value is allowed"),
     ({"structured_outputs": {"json": " null"}}, "structured_outputs.json", "must be a JSON Schema, which is an object, true or false, got NoneType"),
     ({"structured_outputs": {"json": "0"}}, "structured_outputs.json", "which is an object, true or false, got int"),
+    ({"structured_outputs": {"json": '{"anyOf": [' + "{}, " * 60_000 + "{}]}"}}, "structured_outputs.json", "has 240015 characters, but at most 100000 bytes"),
+    ({"json_schema": {"enum": [0] * 60_000}}, "json_schema", "characters, but at most 100000 bytes are allowed; shorten it"),
     ({"structured_outputs": {"grammar": "start: (("}}, "structured_outputs.grammar", "is refused"),
     ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice", "matches no text"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", ""),

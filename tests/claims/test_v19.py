@@ -1028,6 +1028,10 @@ REFUSED = (
     (called_with(function={"name": "add", "arguments": '{"a": 1'}), "messages[1].tool_calls[0].function.arguments", "if the answer was cut off"),
     (called_with(function={"name": "add", "arguments": "[1]"}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
     (called_with(function={"name": "add", "arguments": "{" * 3000}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
+    (called_with(function={"name": "add", "arguments": '{"a": NaN}'}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
+    (called_with(function={"name": "add", "arguments": '{"a": 1e400}'}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
+    (called_with(function={"name": "add", "arguments": '{"a": ' + "1" * 5000 + "}"}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
+    (called_with(function={"name": "add", "arguments": '{"a": [' + "{}, " * 60_000 + "{}]}"}), "messages[1].tool_calls[0].function.arguments", "has 240011 characters"),
     (called_with(function={"name": "add", "arguments": {"a": 1}}), "messages[1].tool_calls[0].function.arguments", ""),
     (called_with(function={"name": "a b", "arguments": "{}"}), "messages[1].tool_calls[0].function.name", ""),
     ({"tools": [TOOLS[0], TOOLS[1], TOOLS[0]]}, "tools[2].function", "as an earlier one; rename one of them"),
@@ -1092,6 +1096,13 @@ def test_a_strict_tool_is_obeyed_or_refused_and_another_may_get_any_object(serve
     server.say('<tool_call>\n{"name": "odd", "arguments": {"y": [1, {"z": "}"}]}}\n</tool_call>')
     message, reason, _ = whole_and_streamed(server, tools=[tool], tool_choice="required")
     assert message["tool_calls"] == [function("odd", '{"y": [1, {"z": "}"}]}')] and reason == "tool_calls"
+    # Nor may the library refuse what nobody has to obey, as the schema that zod writes for a record.
+    record = {"type": "object", "properties": {"m": {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "string"}}}}
+    tool = {"type": "function", "function": {"name": "odd", "parameters": record}}
+    message, reason, _ = whole_and_streamed(server, tools=[tool], tool_choice="required")
+    assert message["tool_calls"] == [function("odd", '{"y": [1, {"z": "}"}]}')] and reason == "tool_calls"
+    error = refused(server, "/v1/chat/completions", {"messages": ASKED, "tools": [tool | {"function": tool["function"] | {"strict": True}}]})
+    assert error["param"] == "tools[0].function.parameters" and "propertyNames" in error["message"]
     # What is not an object is not allowed, whatever the model would like.
     server.say('<tool_call>\n{"name": "odd", "arguments": "x"')
     message, *_ = whole_and_streamed(server, tools=[tool], tool_choice="required", max_tokens=40)
