@@ -185,6 +185,7 @@ class Grammars:
                     message = f"{param_of(*constraint)} would wait for {MOST_PENDING} other grammars to be compiled; try again later"
                     self.end(future, NotNow(message, param_of(*constraint), "queue_full"))
                     future.until = 0.0  # the next call may find fewer
+                    self.forget_oldest()
                 elif is_new:
                     try:
                         self.compilers.submit(self.compile, future, constraint, compile_apart)

@@ -923,6 +923,10 @@ def test_a_flood_of_new_grammars_is_refused_with_try_again_later(module, new_eng
     with pytest.raises(RequestError, match=f"would wait for {limit} other grammars.*try again later") as caught:
         engine.add_request(ids(4), Params(regex="b"))
     assert caught.value.code == "queue_full"
+    # Those that are refused are not kept without end, although nothing is compiled meanwhile.
+    monkeypatch.setattr(module("grammars"), "MOST_GRAMMARS", 5)
+    assert all(engine.compile_grammars([Params(regex=f"c{number}")], lambda: None, lambda: True) for number in range(20))
+    assert len(engine.grammars.kept) <= limit + 1 + 5
     gate.set()
     # Retry-After is shorter than the time for which other failures are kept.
     told = threading.Event()
