@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from .bodies import MAX_PARTS, count_parts
 from .errors import ApiError
 from .json_schema import NOTES, close
 from .params import MOST_GRAMMAR_BYTES, MOST_WORDS, SamplingParams, json_text
@@ -542,8 +543,10 @@ class ToolCall(Strict):
 
 
 def plain_call(call_id: str, name: str, arguments: str, param: str) -> dict[str, Any]:
-    """A call as chat templates expect it; ApiError if its arguments are no JSON object, or too long."""
-    check_length(arguments, param)
+    """A call as chat templates expect it; ApiError if its arguments are no JSON object, or have too many parts."""
+    # A body's parts are counted before it is parsed, but all of this is one string there.
+    if sum(count_parts(arguments.encode(errors="replace"))) > MAX_PARTS:
+        raise ApiError(400, f"{param} has more than {MAX_PARTS:,} values; shorten it", param)
     try:
         plain = arguments_of(arguments)
     except (ValueError, RecursionError) as error:

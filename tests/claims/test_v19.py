@@ -1031,7 +1031,7 @@ REFUSED = (
     (called_with(function={"name": "add", "arguments": '{"a": NaN}'}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
     (called_with(function={"name": "add", "arguments": '{"a": 1e400}'}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
     (called_with(function={"name": "add", "arguments": '{"a": ' + "1" * 5000 + "}"}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
-    (called_with(function={"name": "add", "arguments": '{"a": [' + "{}, " * 60_000 + "{}]}"}), "messages[1].tool_calls[0].function.arguments", "has 240011 characters"),
+    (called_with(function={"name": "add", "arguments": '{"a": [' + "{}, " * 60_000 + "{}]}"}), "messages[1].tool_calls[0].function.arguments", "has more than 50,000 values; shorten it"),
     (called_with(function={"name": "add", "arguments": {"a": 1}}), "messages[1].tool_calls[0].function.arguments", ""),
     (called_with(function={"name": "a b", "arguments": "{}"}), "messages[1].tool_calls[0].function.name", ""),
     ({"tools": [TOOLS[0], TOOLS[1], TOOLS[0]]}, "tools[2].function", "as an earlier one; rename one of them"),
