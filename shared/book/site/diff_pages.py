@@ -60,7 +60,8 @@ def page(book: Book, chapter: Chapter, values_by_chapter: dict[str, Values], say
     ]
     changes = {change.address: change for change in changes_of(chapter)}
     shown = set()
-    for section in sections(chapter.text.read_text()):
+    # Not every heading of the text is on this page.
+    for section in sections(chapter.text.read_text().replace("](#", "](README.md#")):
         rows += section.heading
         for claim in section.claims:
             _, what = chapter_of(book, chapter, claim.what)
