@@ -12,6 +12,7 @@ Reads: notebooks/*.py. Writes: notebooks/*.ipynb.
 """
 import argparse
 import contextlib
+import difflib
 import io
 import json
 import os
@@ -140,7 +141,8 @@ def unprinted(source: Path, outputs: list[str] | str) -> list[str]:
         if len({each.name for each in streams}) > 1:
             before, after = sorted(before), sorted(after)
         if "varies" not in cell.metadata.get("tags", []) and before != after:
-            wrong.append(f"{path.name}: code cell {number} now prints different lines; run `make notebooks`, and check them")
+            lines = "\n".join(difflib.unified_diff(before, after, "committed", "printed now", lineterm="", n=0))
+            wrong.append(f"{path.name}: code cell {number} now prints different lines; run `make notebooks`, and check them\n{lines}")
     return wrong
 
 
