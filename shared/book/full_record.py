@@ -2,9 +2,9 @@
 
 `make test` runs only part of the tests. When `make test-vNN` passes in a clean tree, it records a hash of every file that
 its tests imported or opened: of the chapter, of those it is compared with, of tests/ and of shared/. As long as the hash
-matches, nothing that those tests used has changed. `make prove` runs all tests of the last chapter, of one picked by the
-commit's hash, and of at most LIMIT whose hash no longer matches. After a change to what all tests share, run
-`make test-all`.
+matches, nothing that those tests used has changed. `make prove` runs all tests, and plants all traps, of the last chapter,
+of one picked by the commit's hash, and of at most LIMIT whose hash no longer matches. After a change to what all tests
+share, run `make test-all` and `python -m shared.book.traps --all`.
 
     python -m shared.book.full_record         # prints which chapters' records are current
     python -m shared.book.full_record pick    # prints the chapters whose tests `make prove` runs in full

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
+from shared.book.changed_copy import make_copy
 from shared.book.traps.runner import belongs, run_in_process
 from shared.book.traps.seeded_bugs import Trap, plant, read_traps
-from shared.chapters import ROOT
+from shared.chapters import BOOK, ROOT
 
 from .conftest import FIRST, write
 
@@ -207,6 +208,15 @@ def test_a_bug_is_planted_where_it_should_be_and_nowhere_else(make_book, first):
     trap = Trap(name="a", file="cache.py", unit="cost", find="n * SIZE", replace="n", test=("t",), sees="s")
     plant(trap, chapter.path)
     assert (chapter.path / "cache.py").read_text() == first["cache.py"].replace("n * SIZE", "n")
+
+
+@pytest.mark.parametrize("planted", BOOK.chapters, ids=lambda chapter: chapter.id)
+def test_all_bugs_of_the_book_can_be_planted(tmp_path, planted):
+    copy = make_copy(planted, tmp_path)
+    for trap in read_traps(planted.traps):
+        before = (copy / trap.file).read_text()
+        plant(trap, copy)
+        (copy / trap.file).write_text(before)
 
 
 def test_one_tests_name_is_not_mistaken_for_a_longer_one():

@@ -1,10 +1,13 @@
 """The built site, a server for it, and a browser."""
 import functools
 import http.server
+import os
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from shared.book.site import build
 from shared.chapters import BOOK
@@ -18,9 +21,14 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="session")
-def built():
-    """The directory of the site, built from this tree."""
-    return build.build(BOOK)
+def built(tmp_path_factory):
+    """The directory of the site, built from this tree by the first process that needs it."""
+    scratch = tmp_path_factory.getbasetemp()
+    shared = scratch.parent if "PYTEST_XDIST_WORKER" in os.environ else scratch
+    with FileLock(shared / "site.lock"):
+        if not (shared / "site.built").exists():
+            (shared / "site.built").write_text(str(build.build(BOOK)))
+    return Path((shared / "site.built").read_text())
 
 
 @pytest.fixture(scope="session")
