@@ -51,21 +51,40 @@ def compile_here(kind: str, source) -> Automaton:
 
 
 def compile_apart(kind: str, source) -> Automaton:
-    """As `compile_here`, in a process of its own. Waits for it without the interpreter's lock."""
+    """As `compile_here`, in a process of its own."""
+    return run_apart(kind, source, kind)
+
+
+def try_library(grammar: str, param: str) -> None:
+    """Let llguidance read a grammar in a process of its own; NotNow if it takes too long.
+
+    It may go on for ever, whatever limits it is given, and nothing could end it in a thread.
+    """
+    run_apart("library", grammar, param)
+
+
+def run_apart(kind: str, source, param: str) -> Automaton | None:
+    """Compile in a process of its own. Waits for it without the interpreter's lock."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", __name__]
     try:
         done = subprocess.run(command, input=pickle.dumps((os.getpid(), kind, source)), capture_output=True, timeout=MOST_SECONDS, env=environment)
     except subprocess.TimeoutExpired:
-        raise NotNow(f"{kind} takes more than {MOST_SECONDS} s to compile; use a simpler one", kind) from None
+        raise NotNow(f"{param} takes more than {MOST_SECONDS} s to compile; use a simpler one", param) from None
     if done.returncode != 0:
         reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise NotNow(f"{kind} could not be compiled: {reason[0]}; use a simpler one", kind)
+        raise NotNow(f"{param} could not be compiled: {reason[0]}; use a simpler one", param)
     result = pickle.loads(done.stdout)
-    if isinstance(result, Automaton):
+    if result is None or isinstance(result, Automaton):
         return result
     error, message = result
-    raise error(message, kind)
+    raise error(message, param)
+
+
+def read_by_library(grammar: str) -> None:
+    from llguidance import LLMatcher, LLTokenizer
+
+    LLMatcher(LLTokenizer("byte"), grammar)
 
 
 def leave_with(parent: int) -> None:
@@ -84,7 +103,7 @@ def main() -> None:
     parent, kind, source = pickle.load(sys.stdin.buffer)
     threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
     try:
-        result = compile_here(kind, source)
+        result = read_by_library(source) if kind == "library" else compile_here(kind, source)
     except RequestError as error:
         result = type(error), str(error)
     sys.stdout.buffer.write(pickle.dumps(result))

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .automaton import START, Automaton
-from .compiler import NotNow, compile_apart, compile_here
+from .compiler import NotNow, compile_apart, compile_here, try_library
 from .guidance import ESCAPES, Guidance, GuidanceGrammar
 from .json_schema import Unsupported
 from .masks import Masks, Vocabulary
@@ -133,8 +133,11 @@ class Grammars:
         """What all JSON from llguidance must match."""
         return OwnGrammar(compile_here("regex", ESCAPES), self)
 
-    def compile_by_library(self, kind: str, source) -> GuidanceGrammar:
-        grammar = self.guidance.compile(kind, source)
+    def compile_by_library(self, kind: str, source, compile_own: Callable) -> GuidanceGrammar:
+        text = self.guidance.text(kind, source)
+        if compile_own is compile_apart:
+            try_library(text, kind)
+        grammar = self.guidance.compile(text, kind)
         return grammar._replace(guard=self.guard) if kind in ("json_schema", "json_object") else grammar
 
     def warm_up(self) -> None:
@@ -232,14 +235,16 @@ class Grammars:
         """The backend that can follow a grammar, and the compiled grammar."""
         kind, source = constraint
         if self.backend == "llguidance":
-            return "llguidance", self.compile_by_library(kind, source)
+            return "llguidance", self.compile_by_library(kind, source, compile_own)
         try:
             return "own", OwnGrammar(compile_own(kind, source), self)
         except Unsupported as error:
             if self.backend == "own":
                 raise
             try:
-                return "llguidance", self.compile_by_library(kind, source)
+                return "llguidance", self.compile_by_library(kind, source, compile_own)
+            except NotNow:
+                raise
             except (RequestError, ValueError) as other:
                 raise RequestError(f"{error}. By llguidance: {other}", kind) from None
 

@@ -44,27 +44,32 @@ class Guidance:
             is_plain = [not self.tokenizer.decode_bytes([token_id]).startswith(b" ") for token_id in range(vocab_size)]
             self.first_mask = np.packbits(is_plain, bitorder="little")
 
-    def compile(self, kind: str, source) -> "GuidanceGrammar":
-        """RequestError if the library refuses the grammar, or would not obey all of it."""
+    def text(self, kind: str, source) -> str:
+        """A grammar in the library's form. RequestError if it would not obey all of it."""
         from llguidance import LLMatcher
 
         match kind:
             case "grammar":
-                text = LLMatcher.grammar_from_lark(source)
+                return LLMatcher.grammar_from_lark(source)
             case "regex":
-                text = LLMatcher.grammar_from_regex(render(parse_regex(source)))
+                return LLMatcher.grammar_from_regex(render(parse_regex(source)))
             case "choice":
-                text = LLMatcher.grammar_from_regex(render(Either(tuple(map(literal, source)))))
+                return LLMatcher.grammar_from_regex(render(Either(tuple(map(literal, source)))))
             case "json_object":
-                text = schema_grammar({"type": "object"})
+                return schema_grammar({"type": "object"})
             case "json_schema":
-                text = schema_grammar(exactly(json.loads(source)))
+                return schema_grammar(exactly(json.loads(source)))
+
+    def compile(self, text: str, param: str) -> "GuidanceGrammar":
+        """Compile a grammar in the library's form. RequestError, for this parameter, if it refuses it."""
+        from llguidance import LLMatcher
+
         matcher = LLMatcher(self.tokenizer, text)
         if matcher.is_error():
-            raise RequestError(f"{kind} is refused: {brief(matcher.get_error())}", kind)
+            raise RequestError(f"{param} is refused: {brief(matcher.get_error())}", param)
         grammar = GuidanceGrammar(matcher, self)
         if not grammar.start(is_new_text=False).mask().any():
-            raise RequestError(f"{kind} matches no text, or contains itself without an end", kind)
+            raise RequestError(f"{param} matches no text, or contains itself without an end", param)
         return grammar
 
 

@@ -92,8 +92,20 @@ def arguments_node(tool: Tool):
 
 
 def compile_apart(kind: str, source) -> Automaton:
-    """As `compile_here`, in a process of its own. Waits for it without the interpreter's lock."""
-    param = param_of(kind, source)
+    """As `compile_here`, in a process of its own."""
+    return run_apart(kind, source, param_of(kind, source))
+
+
+def try_library(grammar: str, param: str) -> None:
+    """Let llguidance read a grammar in a process of its own; NotNow if it takes too long.
+
+    It may go on for ever, whatever limits it is given, and nothing could end it in a thread.
+    """
+    run_apart("library", grammar, param)
+
+
+def run_apart(kind: str, source, param: str) -> Automaton | None:
+    """Compile in a process of its own. Waits for it without the interpreter's lock."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", __name__]
     try:
@@ -104,10 +116,16 @@ def compile_apart(kind: str, source) -> Automaton:
         reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise NotNow(f"{param} could not be compiled: {reason[0]}; use a simpler one", param)
     result = pickle.loads(done.stdout)
-    if isinstance(result, Automaton):
+    if result is None or isinstance(result, Automaton):
         return result
     error, message, error_param = result
     raise error(message, error_param)
+
+
+def read_by_library(grammar: str) -> None:
+    from llguidance import LLMatcher, LLTokenizer
+
+    LLMatcher(LLTokenizer("byte"), grammar)
 
 
 def leave_with(parent: int) -> None:
@@ -126,7 +144,7 @@ def main() -> None:
     parent, kind, source = pickle.load(sys.stdin.buffer)
     threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
     try:
-        result = compile_here(kind, source)
+        result = read_by_library(source) if kind == "library" else compile_here(kind, source)
     except RequestError as error:
         result = type(error), str(error), error.param
     sys.stdout.buffer.write(pickle.dumps(result))

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Literal
 
 import httpx
@@ -998,6 +999,28 @@ def test_a_process_that_compiles_is_limited_and_says_what_it_makes(module, Reque
     with pytest.raises(RequestError, match="regex takes more than 0.3 s to compile; use a simpler one") as caught:
         compiler.compile_apart(*LARGE)
     assert time.monotonic() - began < 3 and caught.value.param == "regex"
+
+
+# Nothing ends a thread in which the library reads this.
+ENDLESS = "start: X\nX: /(.*a.{100})*/ & ~/(.*c.{50}.*)/"
+
+
+def test_a_grammar_without_end_is_tried_in_a_process_first(engine, module, Params, monkeypatch):
+    monkeypatch.setattr(module("compiler"), "MOST_SECONDS", 0.5)
+    told, params = threading.Event(), Params(grammar=ENDLESS, max_tokens=2)
+    before = psutil.Process().children()
+    assert not engine.compile_grammars([params], told.set, lambda: True) and told.wait(20)
+    with pytest.raises(module("compiler").NotNow, match="grammar takes more than 0.5 s to compile; use a simpler one"):
+        engine.add_request("Once", params)
+    assert psutil.Process().children() == before
+    # What it can read is compiled as before, and what it refuses is refused.
+    monkeypatch.undo()
+    for source, error in (('start: "a" start "b" | "x"', None), ("start: missing", "grammar is refused: .*missing")):
+        told.clear()
+        params = Params(grammar=source, max_tokens=2)
+        assert not engine.compile_grammars([params], told.set, lambda: True) and told.wait(20)
+        with pytest.raises(module("params").RequestError, match=error) if error else nullcontext():
+            engine.abort_request(engine.add_request("Once", params))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not enforce these limits")
