@@ -25,6 +25,8 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+# Classes of which a parameter may be one; so may its value be a string.
+FORMS = ("NamedTool", "AllowedToolsChoice", "NamedFunction", "AllowedFunctions")
 ERRORS = {status: {"model": ErrorBody, "description": "An error in OpenAI's format"} for status in ("4XX", "5XX")}
 
 
@@ -122,7 +124,7 @@ async def on_invalid_body(request: Request, error: RequestValidationError) -> Re
     param = ""
     for part in path[1:]:
         # Pydantic's name for the form that it tried, not the name of a parameter.
-        if isinstance(part, str) and (not part.isidentifier() or part in ("str", "int")):
+        if isinstance(part, str) and (not part.isidentifier() or part in ("str", "int") or part in FORMS):
             continue
         param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
     if deepest[0]["type"] == "refused":

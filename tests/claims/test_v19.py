@@ -1048,6 +1048,17 @@ REFUSED = (
 )
 
 
+def test_a_parameter_of_several_forms_has_its_own_name(server):
+    for path, given, param in (
+        ("/v1/chat/completions", {"type": "function", "function": {"name": 3}}, "tool_choice.function.name"),
+        ("/v1/chat/completions", {"type": "allowed_tools", "allowed_tools": {"mode": "any", "tools": [{"type": "function", "function": {"name": "now"}}]}}, "tool_choice.allowed_tools.mode"),
+        ("/v1/chat/completions", 3, "tool_choice"),
+        ("/v1/responses", {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": 3}]}, "tool_choice.tools[0].name"),
+    ):
+        prompt = {"input": "a", "tools": FLAT} if path == "/v1/responses" else {"messages": ASKED, "tools": TOOLS}
+        assert refused(server, path, prompt | {"tool_choice": given})["param"] == param, given
+
+
 @pytest.mark.parametrize(("body", "param", "said"), REFUSED, ids=[f"{param}-{number}" for number, (_, param, _) in enumerate(REFUSED)])
 def test_an_error_names_the_clients_own_parameter(server, body, param, said):
     error = refused(server, "/v1/chat/completions", {"messages": ASKED, "max_tokens": 3} | body)
