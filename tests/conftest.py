@@ -4,6 +4,7 @@ A test that takes `chapter` holds for every chapter that has the capabilities it
 claims/test_vNN.py, for its chapter and all later ones, unless `until` names a later chapter that ends it.
 matrix.py chooses the chapters for which it is run without an option.
 """
+import gc
 import importlib
 import math
 import os
@@ -33,7 +34,7 @@ import pytest  # noqa: E402
 
 from shared import results  # noqa: E402
 from shared.book import full_record  # noqa: E402
-from shared.chapters import BOOK, CHAPTERS, ROOT, find  # noqa: E402
+from shared.chapters import BOOK, CHAPTERS, ROOT, Chapter, find  # noqa: E402
 from shared.checkpoints import checkpoint  # noqa: E402
 from shared.verify import serving  # noqa: E402
 from tests import matrix  # noqa: E402
@@ -87,7 +88,7 @@ def pytest_configure(config):
         config.also = [find(text) for text in config.getoption("--also") or ()]
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
-    config.distances, config.seen, config.left_out = {}, set(), 0
+    config.distances, config.seen, config.left_out = {}, set(), False
     config.changes = changes() if full else None
 
 
@@ -130,14 +131,31 @@ def chapters_of(definition) -> list:
 
 
 def pytest_generate_tests(metafunc):
+    config = metafunc.config
     if "chapter" in metafunc.fixturenames:
-        chapters = chapters_of(metafunc.definition)
+        chapters = chapters_wanted(config, metafunc.definition)
+        config.left_out = config.left_out or chapters != chapters_of(metafunc.definition)
         metafunc.parametrize("chapter", chapters, ids=[chapter.id for chapter in chapters], scope="session")
         if Path(metafunc.definition.path).name in matrix.SERVERS:
-            ways = [pytest.param("process", id=pytest.HIDDEN_PARAM), "thread"]
+            both = config.getoption("--all") or config.getoption("--both-ways")
+            ways = [pytest.param("process", id=pytest.HIDDEN_PARAM), *(["thread"] if both else [])]
             metafunc.parametrize("engine_way", ways, indirect=True, scope="session")
     if "checkpoint_name" in metafunc.fixturenames:
         metafunc.parametrize("checkpoint_name", matrix.CHECKPOINTS, scope="session")
+
+
+def chapters_wanted(config, definition) -> list:
+    """The chapters for which the options select any case of a test; without options, matrix.py does."""
+    chapters = chapters_of(definition)
+    if config.only or config.getoption("--tools"):
+        return [chapter for chapter in chapters if chapter in config.only]
+    if config.getoption("--all"):
+        return chapters
+    try:
+        chosen = [] if definition.get_closest_marker("whole") else matrix.chapters_run(Path(definition.path), chapters)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    return [chapter for chapter in chapters if chapter in chosen or chapter in config.also]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -145,7 +163,7 @@ def pytest_collection_modifyitems(config, items):
     wanted, others = [], []
     for item in items:
         (wanted if is_wanted(config, item) else others).append(item)
-    config.left_out = len(others)
+    config.left_out = config.left_out or bool(others)
     config.hook.pytest_deselected(items=others)
     items[:] = wanted
     if config.getoption("--gpu") and not sees_gpu():
@@ -160,26 +178,29 @@ def sees_gpu() -> bool:
 
 
 def is_wanted(config, item) -> bool:
+    """Whether the options select one of the cases of a test for the chapters that are wanted."""
     if config.getoption("--gpu") and not item.get_closest_marker("gpu"):
         return False
     values = item.callspec.params if hasattr(item, "callspec") else {}
     chapter = values.get("chapter")
     if chapter is None:
         return not config.only
-    if values.get("engine_way") == "thread":
-        both = config.getoption("--all") or config.getoption("--both-ways")
-        if not both or "engine_process" not in chapter.capabilities:
-            return False
-    if config.only or config.getoption("--tools"):
-        return chapter in config.only
-    if chapter in config.also or config.getoption("--all"):
+    if not isinstance(chapter, Chapter):  # pytest's sign that a test has no case
+        return False
+    if values.get("engine_way") == "thread" and "engine_process" not in chapter.capabilities:
+        return False
+    if config.only or config.getoption("--all") or chapter in config.also:
         return True
     if item.get_closest_marker("whole"):
         return False
-    try:
-        return matrix.is_run(item.path, chapters_of(item), chapter, CHAPTERS[-1], values.get("checkpoint_name"))
-    except ValueError as error:
-        raise pytest.UsageError(str(error)) from None
+    name = values.get("checkpoint_name")
+    return name is None or name in matrix.checkpoints_run(chapter, CHAPTERS[-1])
+
+
+def pytest_collection_finish():
+    """Garbage is not looked for among what exists now, which is as many objects as there are tests, and more."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -327,7 +348,7 @@ def pytest_testnodedown(node, error):
     said = getattr(node, "workeroutput", {})
     config = node.config
     config.seen |= set(said.get("seen", ()))
-    config.left_out = max(config.left_out, said.get("left_out", 0))
+    config.left_out = config.left_out or said.get("left_out", False)
     for kind, worst in said.get("distances", {}).items():
         known = config.distances.get(kind)
         if known is None or math.isnan(worst["distance"]) or worst["distance"] > known["distance"]:
@@ -358,12 +379,12 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
 def left_out(config) -> str:
     """The tests that were not run, and where they run."""
     if config.only:
-        return f"not run: {config.left_out:,} tests of other chapters and of the tools; `make test` runs some of each"
+        return "not run: tests of other chapters and of the tools; `make test` runs some of each"
     if config.getoption("--tools"):
-        return f"not run: {config.left_out:,} tests of chapters; `make test-vNN` runs those of one"
+        return "not run: tests of chapters; `make test-vNN` runs those of one"
     also = f"; all of {', '.join(chapter.id for chapter in config.also)} were run" if config.also else ""
     return (
-        f"not run: {config.left_out:,} tests, for other chapters, checkpoints and cases{also}. "
+        f"not run: tests for other chapters, checkpoints and cases{also}. "
         "`make test-vNN` runs all of a chapter's, `make test-all` those of all chapters; tests/matrix.py says which are left out"
     )
 

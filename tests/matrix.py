@@ -13,6 +13,7 @@ tests that have many. The two checkpoints follow from the chapter's number, so t
 `make test-vNN` runs all tests of one chapter, `make test-all` those of all chapters; shared/book/full_record.py
 explains what `make prove` runs beyond `make test`.
 """
+from functools import lru_cache
 from pathlib import Path
 
 from shared.chapters import Chapter
@@ -64,17 +65,6 @@ POCKET = "pocket"
 CHECKPOINTS = (POCKET, *RANDOM)  # of a test that takes `checkpoint_name`
 
 
-def is_run(file: Path, holds_for: list[Chapter], chapter: Chapter, last: Chapter, checkpoint: str | None) -> bool:
-    """Whether `make test` runs a test for a chapter, on a checkpoint if it takes one.
-
-    Args:
-        file: the test's file.
-        holds_for: the chapters that it holds for, in order.
-        last: the book's last chapter.
-    """
-    return chapter in chapters_run(file, holds_for) and (checkpoint is None or checkpoint in checkpoints_run(chapter, last))
-
-
 def chapters_run(file: Path, holds_for: list[Chapter]) -> list[Chapter]:
     """Of the chapters that a test holds for, those for which it is run."""
     if file.parent.name == "claims":
@@ -89,6 +79,7 @@ def chapters_run(file: Path, holds_for: list[Chapter]) -> list[Chapter]:
     raise ValueError(f"{file.name} has tests that take `chapter`; say in {Path(__file__).name} for which they are run")
 
 
+@lru_cache
 def changes(chapter: Chapter, names: tuple[str, ...]) -> bool:
     """Whether one of these files is not the same as in the chapter before."""
     return any((chapter.path / name).read_bytes() != (chapter.previous.path / name).read_bytes() for name in names)

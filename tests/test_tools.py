@@ -75,6 +75,8 @@ def chosen(harness, file, test, *options, **values):
     )
     if values:
         item.callspec = SimpleNamespace(params=values)
+        if values["chapter"] not in harness.chapters_wanted(config, item):
+            return False
     return harness.is_wanted(config, item)
 
 

@@ -131,8 +131,8 @@ def emptied(device: str) -> None:
 
     import torch
 
-    gc.collect()
     if device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
