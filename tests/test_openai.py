@@ -254,7 +254,7 @@ def llama_2s_normalizer(tokenizer):
 
 
 def tokenizers_with_their_ways():
-    """For each: its name, a checkpoint with a vocabulary of that size, and a function that creates it."""
+    """For each: a checkpoint with a vocabulary of that size, and a function that creates it."""
     from tokenizers import pre_tokenizers, processors
 
     from shared.checkpoints import make_tokenizer
@@ -266,8 +266,8 @@ def tokenizers_with_their_ways():
         return tokenizer
 
     yield "pocket", lambda: make_tokenizer("byte_level")
-    yield "pocket", trimming
-    yield "mistral", lambda: make_tokenizer("metaspace")
+    yield pytest.param("pocket", trimming, marks=pytest.mark.whole)
+    yield pytest.param("mistral", lambda: make_tokenizer("metaspace"), marks=pytest.mark.whole)
     yield "mistral", lambda: llama_2s_normalizer(make_tokenizer("metaspace"))
 
 

@@ -51,7 +51,7 @@ def test_a_prompt_may_fill_all_positions_but_one(make_engine, Params, rng):
     assert_same(out.token_ids, hf.greedy(prompt_ids, 1))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.whole), 0.9])
 def test_a_request_does_not_depend_on_its_neighbors(engine, Params, temperature, measure, checkpoint_name):
     sampling = {"temperature": temperature, "top_p": 0.95, "seed": 5, "logprobs": 2}
     requests = workload(engine, seed=1)

@@ -194,8 +194,8 @@ def test_every_field_of_every_output_is_what_it_is_without_them(chapter, module,
 
 @needs_triton
 @only_pretended
-@pytest.mark.parametrize("block_size", [1, 3, 16])
-@pytest.mark.parametrize("attention", ["triton", "torch"])
+@pytest.mark.parametrize("block_size", [3, *(pytest.param(size, marks=pytest.mark.whole) for size in (1, 16))])
+@pytest.mark.parametrize("attention", ["triton", pytest.param("torch", marks=pytest.mark.whole)])
 def test_on_a_gpu_too_the_batches_are_equal(new_engine, gpu, module, Params, attention, block_size):
     engine = new_engine(attention=attention, block_size=block_size, num_blocks=64, reserve_tokens=0)
     kinds = check_batches(module, engine)

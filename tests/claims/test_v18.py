@@ -1024,6 +1024,7 @@ def test_a_grammar_without_end_is_tried_in_a_process_first(engine, module, Param
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not enforce these limits")
+@pytest.mark.whole
 def test_the_system_ends_a_compilation_that_takes_too_much(module):
     """Processor time, also where its parent is gone, and memory: 20 MB beyond what the process has before."""
     strings = {f"p{i}": {"type": "string", "pattern": "^(a|b)*a(a|b){11}$"} for i in range(20)}
