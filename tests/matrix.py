@@ -3,7 +3,7 @@
 A test that takes `chapter` holds for every chapter that has what it needs. Running all tests for all chapters would
 take longer with each chapter, so `make test` runs
 
-    claims      of a chapter, for it, the next one and the last
+    claims      of a chapter, for it and for the last
     parities    for every chapter, on pocket and two other checkpoints; for the last chapter on all
     of files    for the first chapter, the last, and each that changes one of the files that the tests are about
     whole runs  for the first chapter that can do it and the last
@@ -68,7 +68,7 @@ CHECKPOINTS = (POCKET, *RANDOM)  # of a test that takes `checkpoint_name`
 def chapters_run(file: Path, holds_for: list[Chapter]) -> list[Chapter]:
     """Of the chapters that a test holds for, those for which it is run."""
     if file.parent.name == "claims":
-        return [*holds_for[:2], holds_for[-1]]
+        return [holds_for[0], holds_for[-1]]
     if file.name in PARITIES:
         return holds_for
     if file.name in ABOUT:

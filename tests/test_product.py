@@ -75,6 +75,7 @@ def a_fault_ends_all_requests(module, patch):
     patch.setattr(module("engine").Engine, "fail_step", bug)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("bug", "message"),
     [
@@ -322,6 +323,7 @@ def weights_lose_bits(module, patch):
         patch.setattr(form, "__init__", lambda self, weight, *bias, init=init: init(self, weight.bfloat16().float(), *bias))
 
 
+@pytest.mark.whole
 @pytest.mark.needs("linear")
 @pytest.mark.parametrize("bug", [keys_and_values_change_places, weights_lose_bits])
 def test_it_notices_a_bug_in_a_form(chapter, module, monkeypatch, bug):
@@ -333,6 +335,7 @@ def test_it_notices_a_bug_in_a_form(chapter, module, monkeypatch, bug):
 # ---- the command line
 
 
+@pytest.mark.whole
 def test_it_prints_what_the_rounds_exercised(chapter, capsys):
     assert product.main([chapter.id, "--seed", "1", "--rounds", "1"]) == 0
     printed = capsys.readouterr().out

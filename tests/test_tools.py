@@ -115,14 +115,14 @@ def test_the_matrix_is_what_is_run_without_an_option_and_options_ask_for_more(ha
     assert not chosen(harness, "tests.test_tools", "test_every_requirement_is_pinned", only=[last])
 
 
-def test_three_consecutive_chapters_see_all_checkpoints_and_a_claim_its_chapter_the_next_and_the_last():
+def test_three_consecutive_chapters_see_all_checkpoints_and_a_claim_its_chapter_and_the_last():
     chapters = Book.of(ROOT, [Row(f"v{n:02}_a") for n in range(1, 9)]).chapters
     for start in range(5):
         seen = {name for chapter in chapters[start : start + 3] for name in matrix.checkpoints_run(chapter, chapters[-1])}
         assert seen == set(matrix.CHECKPOINTS)
     assert matrix.checkpoints_run(chapters[-1], chapters[-1]) == list(matrix.CHECKPOINTS)
     claims = Path("tests/claims/test_v03.py")
-    assert matrix.chapters_run(claims, list(chapters[2:])) == [chapters[2], chapters[3], chapters[-1]]
+    assert matrix.chapters_run(claims, list(chapters[2:])) == [chapters[2], chapters[-1]]
     assert matrix.chapters_run(Path("tests/test_server.py"), list(chapters[3:])) == [chapters[3], chapters[-1]]
     with pytest.raises(ValueError, match="test_new.py has tests that take `chapter`; say in matrix.py"):
         matrix.chapters_run(Path("tests/test_new.py"), list(chapters))
@@ -309,6 +309,8 @@ def test_demo_fails_when_a_chapter_differs(capsys, monkeypatch, number, name):
         if len(races) == number:
             lanes[1].token_ids[0][-1] += 1
 
+    racing = [chapter for chapter in CHAPTERS if chapter.id in ("v01", "v02", "v05", name) or chapter is CHAPTERS[-1]]
+    monkeypatch.setattr(demo, "CHAPTERS", racing)
     monkeypatch.setattr(demo, "RACE", demo.RACE[:1])
     monkeypatch.setattr(demo, "CROWD", demo.CROWD[:1])
     monkeypatch.setattr(demo, "race", lie)
