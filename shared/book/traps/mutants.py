@@ -30,7 +30,7 @@ from shared.programs import run
 
 FILE = "mutants.json"
 REASONS = "tests/mutants.toml"
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 COMPARED = {
     ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
     ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
@@ -145,8 +145,8 @@ def put(mutant: Mutant, chapter: Path) -> None:
 
 
 def attempt(chapter: Chapter, mutant: Mutant) -> Work:
-    """Run the chapter's tests on the mutant until one fails."""
-    return work(chapter, partial(put, mutant), ["tests", "--ignore=tests/book", "-x"], TIMEOUT_S)
+    """Run the chapter's tests on the mutant until one fails, its claims first."""
+    return work(chapter, partial(put, mutant), [f"tests/claims/test_{chapter.id}.py", "tests", "--ignore=tests/book", "-x"], TIMEOUT_S)
 
 
 def outcome(chapter: Chapter, mutant: Mutant, run: Run) -> dict:
