@@ -14,7 +14,7 @@ import importlib
 import json
 import statistics
 
-from shared.bench.grammars import STREAMS, grammars_of, timed_us
+from shared.bench.grammars import STREAMS, by, grammars_of, timed_us
 from shared.bench.step import begin, end, make_engine
 from shared.bench.timing import interleave, progress, summary, timed
 from shared.chapters import Chapter, first_with
@@ -49,11 +49,12 @@ def compile_ms(package: str, engine) -> dict:
     """Milliseconds to compile the grammar for each number of tools: here, in a process of its own, and by the library."""
     compiler = importlib.import_module(f"{package}.compiler")
     library = grammars_of(package, None, engine, "llguidance").guidance
+    ways = {"here": compiler.compile_here, "apart": compiler.compile_apart, "llguidance": by(library)}
     measured = {}
     for count in COUNTS:
         constraint = "parts", parts_of(package, count)
         found: dict[str, object] = {"tools": count}
-        for way, compile_it in {"here": compiler.compile_here, "apart": compiler.compile_apart, "llguidance": library.compile}.items():
+        for way, compile_it in ways.items():
             try:
                 times = [timed_us(lambda: compile_it(*constraint))[1] for _ in range(3)]
                 found[way] = round(statistics.median(times) / 1e3, 1)
