@@ -34,7 +34,7 @@ def test_a_page_fits_a_phone_and_a_desk_and_does_not_complain(open_page, path):
         page.set_viewport_size({"width": width, "height": 900})
         page.emulate_media(color_scheme=scheme)
         # The menu takes a moment to slide away.
-        page.wait_for_function("document.documentElement.scrollWidth <= document.documentElement.clientWidth", timeout=3000)
+        page.wait_for_function("document.documentElement.scrollWidth <= document.documentElement.clientWidth", timeout=20_000)
     assert page.locator("h1").count() == 1
 
 
