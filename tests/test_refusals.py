@@ -730,6 +730,7 @@ def test_calls_that_are_not_a_list_of_prompts(make_engine, Params):
         ({"top_p": 1.01}, "top_p must be above 0 and at most 1 (off), got 1.01"),
         ({"top_p": float("nan")}, "top_p must be above 0 and at most 1 (off), got nan"),
         ({"seed": 2**63}, "seed must be an integer from -9223372036854775808 to 9223372036854775807 or None"),
+        ({"seed": -(2**63) - 1}, "seed must be an integer from -9223372036854775808 to 9223372036854775807 or None"),
         ({"seed": 1.5}, "seed must be an integer"),
         ({"stop_token_ids": (-1,)}, "each of stop_token_ids must be an integer from 0 up, got -1"),
         ({"stop_token_ids": None}, "stop_token_ids must be a tuple of token ids, got None"),
