@@ -24,6 +24,12 @@ def test_a_prompt_is_a_text_its_tokens_or_a_list_of_either(client, alone):
         assert done.usage.prompt_tokens == sum(len(want.prompt_ids) for want in wanted[:count])
 
 
+def test_the_first_token_of_the_vocabulary_may_be_in_a_prompt(client, alone):
+    [want] = alone([[0, 9, 0]], max_tokens=6)
+    done = client.completions.create(model="pocket", prompt=[0, 9, 0], max_tokens=6, temperature=0)
+    assert done.choices[0].text == want.text and done.usage.prompt_tokens == 3
+
+
 def test_n_answers_have_seeds_of_their_own_and_the_first_is_as_without_n(client, alone, chapter):
     texts = [PROMPT, "A story:"]
     done = client.completions.create(model="pocket", prompt=texts, max_tokens=8, n=3, seed=4, temperature=1.2)

@@ -48,12 +48,6 @@ def test_top_p_of_zero_is_the_likeliest_token(client, alone):
     assert done.choices[0].text == want.text
 
 
-def test_the_first_token_of_the_vocabulary_may_be_in_a_prompt(client, alone):
-    [want] = alone([[0, 9, 0]], max_tokens=6)
-    done = client.completions.create(model="pocket", prompt=[0, 9, 0], max_tokens=6, temperature=0)
-    assert done.choices[0].text == want.text and done.usage.prompt_tokens == 3
-
-
 def test_a_stream_adds_up_to_the_whole_answer(client):
     asked = dict(model="pocket", prompt=PROMPT, max_tokens=11, seed=1)
     whole = client.completions.create(**asked)
