@@ -559,8 +559,9 @@ def test_a_client_that_leaves_in_the_middle_of_a_prompt_frees_everything(chapter
             head = f"POST /v1/completions HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
             client.sendall(head.encode() + b"\r\n\r\n" + body)
             wait_until(lambda: engine.num_positions)
-        wait_until(lambda: not health()["running"])
-        assert health()["free_blocks"] == 500 and health()["waiting"] == 0
+        # It may be asked in the middle of an abort.
+        wait_until(lambda: not health()["running"] and health()["free_blocks"] == 500)
+        assert health()["waiting"] == 0
         assert 0 < engine.num_positions < 1600
         short = {"model": "pocket", "prompt": "Once", "max_tokens": 2}
         assert HTTP.post(f"{server.url}/v1/completions", json=short).status_code == 200
