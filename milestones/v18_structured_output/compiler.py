@@ -64,7 +64,7 @@ def try_library(grammar: str, param: str) -> None:
 
 
 def run_apart(kind: str, source, param: str) -> Automaton | None:
-    """Compile in a process of its own. Waits for it without the interpreter's lock."""
+    """Compile in a process of its own; None from the library, whose objects cannot be pickled. Waits without the interpreter's lock."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", __name__]
     try:

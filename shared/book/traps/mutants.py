@@ -5,7 +5,7 @@
     python -m shared.book.traps.mutants v05 --new --record      # also record the results
 
 Each mutant changes one comparison, operator, number, condition or line, picked by a seed, in a copy of the chapter; the
-chapter's tests run on it until one fails. A survivor needs a new test, or a sentence in tests/mutants.toml that says why
+chapter's tests run on it until one fails, its claims before all others. A survivor needs a new test, or a sentence in tests/mutants.toml that says why
 no test can tell it from the original. Run this by hand: each survivor takes a whole test suite. With --record, results are
 written to docs/results/mutants.json after each mutant, and only recorded survivors are tried again.
 
