@@ -28,7 +28,7 @@ ON_GPU = if nvidia-smi -L > /dev/null 2>&1; then echo "on the GPU:"; $(PY) -m py
 .PHONY: help setup setup-book demo test test-tools test-all doctor sync check prove $(CHAPTERS:%=test-%) $(CHAPTERS:%=run-%) \
 	$(CHAPTERS:%=diff-%) $(CHAPTERS:%=nbdiff-%) $(CHAPTERS:%=traps-%) $(CHAPTERS:%=break-%) hunt reveal traps-answers \
 	notebooks nbdime docs docs-serve film mutants \
-	$(CHAPTERS:%=bench-%) bench bench-all bench-peers bench-gpu bench-attention traps traps-matrix propagate trace soak serve chat load agent
+	$(CHAPTERS:%=bench-%) bench bench-all bench-peers bench-gpu bench-attention traps traps-matrix propagate trace soak operate serve chat load agent
 
 help:
 	@echo "start here"
@@ -60,6 +60,7 @@ help:
 	@echo "  make bench-gpu      on a GPU: every chapter beside Hugging Face and the memory bandwidth's limit; ARGS=--dry-run anywhere"
 	@echo "  make bench-attention  on a GPU: the attention kernel against torch and the memory bandwidth's limit; ARGS=--dry-run anywhere"
 	@echo "  make soak           thousands of requests with aborts, and an audit of the cache after every step"
+	@echo "  make operate        an hour of the last chapter's server: do log, metrics and page say what its clients saw? ARGS=\"--minutes 5\""
 	@echo
 	@echo "write"
 	@echo "  make prove          everything CI runs, with the time of each stage"
@@ -161,6 +162,9 @@ trace: $(READY)
 soak: $(READY)
 	@$(PY) -m shared.verify.soak $(ARGS)
 	@$(PY) -m shared.verify.soak_server
+
+operate: $(READY)
+	@$(PY) -m shared.verify.operate $(ARGS)
 
 serve: $(READY)
 	@$(PY) -m shared.commands.serve --model "$(MODEL)" $(ARGS)

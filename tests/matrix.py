@@ -57,6 +57,7 @@ WHOLE_RUNS = SERVERS | {
     "test_command_line.py",
     "test_faults.py",
     "test_on_a_gpu.py",
+    "test_operate.py",
     "test_soak.py",
     "test_stop_strings.py",
     "test_trace.py",

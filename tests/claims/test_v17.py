@@ -4,7 +4,6 @@ import fcntl
 import gc
 import http.client
 import json
-import logging
 import os
 import pickle
 import queue
