@@ -17,6 +17,8 @@ from .regex import parse_regex
 
 # The library reads the numbers of a schema as floating-point numbers, which are exact up to here.
 LARGEST = 2**53
+# Where any property may come next, it has about four possibilities for each. Its own limit is 2,000, beyond which it gives up in the middle of a text.
+MOST_PROPERTIES, MOST_POSSIBILITIES = 2_000, 10_000
 # Formats of strings that it obeys. The others that are supported are given to it as patterns.
 OTHER_FORMATS = ("duration", "email", "hostname", "ipv6", "uri")
 # It spells a name that is in no property's list in any way, so that "\\u0061" could give the property "a" a value that
@@ -62,9 +64,9 @@ class Guidance:
 
     def compile(self, text: str, param: str) -> "GuidanceGrammar":
         """Compile a grammar in the library's form. RequestError, for this parameter, if it refuses it."""
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(self.tokenizer, text)
+        matcher = LLMatcher(self.tokenizer, text, limits=LLParserLimits(max_items_in_row=MOST_POSSIBILITIES))
         if matcher.is_error():
             raise RequestError(f"{param} is refused: {brief(matcher.get_error())}", param)
         grammar = GuidanceGrammar(matcher, self)
@@ -97,6 +99,10 @@ def exactly(schema: dict | bool) -> dict | bool:
         # It spells these in names in several ways, all of which are needed elsewhere.
         if any(code < 32 or code == 127 for name in each.get("properties", ()) for code in map(ord, name)):
             raise RequestError(f"json_schema: {where}: a property's name with a control character is not supported here", "json_schema")
+        num_properties = len(each.get("properties", ()))
+        if num_properties > MOST_PROPERTIES:
+            message = f"json_schema: {where}: properties has {num_properties} entries, but at most {MOST_PROPERTIES} are supported; make some of them an object of their own"
+            raise RequestError(message, "json_schema")
         # It may write a name twice, of which the second counts.
         if each.get("minProperties", 0) > 1:
             raise RequestError(f"json_schema: {where}: minProperties above 1 is not supported; list the names in required", "json_schema")

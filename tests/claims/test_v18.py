@@ -733,6 +733,23 @@ def test_names_in_pattern_properties_are_patterns_as_any_other(new_grammars, Req
         assert said in str(caught.value) and caught.value.param == "json_schema"
 
 
+@pytest.mark.parametrize("others", [True, False])
+def test_hundreds_of_optional_properties_are_followed_to_the_end(new_grammars, RequestError, others):
+    """The library's own limit would end the text in the middle of a name."""
+    grammars = new_grammars("llguidance")
+
+    def schema(count):
+        names = {f"p{i}": {"type": "integer"} for i in range(count)}
+        return "json_schema", json.dumps({"type": "object", "properties": {"in": {"type": "object", "properties": names, "additionalProperties": others}}})
+
+    grammar = grammars.get(schema(2000))
+    text = '{"in": {"p1": 2, "p20": 3, "p1999": 4}}'
+    assert json_suite.can_generate(grammar, grammars.tokenizer, text)
+    assert not json_suite.can_generate(grammar, grammars.tokenizer, text.replace("4", '"4"'))
+    with pytest.raises(RequestError, match="/properties/in: properties has 2001 entries, but at most 2000 are supported; make some"):
+        grammars.get(schema(2001))
+
+
 @pytest.mark.parametrize("schema", ["true", "{}"])
 def test_any_json_has_one_spelling(new_grammars, schema):
     grammars = new_grammars()
