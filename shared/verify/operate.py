@@ -106,7 +106,7 @@ class Life:
     metrics: dict[tuple[str, ...], float] = field(default_factory=dict)  # at the end, if it became idle: by name and labels
     page: dict = field(default_factory=dict)  # what the page showed then
     log: str = ""
-    mib: list[float] = field(default_factory=list)  # memory of both processes: after the first crowd, and at the end
+    mib: list[float] = field(default_factory=list)  # memory of its processes: between two crowds, and at the end
     is_over: bool = False  # clients ask no more
 
 
@@ -326,8 +326,7 @@ async def load(life: Life, served: Served, seconds: float, rng: random.Random, i
     while time.monotonic() < end:
         tasks += [asyncio.create_task(clients.one()) for _ in range(CROWD)]
         await asyncio.sleep(min(CROWD_EVERY_S, max(0.0, end - time.monotonic())) * rng.uniform(0.5, 1))
-        if not life.mib:
-            life.mib.append(memory_of(served))
+        life.mib.append(memory_of(served))
     life.is_over = True
     began = time.monotonic()
     if life.end == "killed":
@@ -357,6 +356,9 @@ def ended(life: Life, served: Served, answered_s: float) -> None:
             life.faults.append(f"the server exited with {status}, not {expected}")
     except subprocess.TimeoutExpired:
         life.faults.append("the server has not ended")
+    end = time.monotonic() + 5
+    while processes_of(served) and time.monotonic() < end:
+        time.sleep(0.05)
     if left := processes_of(served):
         life.faults.append(f"processes {left} are left")
     if answered_s > (5 if life.end == "killed" else PATIENCE_S):
@@ -447,12 +449,11 @@ def memory_of(served: Served) -> float:
     return round(sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in processes_of(served)) * 4096 / 2**20, 1)
 
 
-def operate(chapter: Chapter, minutes: float, seed: int) -> list[Life]:
-    """Run the server again and again, for so many minutes in all."""
-    rng, lives, end = random.Random(seed), [], time.monotonic() + 60 * minutes
-    seconds = 60 * minutes / max(len(ENDS), round(minutes / 5 / len(ENDS)) * len(ENDS))
-    while time.monotonic() < end - seconds / 2 or len(lives) < len(ENDS):
-        life = Life(ENDS[len(lives) % len(ENDS)], len(lives))
+def operate(chapter: Chapter, num_lives: int, seconds: float, seed: int) -> list[Life]:
+    """Run the server again and again, so many seconds each time."""
+    rng, lives = random.Random(seed), []
+    for number in range(num_lives):
+        life = Life(ENDS[number % len(ENDS)], number)
         lives.append(life)
         live(life, chapter, seconds, rng)
         print(f"{life.number} {life.end:8}{told(life)}", flush=True)
@@ -466,10 +467,10 @@ def told(life: Life) -> str:
     facts = [f"{len(life.sent):,} requests", ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))]
     facts += [f"{sum(sent.left for sent in life.sent)} left", f"{sum(bool(sent.broken) for sent in life.sent)} broken"]
     facts += [f"{life.metrics['preemptions_total',]:.0f} preemptions"] if life.metrics else []
-    return " · ".join([*facts, f"{' -> '.join(f'{mib:.0f}' for mib in life.mib)} MiB", f"{len(life.faults)} faults"])
+    return " · ".join([*facts, f"{' '.join(f'{mib:.0f}' for mib in life.mib[::4])} MiB", f"{len(life.faults)} faults"])
 
 
-def totals(lives: list[Life]) -> dict:
+def totals(lives: list[Life], seconds: float) -> dict:
     """What is written of a run: sums over all lives, and of their metrics over those that became idle."""
     sent = [sent for life in lives for sent in life.sent]
 
@@ -486,7 +487,8 @@ def totals(lives: list[Life]) -> dict:
         "calls": sum(each.num_calls for each in sent),
         "preemptions": counted("preemptions_total"),
         "cached_tokens": counted("prefix_cache_hits_total"),
-        "most_grown_mib": max((round(life.mib[-1] - life.mib[0], 1) for life in lives if len(life.mib) > 1), default=0.0),
+        "minutes_each": round(seconds / 60, 1),
+        "most_mib": max(max(life.mib) for life in lives),
         "faults": sum(len(life.faults) for life in lives),
     }
 
@@ -498,8 +500,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--write", action="store_true", help="record the totals in docs/results/operate.json")
     args = parser.parse_args(argv)
     chapter = last_with("tools")
-    lives = operate(chapter, args.minutes, args.seed)
-    everything = totals(lives)
+    num_lives = len(ENDS) * max(1, round(args.minutes / 7.5 / len(ENDS)))
+    seconds = 60 * args.minutes / num_lives
+    everything = totals(operate(chapter, num_lives, seconds, args.seed), seconds)
     print(json.dumps(everything, indent=1))
     if args.write:
         write_row("operate", {"operate": everything}, f"python -m shared.verify.operate --minutes {args.minutes:g}", [chapter])
