@@ -399,11 +399,14 @@ def compare_counts(life: Life) -> None:
     check("responses", responses, len(known), len(left))
     choices = sum(sent.choices for sent in left)
     reasons = Counter(REASONS.get(reason, reason) for sent in known for reason in sent.reasons)
-    for reason in ("stop", "length", "abort", "error"):
-        check(f"requests that ended by {reason}", metrics["requests_finished_total", reason], reasons[reason], choices)
+    # What a client cancelled may have ended just before, or never have reached the engine.
+    cancelled = reasons.pop("abort", 0)
+    for reason in ("stop", "length", "error"):
+        check(f"requests that ended by {reason}", metrics["requests_finished_total", reason], reasons[reason], choices + cancelled)
+    ended = sum(value for name, value in metrics.items() if name[0] == "requests_finished_total")
+    check("requests that ended", ended, reasons.total(), choices + cancelled)
     # What was generated of a cancelled response, its client is not told.
-    untold = choices + reasons["abort"]
-    check("tokens", metrics["generation_tokens_total",], sum(sent.num_tokens for sent in known), 120 * untold)
+    check("tokens", metrics["generation_tokens_total",], sum(sent.num_tokens for sent in known), 120 * (choices + cancelled))
     check("calls", metrics["tool_calls_total",], sum(sent.num_calls for sent in known), 120 * choices)
     finished = metrics["requests_finished_total", "stop"] + metrics["requests_finished_total", "length"]
     for name in ("request_seconds_count", "goal_requests_total", "request_output_tokens_count"):
