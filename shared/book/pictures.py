@@ -10,6 +10,7 @@ from collections.abc import Callable
 from html import escape
 
 from shared import results
+from shared.book.claims.cost_tables import steps_of
 from shared.chapters import CHAPTERS, Book, first_with
 from shared.workloads import SHARED_BLOCKS, TIGHT_BLOCKS, TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS
 
@@ -293,7 +294,8 @@ STAIRS = (
 
 
 def staircase(found: dict[str, dict]) -> str:
-    """The chapters on one workload: one panel per quantity, one bar per chapter."""
+    """The chapters that change what one workload costs: one panel per quantity, one bar per chapter."""
+    found = {name: found[name] for name in steps_of(found)}
     panels = [
         (what, [(name, row[key], form.format(row[key] / unit if unit > 1 else row[key])) for name, row in found.items()])
         for what, key, form, unit in STAIRS
@@ -324,12 +326,19 @@ def bars(panels: list[Bars], title: str, name_room: int, bar_room: int) -> str:
 
 
 def beside(found: dict[str, dict]) -> str:
-    """The chapters beside Hugging Face: tokens per CPU second, and the share of the machine's limit."""
-    panels = []
+    """Chapters beside Hugging Face: tokens per CPU second, and the share of the machine's limit.
+
+    Of the chapters, those that change a step, which are measured with the larger model as well, the first and the last.
+    """
+    panels, larger = [], found["smollm2-135m-shape"]
+    chapters = [name for name in next(iter(found["pocket"].values())) if name.startswith("v")]
+    hidden = {*chapters[1:-1]}.difference(*larger.values())
     for model in ("pocket", "smollm2-135m-shape"):
         for what, rows in found[model].items():
             each = []
             for name, row in rows.items():
+                if name in hidden:
+                    continue
                 speed = row["tokens_per_cpu_s"]
                 # For a single token, its time says more than a rate.
                 label = f"{row['cpu_ms']:,.0f} ms" if what.startswith("first") else f"{speed:,.0f}"

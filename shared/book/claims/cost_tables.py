@@ -2,7 +2,8 @@
 
     cost       a chapter's card: what the workload costs, beside the chapter before it; what changed is bold
     strip      where one request's time goes in all chapters so far
-    staircase  all chapters, one row each
+    staircase  one row for each chapter in which the workload costs something else than before, and for the last
+    steps      the same for all chapters
 
 Reads: docs/results/staircase.json.
 """
@@ -25,6 +26,7 @@ COSTS = (
     ("tokens per second", "tokens_per_s", "{:,.0f}", 1),
 )
 MEASURED = ("tokens_per_s", "late_ttft_ms")
+COUNTED = ("passes", "positions", "kv_bytes")
 STRIP_WIDTH = 64
 STRIP = {"waits": "\u00b7", "wasted": "\u2591", "useful": "\u2588"}
 
@@ -41,6 +43,18 @@ def newest_with(book: Book, *chapters: Chapter) -> dict:
         missing = [chapter.id for chapter in chapters if chapter.id not in results.cited(rows_by_kind(book))]
         raise ValueError(f"staircase.json has no {', '.join(missing) or 'row of all chapters'}; run `{COMMAND}`")
     return results.cited(rows)
+
+
+def steps_of(found: dict[str, dict]) -> list[str]:
+    """Of these chapters' costs, by name: those that count something else than the chapter before, the first and the last.
+
+    >>> costs = [{"passes": passes, "positions": 3, "kv_bytes": 0} for passes in (9, 5, 5, 5)]
+    >>> steps_of(dict(zip(["v01", "v02", "v03", "v04"], costs)))
+    ['v01', 'v02', 'v04']
+    """
+    counts = {name: [row[key] for key in COUNTED] for name, row in found.items()}
+    names = list(counts)
+    return [name for name, before in zip(names, [None, *names]) if before is None or counts[name] != counts[before] or name == names[-1]]
 
 
 def written(row: dict, key: str, form: str, unit: float) -> str:
@@ -142,14 +156,25 @@ IN_TABLE = ("tokens_per_s", "passes", "positions", "needed_share", "weight_read_
 
 
 def staircase(book: Book, chapter: Chapter | None) -> list[str]:
-    """All chapters, one row each; measured figures have a column for each kind of machine."""
+    """The chapters that change what the workload costs, one row each, with links for a text in the root."""
+    names = steps_of({part.id: newest_with(book, part)[part.id] for part in book.chapters})
+    return table_of(book, {part: f"[{part.id}](milestones/{part.name}/README.md)" for part in book.chapters if part.id in names})
+
+
+def steps(book: Book, chapter: Chapter | None) -> list[str]:
+    """All chapters, one row each."""
+    return table_of(book, {part: part.id for part in book.chapters})
+
+
+def table_of(book: Book, heads: dict[Chapter, str]) -> list[str]:
+    """A row for each of these chapters, which begins with its head; measured figures have a column for each kind of machine."""
     costs = sorted((cost for cost in COSTS if cost[1] in IN_TABLE), key=lambda cost: IN_TABLE.index(cost[1]))
     kinds = rows_by_kind(book)
     columns = [(what + of_kind(kind, kinds), kind, rest) for what, *rest in costs for kind in (kinds if rest[0] in MEASURED else [""])]
     lines = ["| " + " | ".join(["", *(head for head, _, _ in columns)]) + " |", "|---|" + "---:|" * len(columns)]
-    for part in book.chapters:
+    for part, head in heads.items():
         newest = newest_with(book, part)
         cells = [measured(book, part, kinds.get(kind, newest) if kind else newest, rest) for _, kind, rest in columns]
         cells = [cell.replace(" ", "\u00a0") for cell in cells]
-        lines.append(f"| [{part.id}](milestones/{part.name}/README.md) | " + " | ".join(cells) + " |")
+        lines.append(f"| {head} | " + " | ".join(cells) + " |")
     return lines

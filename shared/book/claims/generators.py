@@ -93,6 +93,7 @@ TABLES: dict[str, Callable[[Book, Chapter | None], list[str]]] = {
     "cost": cost_tables.cost,
     "strip": cost_tables.strip,
     "staircase": cost_tables.staircase,
+    "steps": cost_tables.steps,
     "map": module_map.module_map,
     **result_tables.TABLES,
 }
