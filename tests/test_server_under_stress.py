@@ -237,7 +237,8 @@ def test_of_two_servers_started_together_one_says_why_it_cannot_listen(chapter):
         assert process.stderr.readline().startswith("pocket: ")
         other.listen()
         told = process.communicate(timeout=60)[1]
-    assert process.returncode == 2 and told.splitlines()[-1].startswith(f"error: cannot listen on 127.0.0.1:{port}: "), told
+    # Some versions of Triton print more when Python exits.
+    assert process.returncode == 2 and f"\nerror: cannot listen on 127.0.0.1:{port}: " in f"\n{told}", told
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def _rotate_kernel(
     slot = tl.load(slot_mapping_ptr + n)
     # a row that only pads the batch stores nothing
     if h >= NUM_HEADS:
-        mask = mask & (slot >= 0)
+        mask = offs < tl.where(slot >= 0, HALF, 0)
     if h < NUM_HEADS:
         source = q_ptr + n * stride_q_n + h * 2 * HALF
         target = out_ptr + (n * NUM_HEADS + h) * 2 * HALF
