@@ -280,7 +280,7 @@ def test_time_in_which_the_server_was_suspended_is_not_silence(chapter, module, 
 
 
 def run(chapter, code):
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=12)
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.whole

@@ -4,6 +4,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from shared.book.site import film
+from shared.chapters import CHAPTERS
 
 
 def shown(frame):
@@ -43,3 +44,9 @@ def test_an_unknown_film_is_refused(capsys):
     with pytest.raises(SystemExit):
         film.main(["rave"])
     assert "there is no film rave; the films are race" in capsys.readouterr().err
+
+
+def test_the_film_of_the_demo_shows_every_chapter():
+    """It is the first picture that a reader sees. After a new chapter: make film ARGS=race"""
+    last_words = film.PICTURES.joinpath("film_race.svg").read_text().rpartition("chapters, 24 answers each")[0][-20:]
+    assert last_words.split(">")[-1].strip() == str(len(CHAPTERS))
