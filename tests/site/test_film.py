@@ -46,6 +46,11 @@ def test_an_unknown_film_is_refused(capsys):
     assert "there is no film rave; the films are race" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", film.FILMS)
+def test_a_film_does_not_show_where_it_was_taken(name):
+    assert "make[1]" not in film.PICTURES.joinpath(f"film_{name}.svg").read_text()
+
+
 def test_the_film_of_the_demo_shows_every_chapter():
     """It is the first picture that a reader sees. After a new chapter: make film ARGS=race"""
     last_words = film.PICTURES.joinpath("film_race.svg").read_text().rpartition("chapters, 24 answers each")[0][-20:]

@@ -32,6 +32,8 @@ FRAME_S = 0.15
 SILENT_S = 1.2  # how long the terminal is silent before the next line is typed
 CHAR, LINE = 7.2, 16
 PORT = 8017
+# With these, a make inside another prints where it is.
+OF_MAKE = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
 COLORS = {"default": "#e6edf3", "red": "#ff7b72", "green": "#7ee787", "cyan": "#79c0ff", "brown": "#d29922", "blue": "#79c0ff"}
 
 
@@ -100,7 +102,8 @@ class Camera:
         self.show("\r\n", 0.2)
         master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, self.size)
-        environment = os.environ | {"TERM": "xterm", "COLUMNS": str(self.screen.columns), "LINES": str(self.screen.lines)}
+        environment = {name: value for name, value in os.environ.items() if name not in OF_MAKE}
+        environment |= {"TERM": "xterm", "COLUMNS": str(self.screen.columns), "LINES": str(self.screen.lines)}
         process = subprocess.Popen(
             command, shell=True, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
         )
