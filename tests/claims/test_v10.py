@@ -245,6 +245,25 @@ def test_a_hung_engine_is_noticed_and_a_long_step_is_not_a_hang(chapter, module,
         fake.gate.set()
 
 
+def test_an_engine_that_does_not_stop_in_time_is_killed(module):
+    """In the middle of a step it reads no message."""
+    wire, killed = Wire(module("engine_process")), []
+
+    def kill():
+        killed.append(True)
+        wire.end.close()
+
+    wire.runner.process.kill = kill
+
+    async def stop():
+        await wire.runner.start(wire.receive)
+        assert not killed
+        await asyncio.wait_for(wire.runner.stop(0.1), 5)
+
+    asyncio.run(stop())
+    assert killed
+
+
 def test_time_in_which_the_server_was_suspended_is_not_silence(chapter, module, monkeypatch):
     """Its clock went on, and the engine's messages of that time are in the socket."""
     process = module("engine_process")
