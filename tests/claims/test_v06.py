@@ -385,13 +385,16 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(chapter, target):
     same = [name for name, kernel in kernel_of.items() if code_of(first[name])[kernel] == code_of(chapter)[kernel]]
     assert len(same) >= 5
     committed = json.loads((ROOT / "docs" / "results" / "kernels.json").read_text())
+    # Another version of the compiler may put a register or two on the stack.
+    most_bytes = 16
     if importlib.metadata.version("triton") == committed["triton"]:
+        most_bytes = 0
         assert {name: found[name] for name in same} == {name: committed[name][target] for name in same}
     for name, row in found.items():
         assert row["shared_bytes"] <= SHARED_KIB[target] * 2**10, f"{name} for {target} does not fit"
         # sm_75 does not multiply bfloat16 itself.
         if "prefill" not in name and (target in ("sm_80", "sm_90") or not ("decode" in name or "product" in name)):
-            assert row["stack_bytes"] == 0, f"{name} for {target} spills"
+            assert row["stack_bytes"] <= most_bytes, f"{name} for {target} spills"
 
 
 @needs_triton
