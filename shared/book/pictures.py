@@ -10,7 +10,6 @@ from collections.abc import Callable
 from html import escape
 
 from shared import results
-from shared.book.claims.cost_tables import steps_of
 from shared.chapters import CHAPTERS, Book, first_with
 from shared.workloads import SHARED_BLOCKS, TIGHT_BLOCKS, TIMELINE_BLOCK_SIZE, TIMELINE_BLOCKS
 
@@ -291,6 +290,20 @@ STAIRS = (
     ("positions computed", "positions", "{:,}", 1),
     ("MiB reserved for keys and values", "kv_bytes", "{:,.0f}", 2**20),
 )
+# What does not depend on the machine.
+COSTS = ("passes", "positions", "kv_bytes")
+
+
+def steps_of(found: dict[str, dict]) -> list[str]:
+    """Of these chapters' costs, by name: those that count something else than the chapter before, the first and the last.
+
+    >>> costs = [{"passes": passes, "positions": 3, "kv_bytes": 0} for passes in (9, 5, 5, 5)]
+    >>> steps_of(dict(zip(["v01", "v02", "v03", "v04"], costs)))
+    ['v01', 'v02', 'v04']
+    """
+    counts = {name: [row[key] for key in COSTS] for name, row in found.items()}
+    names = list(counts)
+    return [name for name, before in zip(names, [None, *names]) if before is None or counts[name] != counts[before] or name == names[-1]]
 
 
 def staircase(found: dict[str, dict]) -> str:

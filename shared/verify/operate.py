@@ -33,7 +33,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shared.bench.served import Served, processes_of
 from shared.chapters import ROOT, Chapter, last_with
-from shared.commands.agent import TOOLS
 from shared.programs import run
 from shared.results import write_row
 
@@ -65,6 +64,16 @@ GRAMMARS = (
     {"response_format": {"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA}}},
     {"response_format": {"type": "json_schema", "json_schema": {"name": "tree", "schema": NESTS}}},
 )
+# Functions that the model was trained to call: names, and the types of their arguments.
+FUNCTIONS = {"add": {"a": "integer", "b": "integer"}, "multiply": {"a": "integer", "b": "integer"}, "weather": {"city": "string"}, "time": {}}
+TOOLS = [
+    {"type": "function", "function": {
+        "name": name,
+        "parameters": {"type": "object", "properties": {each: {"type": kind} for each, kind in kinds.items()}, "required": [*kinds]},
+        "strict": True,
+    }}
+    for name, kinds in FUNCTIONS.items()
+]
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 MISTAKES = (
     (COMPLETIONS, {"prompt": "x", "temperature": 3}, 400),

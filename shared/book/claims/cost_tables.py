@@ -9,6 +9,7 @@ Reads: docs/results/staircase.json.
 """
 from shared import results
 from shared.book.diff import lines_changed
+from shared.book.pictures import steps_of
 from shared.chapters import Book, Chapter
 
 COMMAND = "python -m shared.bench staircase --write"
@@ -26,7 +27,6 @@ COSTS = (
     ("tokens per second", "tokens_per_s", "{:,.0f}", 1),
 )
 MEASURED = ("tokens_per_s", "late_ttft_ms")
-COUNTED = ("passes", "positions", "kv_bytes")
 STRIP_WIDTH = 64
 STRIP = {"waits": "\u00b7", "wasted": "\u2591", "useful": "\u2588"}
 
@@ -43,18 +43,6 @@ def newest_with(book: Book, *chapters: Chapter) -> dict:
         missing = [chapter.id for chapter in chapters if chapter.id not in results.cited(rows_by_kind(book))]
         raise ValueError(f"staircase.json has no {', '.join(missing) or 'row of all chapters'}; run `{COMMAND}`")
     return results.cited(rows)
-
-
-def steps_of(found: dict[str, dict]) -> list[str]:
-    """Of these chapters' costs, by name: those that count something else than the chapter before, the first and the last.
-
-    >>> costs = [{"passes": passes, "positions": 3, "kv_bytes": 0} for passes in (9, 5, 5, 5)]
-    >>> steps_of(dict(zip(["v01", "v02", "v03", "v04"], costs)))
-    ['v01', 'v02', 'v04']
-    """
-    counts = {name: [row[key] for key in COUNTED] for name, row in found.items()}
-    names = list(counts)
-    return [name for name, before in zip(names, [None, *names]) if before is None or counts[name] != counts[before] or name == names[-1]]
 
 
 def written(row: dict, key: str, form: str, unit: float) -> str:
