@@ -290,8 +290,10 @@ def health(http):
 
 
 with a_server(small, max_waiting=2) as (server, client, http):
-    streams = [client.completions.create(**LONG) for _ in range(4)]
-    wait_until(lambda: (health(http)["running"], health(http)["waiting"]) == (2, 2))
+    streams = [client.completions.create(**LONG) for _ in range(2)]
+    wait_until(lambda: health(http)["running"] == 2)
+    streams += [client.completions.create(**LONG) for _ in range(2)]
+    wait_until(lambda: health(http)["waiting"] == 2)
     one = {"prompt": "Once", "max_tokens": 1, **GREEDY}
     refused = []
     for more in ({}, {"n": 3}):

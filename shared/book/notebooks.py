@@ -169,16 +169,17 @@ def problems(sources: list[Path]) -> dict[Path, list[str]]:
     return by_source
 
 
-def check(book: Book) -> list[str]:
-    """Run every source; the problems of all notebooks."""
+def check(book: Book) -> bool:
+    """Run every source and print the problems of each notebook; whether there are none."""
     os.environ["MPLBACKEND"] = "Agg"  # matplotlib reads it when it is imported
     preload((*SLOW, "matplotlib.pyplot", "jupytext", "nbformat", "httpx", "openai", "fastapi", "uvicorn"))
     by_source = problems([chapter.notebook for chapter in book.chapters])
     for source, wrong in by_source.items():
-        print(f"{source.stem:24} {'wrong' if wrong else 'runs and is up to date'}", flush=True)
-    sound = sum(not wrong for wrong in by_source.values())
-    print(f"{sound} of {len(book.chapters)} notebooks run and are up to date")
-    return [problem for wrong in by_source.values() for problem in wrong]
+        print(f"{source.stem:24} {'wrong' if wrong else 'runs and is up to date'}", *wrong, sep="\n", flush=True)
+    failed = [source.stem for source, wrong in by_source.items() if wrong]
+    but = f", but not {', '.join(failed)}" if failed else ""
+    print(f"{len(by_source) - len(failed)} of {len(book.chapters)} notebooks run and are up to date{but}")
+    return not failed
 
 
 def diff(chapter: Chapter) -> int:
@@ -213,9 +214,7 @@ def main(argv: list[str]) -> int:
     command = args.what[0] if args.what else ""
     try:
         if command == "check":
-            wrong = check(BOOK)
-            print("\n".join(wrong), file=sys.stderr)
-            return 1 if wrong else 0
+            return 0 if check(BOOK) else 1
         if command == "nbdime":
             use_nbdime(BOOK.root)
             return 0

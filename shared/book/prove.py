@@ -75,7 +75,7 @@ STAGES = (
         proves="every notebook runs, and prints what its committed copy shows",
         command=(PYTHON, "-m", "shared.book.notebooks", "check"),
         needs="notebooks/*.py",
-        tells=r"\d+ of \d+ notebooks run",
+        tells=r"\d+ of \d+ notebooks run.*",
     ),
     Stage(
         name="site",

@@ -127,3 +127,17 @@ def test_git_shows_a_notebook_by_cells_wherever_it_is_called(tmp_path):
     notebooks.use_nbdime(root)
     shown = run(["git", "diff"], env=bare).stdout
     assert "nbdiff" in shown and "before = 1" in shown and "after = 1" in shown
+
+
+def test_the_check_prints_each_problem_and_names_the_notebooks_at_its_end(monkeypatch, capsys):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setattr(notebooks, "preload", lambda names: None)
+    wrong = {"v02_kv_cache": ["cell 3 is late"], "v08_openai": ["cell 9 is loud"]}
+    monkeypatch.setattr(notebooks, "problems", lambda sources: {source: wrong.get(source.stem, []) for source in sources})
+    assert not notebooks.check(BOOK)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index("cell 9 is loud") - 1].split() == ["v08_openai", "wrong"]
+    sound, all_of_them = len(BOOK.chapters) - 2, len(BOOK.chapters)
+    assert lines[-1] == f"{sound} of {all_of_them} notebooks run and are up to date, but not v02_kv_cache, v08_openai"
+    wrong.clear()
+    assert notebooks.check(BOOK) and capsys.readouterr().out.endswith("notebooks run and are up to date\n")
