@@ -9,6 +9,7 @@ import time
 import openai
 import pytest
 import torch
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from shared.verify.serving import serving, wait_until
 from shared.verify.soak_server import is_idle, leave
@@ -47,6 +48,20 @@ def test_a_slow_reader_slows_no_other_client(chapter, engine):
             # Its tokens are generated and wait for it; its blocks are free for other requests.
             wait_until(lambda: is_idle(server))
         wait_until(lambda: not server.service.async_engine.active_generations)
+
+
+def test_chunks_of_one_byte_are_parsed_few_at_a_time(chapter, tokenizer, monkeypatch):
+    """The parser takes milliseconds for a few hundred of them, and nobody else is served meanwhile."""
+    parsed, data_received = [], AutoHTTPProtocol.data_received
+    monkeypatch.setattr(AutoHTTPProtocol, "data_received", lambda self, data: parsed.append(len(data)) or data_received(self, data))
+    body = json.dumps({"model": "pocket", "prompt": "Once", "max_tokens": 1}).encode().ljust(10_000)
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with serving(chapter, FakeEngine(chapter, tokenizer)) as server:
+        with socket.create_connection(("127.0.0.1", int(server.url.split(":")[-1])), timeout=20) as sender:
+            sender.sendall(head + chunks)
+            assert sender.recv(15) == b"HTTP/1.1 200 OK"
+    assert sum(parsed) == len(head + chunks) and max(parsed) <= 4096
 
 
 # ---- faults

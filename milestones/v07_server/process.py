@@ -1,4 +1,5 @@
 """The server process: its application, its socket, its startup and its shutdown."""
+import asyncio
 import gc
 import json
 import os
@@ -11,6 +12,7 @@ from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from . import completions, endpoints
 from .async_engine import EngineStopped
@@ -24,6 +26,7 @@ ROUTERS = (
 LAST_WORDS_S = 1.0  # how long the server still answers requests, with an error, after its engine has stopped
 GARBAGE_OBJECTS = 50_000  # allocations between runs of the garbage collector; one large body makes more than this
 GOODBYE_S = 1.0  # how long connections may take to close when the server exits
+READ_BYTES = 4096  # how much of a connection is parsed before the other connections get their turn
 
 
 def create_app(service: Service) -> FastAPI:
@@ -61,10 +64,26 @@ class HeadAsGet:
         await self.app(scope, receive, send)
 
 
+class Connection(asyncio.BufferedProtocol, AutoHTTPProtocol):
+    """Reads little at a time, since parsing thousands of tiny chunks at once would keep all other clients waiting."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.buffer = memoryview(bytearray(READ_BYTES))
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Return the memory that asyncio reads into."""
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(self.buffer[:nbytes]))
+
+
 class Server(uvicorn.Server):
     """Prints an example request when it is ready, and shuts down on a signal or when the engine has died."""
 
     def __init__(self, config: uvicorn.Config, service: Service):
+        config.http = Connection
         super().__init__(config)
         self.service = service
         self.interrupted = False
