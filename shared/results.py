@@ -149,7 +149,22 @@ def origin(kind: str, row: dict) -> str:
 def age(row: dict, book: Book) -> str:
     """The end of a table's head that names the chapters whose figures are old; empty if none are."""
     old = sorted(old_chapters(row, book))
-    return f"; old, since the code has changed: {', '.join(old)}" if old else ""
+    return f"; old, since the code has changed: {spans(old)}" if old else ""
+
+
+def spans(chapters: list[str]) -> str:
+    """Name chapters, given in order; three or more that follow each other by the first and the last.
+
+    >>> spans(["v02", "v03", "v05", "v06", "v07", "v08"])
+    'v02, v03, v05 to v08'
+    """
+    runs = []
+    for name in chapters:
+        if runs and int(name[1:]) == int(runs[-1][-1][1:]) + 1:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs)
 
 
 # ---- the code that was measured
