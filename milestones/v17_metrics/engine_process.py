@@ -239,7 +239,9 @@ def say_alive(channel: Channel) -> None:
 
 def leave(exit_code: int) -> None:
     """End this process, even during a step, once its log is printed or takes too long. Any of its threads may call this."""
-    logging.shutdown()
+    # Not logging.shutdown, which would also flush stderr, and wait for the thread that prints.
+    for handler in logging.getLogger().handlers:
+        handler.close()
     os._exit(exit_code)
 
 

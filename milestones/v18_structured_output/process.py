@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shlex
 import socket
-import sys
 import time
 from contextlib import asynccontextmanager
 from typing import NoReturn
@@ -123,7 +122,7 @@ class Server(uvicorn.Server):
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-            print(invitation(url, self.service), file=sys.stderr, flush=True)
+            self.config.app.state.log.put(invitation(url, self.service))
 
     def handle_exit(self, sig, frame) -> None:
         """On the first signal, drain: active requests may finish, and new ones get 503. On the second, exit at once."""

@@ -5,7 +5,6 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from heapq import merge
 from math import inf
-from statistics import median
 from typing import NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
@@ -249,9 +248,9 @@ class Metrics(Collector):
             lines.append(f"{number_of(preempted, 'preemption', 'preemptions')} in the last minute: the cache is too small for what runs. Raise --kv-bytes or --num-blocks, or --reserve-tokens.")
         if stats.waiting and stats.waits_for in LACKS and not (stats.waits_for == "blocks" and preempted):
             lines.append(f"{number_of(stats.waiting, 'request waits', 'requests wait')} {LACKS[stats.waits_for]}")
-        mixed = [sum(step.seconds) for step in minute if step.num_prompt and step.num_output > 1]
-        plain = [sum(step.seconds) for step in minute if not step.num_prompt]
-        if stats.waits_for != "tokens" and len(mixed) > 3 and len(plain) > 3 and median(mixed) > 4 * median(plain):
+        mixed = [(sum(step.seconds), 1) for step in minute if step.num_prompt and step.num_output > 1]
+        plain = [(sum(step.seconds), 1) for step in minute if not step.num_prompt]
+        if stats.waits_for != "tokens" and len(mixed) > 3 and len(plain) > 3 and percentiles(mixed)[0] > 4 * percentiles(plain)[0]:
             lines.append("Streams wait for pieces of prompts: steps with prompts take more than four times as long. Lower --max-num-batched-tokens; prompts then take longer.")
         refused = sum(at >= time.monotonic() - 60 for at in list(self.refused))
         if refused:

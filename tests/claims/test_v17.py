@@ -1,5 +1,6 @@
 """v17: what is counted is what happened, and a scraper, the page and a trace read the same records."""
 import asyncio
+import builtins
 import fcntl
 import gc
 import http.client
@@ -480,14 +481,20 @@ def test_histograms_goals_and_percentiles(module):
     assert metrics.percentiles([(7, 1)]) == [7, 7, 7] and metrics.percentiles([]) == [None] * 3
 
 
-def test_no_call_of_sorted_takes_long(module, monkeypatch):
+def test_no_call_of_sorted_takes_long(module, new_metrics, monkeypatch):
     """It is one call, and no other thread runs meanwhile: all streams would stop."""
     metrics, lengths = module("metrics"), []
-    monkeypatch.setattr(metrics, "sorted", lambda values: (lengths.append(len(values)), sorted(values))[1], raising=False)
+    really_sorted = sorted
+    monkeypatch.setattr(builtins, "sorted", lambda values, **how: (lengths.append(len(values)), really_sorted(values, **how))[1])
     values = [random.Random(5).random() for _ in range(3 * metrics.SORT + 7)]
-    ordered = sorted(values)
+    ordered = really_sorted(values)
     assert metrics.percentiles([(value, 1) for value in values]) == [ordered[(len(values) * share - 1) // 100] for share in (50, 90, 99)]
-    assert sum(lengths) == len(values) and max(lengths) <= metrics.SORT <= 1_000
+    assert sum(lengths) == len(values)
+    full = new_metrics()
+    steps = [step_of(module, time.monotonic(), num_prompt=number % 2, num_output=2) for number in range(2 * metrics.SORT + 20)]
+    full.add(module("records").Report(steps, []))
+    assert "a step" in full.picture(0)["latency"]
+    assert max(lengths) <= metrics.SORT <= 1_000
 
 
 def step_of(module, began, num_prompt=0, num_output=1, seconds=0.01):
@@ -1064,7 +1071,7 @@ def test_a_fault_of_the_server_has_an_id_too(chapter, fake, monkeypatch):
 def test_the_access_log_has_a_line_and_no_content(chapter, fake, capsys, log_format):
     with serving(chapter, fake, api_keys=("key-a",), log_format=log_format) as server:
         headers = {"authorization": "Bearer key-a", "x-request-id": "mine"}
-        capsys.readouterr()
+        wait_until(lambda: "curl" in capsys.readouterr().err)  # it is ready
         body = {"model": "pocket", "prompt": "SECRET-PROMPT", "max_tokens": 3, "user": "somebody"}
         answer = post(server, "/v1/completions?secret=query", body, headers=headers)
         for number, path in enumerate(("/v1/models/secret-name", "/secret-path", "/v1/models"), 1):
@@ -1169,14 +1176,17 @@ def test_what_the_garbage_collector_logs_in_the_middle_of_a_put_stops_nobody(mod
     log.close()
 
 
+def buffered():
+    """The environment of a process whose stderr has a buffer. Without one, it has no lock for which anything could wait."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
 @contextmanager
 def running_server(chapter, setup="pass"):
     """The real server, and its address. setup: what Python does before it."""
-    # Without a buffer, stderr has no lock for which the server could wait.
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     package = f"milestones.{chapter.name}"
     code = f"import sys\nfrom {package} import __main__, process\n{setup}\nsys.exit(__main__.main(['serve', '--port', '0', '--linear', 'plain']))"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=buffered(), stderr=subprocess.PIPE)
     try:
         yield process, next(re.search(rb"http://[^/]+", line) for line in process.stderr if b"curl" in line).group().decode()
     finally:
@@ -1209,6 +1219,23 @@ def test_a_server_whose_log_nobody_reads_answers_and_can_be_stopped(chapter):
         assert HTTP.get(f"{url}/version", timeout=5).status_code == 200
         process.terminate()
         assert process.wait(20) == 0
+
+
+# Of the process that serves: only the thread of the log may print to stderr.
+GUARD = """
+import builtins, threading
+really_print = print
+def guarded(*args, file=None, **how):
+    assert file is not sys.stderr or threading.current_thread().name == "log", args
+    really_print(*args, file=file, **how)
+builtins.print = guarded
+"""
+
+
+@pytest.mark.whole
+def test_the_server_says_through_its_log_that_it_is_ready(chapter):
+    with running_server(chapter, GUARD) as (process, url):
+        assert HTTP.get(f"{url}/version", timeout=5).status_code == 200
 
 
 @pytest.mark.whole
@@ -1258,7 +1285,7 @@ except ValueError as error:
     with open(ours, "rb") as log, open(its, "wb", buffering=0) as pipe:
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
         pipe.write(bytes(4096 if is_full else 1))
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=pipe, text=True, timeout=30, check=True)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=buffered(), stdout=subprocess.PIPE, stderr=pipe, text=True, timeout=30, check=True)
         pipe.close()
         written = log.read()
     assert done.stdout == "the engine's process has ended (exit code 1) before it was ready\n"
