@@ -38,6 +38,8 @@ def answer_parts(service: Service, body: ChatRequest, is_open: bool | None) -> P
     if has_tools and family.form is None:
         message = "tools are not supported for this checkpoint, whose chat template writes calls in a form that is not known here; leave them out"
         raise ApiError(400, message, "tools")
+    if has_tools and any(kind == "grammar" for _, kind, _ in body.grammars):
+        raise ApiError(400, f"{body.grammar_param} cannot be combined with tools; leave one out", body.grammar_param)
     if has_tools and body.grammar_param and not family.form.marker:
         message = f"{body.grammar_param} cannot be combined with tools for this checkpoint, whose calls are JSON too, without a marker; leave one out"
         raise ApiError(400, message, body.grammar_param)

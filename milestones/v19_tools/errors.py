@@ -25,7 +25,7 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-# Classes of which a parameter may be one; so may its value be a string.
+# Pydantic puts the names of these classes, of which a parameter may be one, into the path of an error.
 FORMS = ("NamedTool", "AllowedToolsChoice", "NamedFunction", "AllowedFunctions")
 ERRORS = {status: {"model": ErrorBody, "description": "An error in OpenAI's format"} for status in ("4XX", "5XX")}
 

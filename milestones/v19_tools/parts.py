@@ -83,7 +83,7 @@ def marked(text: str, special: tuple[str, ...]):
 
 
 def excluding(node, marker: str, beginning: tuple[str, ...] = ()):
-    """What a node describes, except texts that contain the marker, unless it is "", or begin with one of the others after empty lines."""
+    """The node's texts, except those that contain the marker (if it is not "") or begin with one of `beginning`, perhaps after empty lines."""
     found = [Then((ANY_TEXT, Text(marker), ANY_TEXT))] if marker else []
     found += [Then((Repeat(Text("\n")), Text(text), ANY_TEXT)) for text in beginning]
     return without(compile_node(node), compile_node(Either(tuple(found)))) if found else node
@@ -108,7 +108,7 @@ def parts_node(parts: Parts, content, arguments: list):
     marker, beginning = (form.marker, () if form.marker else (form.opening,)) if form else ("", ())
 
     def said(*beginning: str):
-        """What may be said, without what would tell a call or a thought, and what the splitter would take for empty lines."""
+        """What may be said, without what would look like a call or a thought, and what the splitter would take for empty lines."""
         if content is None:
             node = ANY_TEXT
         elif parts.thought is None:

@@ -144,6 +144,7 @@ def few(value: Any) -> Any:
 
 
 Options = Annotated[dict[str, Any], BeforeValidator(few)]  # of the chat template
+ReasoningEffort = Annotated[Literal["none"] | None, Field(description="none: without a thought, if the checkpoint can do that")]
 
 
 class Labels(Body):
@@ -653,7 +654,7 @@ class ChatRequest(GenerationRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice = "auto"
     parallel_tool_calls: bool = Field(True, description="false: at most one call")
     chat_template_kwargs: Options = {}
-    reasoning_effort: Literal["none"] | None = Field(None, description="none: without a thought, if the checkpoint can do that")
+    reasoning_effort: ReasoningEffort = None
 
     @model_validator(mode="after")
     def check_pairs(self):
@@ -698,12 +699,13 @@ class TokenizeRequest(Body):
     return_token_strs: bool = False
     tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS, fail_fast=True)] = []
     chat_template_kwargs: Options = {}
+    reasoning_effort: ReasoningEffort = None
 
     @model_validator(mode="after")
     def check_pairs(self):
         if (self.prompt is None) == (self.messages is None):
             raise ApiError(400, "send either prompt or messages, not both", "prompt")
-        for name in ("tools", "chat_template_kwargs"):
+        for name in ("tools", "chat_template_kwargs", "reasoning_effort"):
             if self.prompt is not None and getattr(self, name):
                 raise ApiError(400, f"{name} needs messages, not a prompt; leave it out", name)
         if self.messages and "add_special_tokens" in self.model_fields_set and self.add_special_tokens:

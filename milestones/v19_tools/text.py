@@ -159,9 +159,9 @@ class TextStream:
         # A special token is usually no part of the text, so a stop string that names one is matched by id.
         self.stop_ids = {token_id for token_id in self.special_ids if tokenizer.convert_ids_to_tokens(token_id) in stop}
         self.offset = 0  # the number of characters before the last token's, including those held back
+        self.skipped_ids = {token_id for token_id in self.special_ids if tokenizer.convert_ids_to_tokens(token_id) not in kept_special_tokens}
         # Some tokenizers drop the space before the first token that they decode. So each new token is decoded after
         # others whose text is already returned, of this text or of the prompt that it continues.
-        self.skipped_ids = {token_id for token_id in self.special_ids if tokenizer.convert_ids_to_tokens(token_id) not in kept_special_tokens}
         self.window: list[int] = []
         self.run: list[int] = []  # tokens of one byte each, after the window
         self.run_bytes = b""

@@ -7,6 +7,7 @@ from .chat import tokenize_chat
 from .errors import ERRORS, ApiError, refusals
 from .protocol import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, plain_turns
 from .text import encode
+from .tools import without_thought
 
 router = APIRouter(route_class=BodyRoute)
 
@@ -18,7 +19,8 @@ async def tokenize(request: Request, body: TokenizeRequest):
     if body.messages is not None:
         with refusals("messages"):
             tools = [tool.plain() for tool in body.tools]
-            token_ids, _ = await tokenize_chat(service, plain_turns(body.messages), tools, body.chat_template_kwargs)
+            options = without_thought(service.family, body.chat_template_kwargs, body.reasoning_effort, "reasoning_effort")
+            token_ids, _ = await tokenize_chat(service, plain_turns(body.messages), tools, options)
     else:
         service.check_text(body.prompt)
         token_ids = await service.async_engine.tokenize(encode_text, body.prompt, body.add_special_tokens)

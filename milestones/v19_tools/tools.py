@@ -135,7 +135,7 @@ def check_options(family: Family, options: dict[str, Any]) -> None:
     """Raise RequestError for an option that the chat template does not have."""
     for name, value in options.items():
         # What has no effect anyway: a checkpoint that does not think is told not to.
-        if name not in family.options and not (name == "enable_thinking" and value is False):
+        if name not in family.options and not (name == "enable_thinking" and value is False and family.thought is None):
             known = ", ".join(sorted(family.options)) or "none"
             raise RequestError(f"chat_template_kwargs: the chat template does not know {name[:200]!r}; it knows {known}", "chat_template_kwargs")
 

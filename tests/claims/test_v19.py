@@ -793,7 +793,11 @@ def test_the_end_of_a_prompt_says_whether_the_answer_is_thought(served):
         server.say("<think>Hm.</think>Hi.")
     assert whole_and_streamed(thinks)[0] == {"role": "assistant", "content": "Hi.", "reasoning_content": "Hm."}
     assert whole_and_streamed(thinks, chat_template_kwargs={"enable_thinking": False})[0]["content"] == "<think>Hm.</think>Hi."
-    assert detokenized(thinks, messages=ASKED, chat_template_kwargs={"enable_thinking": False}).endswith("<think>\n\n</think>\n\n")
+    for off in ({"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"}):
+        assert detokenized(thinks, messages=ASKED, **off).endswith("<think>\n\n</think>\n\n")
+        # This one always thinks, so it cannot be told not to.
+        for path in ("/v1/chat/completions", "/tokenize"):
+            assert refused(r1, path, {"messages": ASKED} | off)["param"] == next(iter(off))
     assert detokenized(r1, messages=ASKED).endswith("<think>\n")
 
 
@@ -1044,6 +1048,8 @@ REFUSED = (
     ({"chat_template_kwargs": {"enable_thinkin": False}}, "chat_template_kwargs", "does not know 'enable_thinkin'; it knows enable_thinking"),
     ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "does not know 'tools'"),
     ({"tools": TOOLS, "grammar": 'start: "a"'}, "grammar", "cannot be combined with tools"),
+    ({"tools": TOOLS, "tool_choice": "required", "grammar": 'start: "a"'}, "grammar", "cannot be combined with tools"),
+    ({"tools": TOOLS, "tool_choice": "none", "structured_outputs": {"grammar": 'start: "a"'}}, "structured_outputs.grammar", "cannot be combined with tools"),
     ({"tools": TOOLS, "min_tokens": 3}, "min_tokens", "cannot be combined with tools"),
 )
 
