@@ -112,7 +112,8 @@ class EngineProcess:
         await asyncio.wait([self.reading], timeout=timeout_s)
         self.watching.cancel()
         self.process.kill()
-        await self.reading
+        # A process that waits in a driver ends only later.
+        await asyncio.wait([self.reading], timeout=END_S)
 
     async def read(self, receive: Callable[[tuple, Stats], None]) -> None:
         """Deliver messages until the engine's end closes. Then kill the process; report an unexpected exit as Died."""
@@ -148,6 +149,9 @@ class EngineProcess:
             await asyncio.sleep(ALIVE_S)
             self.silent_s += ALIVE_S
         self.process.kill()
+        # A process that waits in a driver ends only later, and until then the socket stays open.
+        await asyncio.sleep(END_S)
+        self.reader.feed_eof()
 
 
 def how_it_ended(exit_code: int | None) -> str:
@@ -178,6 +182,8 @@ def load_engine(model_dir: str | Path, **options) -> EngineLike:
 
 def run_engine(end: socket.socket, make_engine: Callable[[], EngineLike]) -> None:
     """Run the engine process, with the engine loop in its main thread. Does not return."""
+    # A compiler that Triton starts would keep it open.
+    end.set_inheritable(False)
     channel, inbox = Channel(end), queue.SimpleQueue()
     threading.Thread(target=read_until_gone, args=(end, inbox), name="reader", daemon=True).start()
     try:
@@ -192,6 +198,7 @@ def run_engine(end: socket.socket, make_engine: Callable[[], EngineLike]) -> Non
     threading.Thread(target=say_alive, args=(channel,), name="alive", daemon=True).start()
     EngineLoop(engine, inbox, channel.send).run()
     # If the server wrote to a socket that is closed, it could not read the last messages any more.
+    channel.sending.acquire()  # for good: an Alive that cannot be sent would end the process
     end.shutdown(socket.SHUT_WR)
     time.sleep(END_S)
     leave(0)

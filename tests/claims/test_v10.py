@@ -154,7 +154,7 @@ def test_the_text_tells_how_many_bytes_cross(chapter, Params, module):
     for message in (add, (loop.Added(1), stats), step(1), step(1, "length"), (process.Alive(), None)):
         assert f"| {len(process.packed(message))} |" in text, message
     sizes = [len(process.packed(step(number))) for number in (16, 64)]
-    assert f"With 16 streams a step's message has {sizes[0]} bytes, with 64 streams {sizes[1]:,}." in text, sizes
+    assert f"With 16 streams a step's message takes {sizes[0]} bytes, and with 64 streams {sizes[1]:,}." in text, sizes
 
 
 def test_an_abort_does_not_overtake_its_add(chapter, Params, module):
@@ -264,6 +264,27 @@ def test_an_engine_that_does_not_stop_in_time_is_killed(module):
     assert killed
 
 
+def test_a_killed_process_that_does_not_end_holds_up_nobody(module, monkeypatch):
+    """SIGKILL waits while a process is in a driver, and its end of the socket stays open."""
+    process = module("engine_process")
+    monkeypatch.setattr(process, "END_S", 0.2)
+    monkeypatch.setattr(process, "ALIVE_S", 0.05)
+    monkeypatch.setattr(process, "SILENCE_S", 0.2)
+    silent, stopped = Wire(process), Wire(process)
+
+    async def end():
+        await silent.runner.start(silent.receive)
+        while not silent.received:
+            await asyncio.sleep(0.05)
+        monkeypatch.setattr(process, "SILENCE_S", 60)
+        await stopped.runner.start(stopped.receive)
+        await stopped.runner.stop(0.1)
+
+    asyncio.run(asyncio.wait_for(end(), 5))
+    [(died, _)] = silent.received
+    assert isinstance(died, module("engine_loop").Died) and "said nothing for" in died.reason and not stopped.received
+
+
 def test_time_in_which_the_server_was_suspended_is_not_silence(chapter, module, monkeypatch):
     """Its clock went on, and the engine's messages of that time are in the socket."""
     process = module("engine_process")
@@ -313,10 +334,12 @@ def test_the_servers_modules_import_no_torch(chapter):
 
 def test_a_dying_engines_last_messages_are_read_although_the_server_wrote_meanwhile(chapter, module, fake, monkeypatch):
     """The event loop may be busy while the engine dies, and send a request before it reads."""
-    loop = module("engine_loop")
+    loop, left = module("engine_loop"), []
     monkeypatch.setattr(fake, "step", lambda: 1 / 0)
     monkeypatch.setattr(fake, "fail_step", lambda: [])
+    monkeypatch.setattr(module("engine_process"), "ALIVE_S", 0.1)
     runner, received = runner_of(chapter, fake), []
+    monkeypatch.setattr(module("engine_process"), "leave", lambda code: (left.append(code), sys.exit()))
     call = [([20, 21], module("params").SamplingParams(max_tokens=2))]
 
     async def die():
@@ -324,6 +347,8 @@ def test_a_dying_engines_last_messages_are_read_although_the_server_wrote_meanwh
         runner.send(loop.Add(1, call))
         await asyncio.sleep(0)
         time.sleep(0.5)
+        # It must not end before its last messages are read, although Alive cannot be sent any more.
+        assert not left
         runner.send(loop.Add(2, call))
         await runner.reading
 

@@ -1142,9 +1142,10 @@ def test_a_log_whose_reader_has_gone_costs_no_answer(chapter, fake, monkeypatch)
         client.close()
 
 
-def test_a_log_that_nobody_reads_loses_lines_and_stops_nobody(chapter, module, fake, monkeypatch):
+def test_a_log_that_nobody_reads_loses_lines_and_stops_nobody(chapter, module, fake, monkeypatch, capsys):
     monkeypatch.setattr(module("log"), "MOST_LINES", 5)
     with serving(chapter, fake, log_format="text") as server:
+        wait_until(lambda: "curl" in capsys.readouterr().err)  # it is ready
         reader = Reader()
         monkeypatch.setattr(sys, "stderr", reader)
         for number in range(20):
@@ -1340,8 +1341,8 @@ def test_counters_stay_when_the_engine_dies(chapter, module, fake, monkeypatch, 
             server.service.async_engine.runner.process.kill()
         wait_until(lambda: server.service.async_engine.died, 5)
         after = samples(scrape(server))
-    # What the engine's process would end with it: threads that notice a closed socket.
-    wait_until(lambda: not any(thread.name in ("alive", "reader") for thread in threading.enumerate()), 5)
+    # What the engine's process would end with it: a thread that notices a closed socket.
+    wait_until(lambda: not any(thread.name == "reader" for thread in threading.enumerate()), 5)
     assert after["engine_up",] == 0
     fallen = {key: after[key] for key, value in before.items() if key[0].endswith(("_total", "_count", "_sum")) and after[key] < value}
     assert not fallen
