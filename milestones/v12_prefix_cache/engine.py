@@ -50,11 +50,15 @@ def choose_blocks(
     return kv_bytes // block_bytes
 
 
-def choose_swap_blocks(swap_bytes: int, block_bytes: int) -> int:
-    """The number of blocks of the swap space; ValueError if swap_bytes is less than one block, or more than the memory."""
+def choose_swap_blocks(swap_bytes: int, block_bytes: int, kv_bytes: int) -> int:
+    """The number of blocks of the swap space; ValueError if swap_bytes is less than one block, or more than the memory.
+
+    kv_bytes: what the cache takes of the CPU's memory, too.
+    """
     if 0 < swap_bytes < block_bytes:
         raise ValueError(f"swap_bytes is {swap_bytes}, but a block takes {block_bytes}; raise swap_bytes, or set it to 0 for no swap space")
-    check_memory(swap_bytes, torch.device("cpu"), "lower swap_bytes")
+    what = "the cache with its swap space" if kv_bytes else "the swap space"
+    check_memory(swap_bytes + kv_bytes, torch.device("cpu"), "lower swap_bytes", what)
     return swap_bytes // block_bytes
 
 
@@ -121,7 +125,8 @@ class Engine:
         self.pool = BlockPool(num_blocks, block_size)
         if max_model_len is None:
             self.max_model_len = min(self.max_model_len, num_blocks * block_size)
-        self.swap = SwapSpace(self.cache, choose_swap_blocks(swap_bytes, block_bytes))
+        beside = self.cache.kv_bytes if self.device.type == "cpu" else 0
+        self.swap = SwapSpace(self.cache, choose_swap_blocks(swap_bytes, block_bytes, beside))
 
         # its requests
         self.scheduler = Scheduler(

@@ -29,7 +29,7 @@ ENGINE_FLAGS = {
     "attention": dict(choices=("auto", "torch", "triton"), default="auto", help="(default: triton on a GPU, torch on a CPU)"),
     "reserve_tokens": dict(type=int, default=16, metavar="N", help="tokens reserved for each request's growth; 0: none (default: 16)"),
     "swap_bytes": dict(type=int, default=0, metavar="N", help="CPU memory for preempted requests (default: 0, compute them again)"),
-    "max_num_batched_tokens": dict(type=int, metavar="N", help="most tokens in a step (default: 512; on a GPU, 2048)"),
+    "max_num_batched_tokens": dict(type=int, metavar="N", help="most tokens in a step, at least max_num_seqs (default: 512 or max_num_seqs if that is more; on a GPU, 2048)"),
     "enable_prefix_caching": dict(action=argparse.BooleanOptionalAction, default=True, help="reuse the keys and values of equal beginnings (default: on)"),
 }
 SERVER_FLAGS = {

@@ -29,12 +29,12 @@ def memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_memory(kv_bytes: int, device: torch.device, remedy: str) -> None:
-    """Raise ValueError if device cannot hold a cache of kv_bytes; remedy ends the message."""
+def check_memory(kv_bytes: int, device: torch.device, remedy: str, what: str = "the cache") -> None:
+    """Raise ValueError if device cannot hold kv_bytes; what needs them begins the message, and remedy ends it."""
     available = memory_bytes(device)
     if kv_bytes > available:
         needed, there = f"{kv_bytes / 2**30:.1f} GiB", f"{available / 2**30:.1f} GiB"
-        raise ValueError(f"the cache needs {needed} of memory, but {device} has {there}; {remedy}")
+        raise ValueError(f"{what} needs {needed} of memory, but {device} has {there}; {remedy}")
 
 
 class BlockPool:

@@ -54,6 +54,7 @@ class Runner:
         self.sizes = choose_sizes(max_num_seqs) if graphs else []
         self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by size: the pass, and its hidden states
         self.pool = None  # the memory of this engine's recordings; only one runs at a time, so they share it
+        self.stream = torch.cuda.Stream(device) if graphs else None  # PyTorch's own for recordings is on one GPU only
         shape = max_num_seqs, max_model_len, cache.block_size
         # A copy from pinned memory does not make Python wait for the GPU.
         self.written = Rows(*shape, torch.device("cpu"), pinned=device.type == "cuda")
@@ -149,7 +150,7 @@ class Runner:
             self.model(batch)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 hidden = self.model(batch)
         self.pool = graph.pool()
         self.recorded[size] = graph, hidden

@@ -59,11 +59,15 @@ def choose_blocks(
     return kv_bytes // block_bytes
 
 
-def choose_swap_blocks(swap_bytes: int, block_bytes: int) -> int:
-    """The number of blocks of the swap space; ValueError if swap_bytes is less than one block, or more than the memory."""
+def choose_swap_blocks(swap_bytes: int, block_bytes: int, kv_bytes: int) -> int:
+    """The number of blocks of the swap space; ValueError if swap_bytes is less than one block, or more than the memory.
+
+    kv_bytes: what the cache takes of the CPU's memory, too.
+    """
     if 0 < swap_bytes < block_bytes:
         raise ValueError(f"swap_bytes is {swap_bytes}, but a block takes {block_bytes}; raise swap_bytes, or set it to 0 for no swap space")
-    check_memory(swap_bytes, torch.device("cpu"), "lower swap_bytes")
+    what = "the cache with its swap space" if kv_bytes else "the swap space"
+    check_memory(swap_bytes + kv_bytes, torch.device("cpu"), "lower swap_bytes", what)
     return swap_bytes // block_bytes
 
 
@@ -142,6 +146,7 @@ class Engine:
         # the model
         checkpoint = Checkpoint(model_dir)
         self.device = choose_device(device)
+        budget = choose_budget(max_num_batched_tokens, max_num_seqs, self.device)
         self.dtype = choose_dtype(dtype, self.device, checkpoint)
         self.backend = choose_backend(attention, self.device)
         self.model = load_model(
@@ -175,7 +180,8 @@ class Engine:
         self.pool = BlockPool(num_blocks, block_size)
         if max_model_len is None:
             self.max_model_len = min(self.max_model_len, num_blocks * block_size)
-        self.swap = SwapSpace(self.cache, choose_swap_blocks(swap_bytes, block_bytes))
+        beside = self.cache.kv_bytes if self.device.type == "cpu" else 0
+        self.swap = SwapSpace(self.cache, choose_swap_blocks(swap_bytes, block_bytes, beside))
 
         # its requests
         self.scheduler = Scheduler(
@@ -184,7 +190,7 @@ class Engine:
             reserve_tokens=reserve_tokens,
             swap=self.swap,
             enable_prefix_caching=enable_prefix_caching,
-            max_num_batched_tokens=choose_budget(max_num_batched_tokens, max_num_seqs, self.device),
+            max_num_batched_tokens=budget,
         )
         self.runner = Runner(
             self.model,
@@ -339,7 +345,7 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile the kernels that steps may launch, so no request waits for the compiler; changes nothing else.
+        """Compile the kernels that steps may launch, and record decode steps, so no request waits for either; changes nothing else.
 
         Takes seconds on a GPU, less if Triton has them in its disk cache, and no more than a small step if PyTorch computes attention.
         """

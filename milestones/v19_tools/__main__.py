@@ -32,7 +32,7 @@ ENGINE_FLAGS = {
     "exact": dict(action="store_true", help="the same bits for a request whatever else runs (default: the same up to rounding)"),
     "reserve_tokens": dict(type=int, default=16, metavar="N", help="tokens reserved for each request's growth; 0: none (default: 16)"),
     "swap_bytes": dict(type=int, default=0, metavar="N", help="CPU memory for preempted requests (default: 0, compute them again)"),
-    "max_num_batched_tokens": dict(type=int, metavar="N", help="most tokens in a step (default: 512; on a GPU, 2048)"),
+    "max_num_batched_tokens": dict(type=int, metavar="N", help="most tokens in a step, at least max_num_seqs (default: 512 or max_num_seqs if that is more; on a GPU, 2048)"),
     "enable_prefix_caching": dict(action=argparse.BooleanOptionalAction, default=True, help="reuse the keys and values of equal beginnings (default: on)"),
     "grammar_backend": dict(choices=("auto", "own", "llguidance"), default="auto", help="(default: our automaton, or llguidance where that cannot follow)"),
 }

@@ -2,7 +2,7 @@
 
 A chapter that forgets a `device=` works on a CPU and fails on a GPU. Under `pretend_gpu` it fails on a CPU too; code that
 does not fail computes the same numbers as on the CPU. Kernels run in Triton's interpreter. This says nothing about speed, or a real GPU's arithmetic.
-It supports only the parts of PyTorch that an engine uses: no gradients, streams or second GPU. Pinned memory is the CPU's own.
+It supports only the parts of PyTorch that an engine uses: no gradients, no second GPU, and streams only by name. Pinned memory is the CPU's own.
 """
 import contextlib
 import importlib.util
@@ -151,8 +151,15 @@ class Graph:
         return self.memory_of
 
 
+class Stream:
+    """Stands in for torch.cuda.Stream. All work is done at once, so there is no order to keep."""
+
+    def __init__(self, device: torch.device | None = None):
+        self.device = device
+
+
 @contextlib.contextmanager
-def record(graph: Graph, pool: tuple[int, int] | None = None) -> Iterator[None]:
+def record(graph: Graph, pool: tuple[int, int] | None = None, stream: object = None) -> Iterator[None]:
     """Stands in for torch.cuda.graph."""
     assert not recording, "a graph is being recorded already"
     recording.append(graph)
@@ -268,6 +275,7 @@ def pretend_gpu() -> Iterator[list[str]]:
         "device_of": lambda tensor: contextlib.nullcontext(),
         "device": lambda device: contextlib.nullcontext(),
         "synchronize": lambda device=None: cross(["synchronize"] if recording else []),
+        "Stream": Stream,
         "CUDAGraph": Graph,
         "graph": record,
     }

@@ -1,4 +1,5 @@
 """v11: memory is taken back in order of rank, and a preempted request continues where it was."""
+import os
 import random
 import signal
 
@@ -305,6 +306,8 @@ def test_a_copy_that_fails_ends_its_request_and_leaves_nothing(chapter, Params, 
 
 # ---- refusals, and the server
 
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -313,6 +316,8 @@ def test_a_copy_that_fails_ends_its_request_and_leaves_nothing(chapter, Params, 
         ({"swap_bytes": -1}, "swap_bytes must be an integer from 0 up, got -1"),
         ({"swap_bytes": 5}, r"swap_bytes is 5, but a block takes \d+; raise swap_bytes, or set it to 0"),
         ({"swap_bytes": 10**15}, r"needs .* GiB of memory.*; lower swap_bytes"),
+        # Each fits, and both together do not.
+        ({"swap_bytes": MEMORY - 2**20}, r"the cache with its swap space needs .* GiB of memory.*; lower swap_bytes"),
     ],
 )
 def test_options_out_of_range_are_refused(chapter, options, message):

@@ -514,7 +514,7 @@ def test_the_budget_is_an_integer(new_engine, value):
     assert str(refused.value) == f"max_num_batched_tokens must be an integer from 1 up or None, got {value!r}"
 
 
-def test_the_budget_has_a_token_for_each_request(new_engine):
+def test_the_budget_has_a_token_for_each_request(new_engine, module, monkeypatch):
     with pytest.raises(ValueError) as refused:
         new_engine(budget=7, max_num_seqs=8)
     assert str(refused.value) == (
@@ -522,6 +522,10 @@ def test_the_budget_has_a_token_for_each_request(new_engine):
         "raise max_num_batched_tokens or lower max_num_seqs"
     )
     assert new_engine(budget=8, max_num_seqs=8).scheduler.max_num_batched_tokens == 8
+    # Two numbers are enough to know it, so no weights are read.
+    monkeypatch.setattr(module("engine"), "load_model", None)
+    with pytest.raises(ValueError, match="needs a token in every step"):
+        new_engine(budget=7, max_num_seqs=8)
 
 
 def test_by_default_it_depends_on_the_device_and_suffices_for_max_num_seqs(new_engine, module, capsys):

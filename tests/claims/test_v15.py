@@ -715,7 +715,7 @@ def test_a_recording_that_fails_fails_its_step_and_no_other(new_engine, gpu, mon
     [want] = new_engine(graphs=False).generate([prompt], params)
 
     @contextlib.contextmanager
-    def full(graph, pool=None):
+    def full(graph, pool=None, stream=None):
         raise torch.OutOfMemoryError("no memory for the recording")
         yield
 
@@ -738,11 +738,12 @@ def test_a_recording_that_fails_fails_its_step_and_no_other(new_engine, gpu, mon
 @needs_triton
 def test_two_engines_have_a_pool_each_and_one_may_be_collected(new_engine, gpu, monkeypatch, Params):
     """All recordings of an engine share its pool, since one runs at a time. Two engines may run at the same time."""
-    graph, pools = torch.cuda.graph, []
+    graph, pools, streams = torch.cuda.graph, [], []
 
-    def noted(recording, pool=None):
+    def noted(recording, pool=None, stream=None):
         pools.append(pool)
-        return graph(recording, pool=pool)
+        streams.append(stream)
+        return graph(recording, pool=pool, stream=stream)
 
     monkeypatch.setattr(torch.cuda, "graph", noted)
     requests = traffic(6)
@@ -756,6 +757,8 @@ def test_two_engines_have_a_pool_each_and_one_may_be_collected(new_engine, gpu, 
     for first, *others in given:
         assert first is None and len(others) == 3 and None not in others
     assert not set(given[0][1:]) & set(given[1][1:])
+    # A stream of PyTorch's own would be on the GPU of the first engine that records.
+    assert {id(stream) for stream in streams[-8:]} == {id(engine.runner.stream) for engine in engines} and None not in streams
     # They take turns, and then one of them is gone.
     for prompt, options, *_ in requests:
         engines[1].add_request(prompt, Params(**options))

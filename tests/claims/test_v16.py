@@ -789,6 +789,22 @@ def test_where_large_tiles_have_other_bits_small_ones_are_tried(new_engine, modu
     assert not rows
 
 
+def test_the_experiment_feeds_the_same_tokens_whatever_the_size_of_a_block(new_engine, module, monkeypatch):
+    """Otherwise two engines might find other forms exact, and have other bits."""
+    trial = module("trial")
+    feed, seen = trial.feed, []
+
+    def noted(model, cache, backend, fed):
+        seen[-1].append([(seq.token_ids[:], count) for seq, count in fed])
+        return feed(model, cache, backend, fed)
+
+    monkeypatch.setattr(trial, "feed", noted)
+    for block_size in (16, 8, 32):
+        seen.append([])
+        new_engine("pocket", block_size=block_size)
+    assert seen[0] and seen[0] == seen[1] == seen[2]
+
+
 def test_where_nothing_can_be_tried_it_says_so(new_engine, module, monkeypatch):
     monkeypatch.setattr(module("exact"), "flash_attention", None)
     with pytest.raises(ValueError, match="exact is True, but attention torch on cpu has no exact form with this PyTorch; use attention triton on a GPU"):
