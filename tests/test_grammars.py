@@ -3,6 +3,7 @@
 import datetime
 import json
 import re
+import time
 from functools import partial
 from math import inf
 
@@ -119,6 +120,15 @@ def test_where_the_dialects_differ_only_what_both_accept_is(compiled):
         automaton = compiled(pattern)
         assert not [text for text in neither if automaton.accepts(text.encode())], pattern
         assert not automaton.accepts(b"\xed\xa0\x80") and not automaton.accepts(b"\xc0\x80") and not automaton.accepts(b"\xff")
+
+
+def test_a_class_of_opposites_is_everything(compiled):
+    """Every character is in one of the two, whichever dialect says in which."""
+    for pattern in ("[\\s\\S]", "[\\w\\W]", "[\\d\\D]", "[\\S\\s]", "[^\\S]|[^\\s]|[\\s\\S]"):
+        automaton = compiled(pattern)
+        assert all(automaton.accepts(text.encode()) for text in "a_1 \n\u00a0\ufeff\u3000\u0085\x1céſ日٣🙂"), pattern
+    assert not any(compiled("[^\\s\\S]|x").accepts(text.encode()) for text in "a \u00a0\ufeff日")
+    assert compiled("[\\w日]").accepts("日".encode()) and not compiled("[\\w-]").accepts("日".encode())
 
 
 def test_every_character_is_its_bytes(compiled, module):
@@ -539,6 +549,8 @@ INVALID = (
     ({"$ref": "#/enum/0", "$defs": {"x": {"enum": [1]}}}, "/$ref: there is no schema at #/enum/0"),
     ({"$ref": "#/$defs/x/enum", "$defs": {"x": {"enum": [1]}}}, "/$ref: there is no schema at #/$defs/x/enum"),
     ({"type": "string", "pattern": "a("}, "json_schema: this ( is not closed at character 1 of 'a('"),
+    ({"$ref": "#/examples/0", "examples": [{"type": "string", "maxLenght": 2}]}, "$ref leads to '#/examples/0', which is no schema there; move it to $defs"),
+    ({"type": "array", "items": {"$ref": "#/default"}, "default": {"minLength": "x"}}, "/items: $ref leads to '#/default', which is no schema there"),
 )
 
 
@@ -652,6 +664,41 @@ def test_a_closed_schema_allows_only_what_the_one_that_was_sent_allows(module, c
     # A discriminated union, and whatever is only named so, can be closed.
     assert words.compile_schema(words.close({"oneOf": by_tag})).accepts(b'{"a": 2, "b": null}')
     assert words.close({"enum": [{"properties": {"a": 1}}]}) == {"enum": [{"properties": {"a": 1}}]}
+
+
+def test_a_closed_schema_leaves_what_is_demanded_possible(module):
+    """An alternative must not forbid what the schema around it requires."""
+    words = module("json_schema")
+    tagged = [{"properties": {"kind": {"const": tag}}, "required": ["kind"]} for tag in "ab"]
+    outer = {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"]}
+    inner = {"type": "object", "properties": {"m": {"type": "null"}}}
+    for schema, value in (
+        (outer | {"oneOf": tagged}, {"id": "x", "kind": "a"}),
+        (outer | {"anyOf": tagged}, {"id": "x", "kind": "a"}),
+        ({"anyOf": tagged, "oneOf": [{"required": ["id"], "properties": {"id": {"const": 1}}}]}, {"id": 1, "kind": "b"}),
+        ({"type": "object", "properties": {"ab": inner}, "patternProperties": {"^a": {"required": ["n"]}}}, {"ab": {"n": 1}}),
+    ):
+        for each in (schema, {"type": "array", "items": schema}, {"type": "object", "properties": {"x": schema}, "required": ["x"]}):
+            closed = words.close(each)
+            wrapped = {"array": [value], "object": {"x": value}}[each["type"]] if each is not schema else value
+            jsonschema.Draft202012Validator(each).validate(wrapped)
+            jsonschema.Draft202012Validator(closed).validate(wrapped)
+    # Alone, alternatives with a tag are closed.
+    alone = words.close({"oneOf": [{"type": "object", **each} for each in tagged]})
+    assert all(each["additionalProperties"] is False for each in alone["oneOf"])
+
+
+def test_closing_a_schema_takes_no_longer_because_many_refer_to_one_part(module):
+    """It is done on the event loop. Without care, each of these spells all values again."""
+    words = module("json_schema")
+    large = {"properties": {"k": {"enum": [0] * 25_000}}, "required": ["k"]}
+    many = {"properties": {f"k{i}": {"const": 0} for i in range(1_000)}, "required": [f"k{i}" for i in range(1_000)]}
+    reference = {"$ref": "#/$defs/x"}
+    for part in (large, many):
+        for schema in ({"oneOf": [reference] * 2_000, "$defs": {"x": part}}, {"anyOf": [{"oneOf": [reference]}] * 2_000, "$defs": {"x": part}}):
+            began = time.perf_counter()
+            words.close(schema)
+            assert time.perf_counter() - began < 1
 
 
 def test_the_library_cannot_spell_a_name_in_another_way(chapter, Params):

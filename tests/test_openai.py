@@ -215,6 +215,16 @@ def test_a_chat_without_max_tokens_may_use_the_rest_of_the_context(client):
     assert done.usage.total_tokens == 256 and done.choices[0].finish_reason == "length"
 
 
+def test_an_error_about_the_length_names_the_parameter_that_was_sent(chapter, server):
+    chats = [("/v1/chat/completions", {"messages": CHAT}, name) for name in ("max_tokens", "max_completion_tokens")]
+    others = [("/v1/completions", {"prompt": "x"}, "max_tokens")]
+    if "responses" in chapter.capabilities:
+        others.append(("/v1/responses", {"input": "x"}, "max_output_tokens"))
+    for path, body, name in (*chats, *others):
+        error = post(server, path, {"model": "pocket", name: 100_000} | body).json()["error"]
+        assert f" {name} is 100000," in error["message"] and error["message"].endswith(f"shorten the prompt or lower {name}"), error
+
+
 @pytest.mark.parametrize("wrong", [{"prompt": [3, 10**9]}, {"prompt": PROMPT, "max_tokens": 600}])
 def test_what_the_engine_refuses_is_a_400_too(server, wrong):
     assert_names(post(server, "/v1/completions", {"model": "pocket", "max_tokens": 1} | wrong), "prompt")

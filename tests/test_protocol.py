@@ -5,6 +5,7 @@ import socket
 import time
 import tomllib
 import typing
+from importlib.util import find_spec
 
 import openai
 import pytest
@@ -65,6 +66,7 @@ def test_with_keys_a_request_without_one_is_refused(chapter, fake):
             headers = {"authorization": f"Bearer {key}"} if key else {}
             response = HTTP.get(f"{server.url}/v1/models", headers=headers)
             assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
         # Every path that costs something needs a key; no other does.
         assert post(server, "/tokenize", {"prompt": "x"}).status_code == 401
         assert post(server, "/detokenize", {"tokens": [20]}).status_code == 401
@@ -377,6 +379,41 @@ def test_no_prompt_is_tokenized_after_the_first_that_is_too_long(server, monkeyp
     body = {"model": "pocket", "prompt": ["x", "x " * 900, *["x " * 900] * 90], "max_tokens": 1}
     assert_names(post(server, "/v1/completions", body), "prompt")
     assert len(calls) == 2
+
+
+def test_a_prompt_of_ids_that_is_too_long_is_refused_before_it_is_decoded(server, monkeypatch):
+    """A million ids fit into a body."""
+    names, tokenizer, calls = server.service.names, server.service.async_engine.tokenizer, []
+    monkeypatch.setattr(type(names), "offsets", lambda self, ids: calls.append(ids))
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids, **more: calls.append(ids))
+    body = {"model": "pocket", "prompt": [20] * 9000, "max_tokens": 1, "echo": True, "logprobs": 1}
+    assert_names(post(server, "/v1/completions", body), "prompt")
+    assert not calls
+
+
+def test_what_is_large_inside_has_an_effect_and_is_not_compared(module, monkeypatch):
+    """Writing a million numbers to compare them would hold up the event loop."""
+    protocol = module("protocol")
+    for each in (each for name in ("protocol", "responses_protocol") if find_spec(f"{protocol.__package__}.{name}") for each in vars(module(name)).values()):
+        for name, inert in getattr(each, "refused", {}).items() if isinstance(each, type) else ():
+            assert all(protocol.is_inert(value, inert) for value in inert), name
+    monkeypatch.setattr(protocol, "canonical", None)
+    numbers = [1.5] * 1000
+    for value in ({"type": numbers}, [numbers], {"a": {"b": {"c": {"d": numbers}}}}, {"type": "text" * 1000}, {str(number): 1 for number in numbers} | {"a": numbers}):
+        assert not protocol.is_inert(value, [{"type": "text"}, {}, []])
+
+
+def test_the_spelling_of_more_tokens_than_the_context_has_is_refused(server):
+    assert len(post(server, "/tokenize", {"prompt": "x " * 600}).json()["tokens"]) > 512
+    assert_names(post(server, "/tokenize", {"prompt": "x " * 600, "return_token_strs": True}), "return_token_strs")
+
+
+def test_a_cache_option_that_is_no_note_is_refused(server):
+    body = {"model": "pocket", "messages": [TURN], "max_tokens": 1}
+    assert post(server, "/v1/chat/completions", body | {"prompt_cache_options": {"mode": "explicit", "prewarm": False, "comparison_response_id": None}}).status_code == 200
+    error = post(server, "/v1/chat/completions", body | {"prompt_cache_options": {"prewarm": True}}).json()["error"]
+    assert error["param"] == "prompt_cache_options" and "prewarm is not supported here; leave it out" in error["message"]
+    assert_names(post(server, "/v1/chat/completions", body | {"best_of": 4}), "best_of")
 
 
 def test_what_asks_nothing_of_an_answer_is_accepted(server):

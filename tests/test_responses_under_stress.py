@@ -84,6 +84,48 @@ def test_a_server_that_drains_waits_for_what_is_in_the_background(chapter, token
         wait_until(lambda: server.should_exit)
 
 
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_server_that_drains_lets_a_response_in_the_background_be_cancelled(chapter, tokenizer, has_ended):
+    """It ends work, and exists nowhere else. If it has ended already, this is how its client learns it."""
+    fake = FakeEngine(chapter, tokenizer)
+    fake.gate.clear()
+    with serving(chapter, fake) as server, client_of(server) as client:
+        begun = client.responses.create(model="pocket", input="Hi", background=True, max_output_tokens=2)
+        server.handle_exit(signal.SIGTERM, None)
+        if has_ended:
+            fake.gate.set()
+            run = server.config.app.state.responses.runs[begun.id]
+            wait_until(lambda: run.ended)
+        assert client.responses.cancel(begun.id).status == ("incomplete" if has_ended else "cancelled")
+        fake.gate.set()
+        wait_until(lambda: server.should_exit)
+
+
+def test_a_response_whose_id_nobody_has_learned_is_not_kept(chapter, tokenizer):
+    """A client with a short timeout would push out everybody else's."""
+    fake = FakeEngine(chapter, tokenizer)
+    with serving(chapter, fake) as server, client_of(server, timeout=0.5) as client:
+        runs = server.config.app.state.responses.runs
+        fake.gate.clear()
+        with pytest.raises(openai.APITimeoutError):
+            client.responses.create(model="pocket", input="Hi")
+        wait_until(lambda: not server.service.async_engine.active_generations)
+        fake.gate.set()
+        wait_until(lambda: is_idle(server) and not server.service.num_active)
+        assert not runs
+        done = client.responses.create(model="pocket", input="Hi", max_output_tokens=2)
+        assert [*runs] == [done.id]
+        # Its turns are kept once, in the conversation.
+        assert not runs[done.id].body.input
+
+
+def test_what_a_response_was_created_with_is_repeated(chapter, tokenizer):
+    sent = {"prompt_cache_options": {"mode": "explicit"}, "prompt_cache_retention": "24h", "reasoning": {"effort": "none"}}
+    with serving(chapter, FakeEngine(chapter, tokenizer)) as server:
+        answer = HTTP.post(f"{server.url}/v1/responses", json={"model": "pocket", "input": "Hi", "max_output_tokens": 1} | sent).json()
+    assert all(answer[name] == value for name, value in sent.items() if name != "reasoning") and answer["reasoning"]["effort"] == "none"
+
+
 def test_a_response_that_runs_is_not_forgotten(module):
     """No client could retrieve or cancel it otherwise. Once it has finished, it can be deleted."""
     store = module("responses_store").Store(size=2)

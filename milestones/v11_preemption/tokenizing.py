@@ -21,9 +21,13 @@ async def tokenize(request: Request, body: TokenizeRequest):
     else:
         service.check_text(body.prompt)
         token_ids = await service.async_engine.tokenize(encode_text, body.prompt, body.add_special_tokens)
+    limit = service.async_engine.max_model_len
+    if body.return_token_strs and len(token_ids) > limit:
+        message = f"return_token_strs is for at most max_model_len = {limit} tokens, but there are {len(token_ids)}; leave it out"
+        raise ApiError(400, message, "return_token_strs")
     return Tokenized(
         count=len(token_ids),
-        max_model_len=service.async_engine.max_model_len,
+        max_model_len=limit,
         tokens=token_ids,
         token_strs=await service.async_engine.tokenize(spell, token_ids) if body.return_token_strs else None,
     )

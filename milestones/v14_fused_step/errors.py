@@ -57,13 +57,16 @@ def error_response(error: ApiError) -> Response:
 
 
 @contextmanager
-def refusals(prompt_param: str) -> Iterator[None]:
-    """Make a RequestError about the prompt name prompt_param, the parameter that the prompt came from."""
+def refusals(prompt_param: str, limit_param: str = "max_tokens") -> Iterator[None]:
+    """Make a RequestError about the prompt or max_tokens name the parameters that these came from."""
     try:
         yield
     except RequestError as error:
-        param = prompt_param if error.param in ("prompt", "messages") else error.param
-        raise RequestError(str(error), param, error.code) from None
+        message, param = str(error), error.param
+        if param in ("prompt", "messages", "max_tokens"):
+            message = message.replace("max_tokens", limit_param)
+            param = limit_param if param == "max_tokens" else prompt_param
+        raise RequestError(message, param, error.code) from None
 
 
 async def on_api_error(_request: Request, error: ApiError) -> Response:

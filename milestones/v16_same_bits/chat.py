@@ -74,7 +74,7 @@ async def create_chat_completion(request: Request, body: ChatRequest):
     service.check_model(body.model)
     service.check_priority(body.priority)
     service.check_count(1, body.n)
-    with refusals("messages"):
+    with refusals("messages", "max_completion_tokens" if body.max_completion_tokens else "max_tokens"):
         prompt_ids = await tokenize_chat(service, [message.plain() for message in body.messages])
         params = body.sampling_params(
             service.max_tokens(body.max_completion_tokens or body.max_tokens, None, len(prompt_ids)),

@@ -8,7 +8,7 @@ import time
 import uuid
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from .errors import ApiError
@@ -67,10 +67,15 @@ Priority = Annotated[int, Field(ge=-(2**31), lt=2**31, description="not OpenAI's
 
 def is_inert(value: Any, inert: list) -> bool:
     """Return whether value is one of those with which a refused parameter changes nothing."""
-    # All of those are short, and a long value takes long to compare.
+    return is_small(value) and canonical(value) in map(canonical, inert)
+
+
+def is_small(value: Any, depth: int = 3) -> bool:
+    """Return whether value has at most 20 members or characters, at each of so many levels. A larger one takes long to compare."""
     if isinstance(value, (dict, list, str)) and len(value) > 20:
         return False
-    return canonical(value) in map(canonical, inert)
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not members or depth > 0 and all(is_small(each, depth - 1) for each in members)
 
 
 def canonical(value: Any) -> str:
@@ -109,7 +114,7 @@ class Strict(BaseModel):
             if value is not None and not is_inert(value, inert):
                 allowed = " or ".join(["null", *map(json.dumps, inert)])
                 raise PydanticCustomError("refused", "is not supported here; leave it out ({allowed} is accepted)", {"name": name, "allowed": allowed})
-        return {name: value for name, value in data.items() if value is not None}
+        return {name: value for name, value in data.items() if value is not None and name not in cls.refused}
 
 
 class Body(Strict):
@@ -129,7 +134,7 @@ class Body(Strict):
             raise ApiError(400, f"{cls.counted} has {num_items} items, but a body has at most {MAX_ITEMS}; send fewer", cls.counted)
         for name in cls.model_fields.keys() & data.keys():
             # Lists of token ids hold no strings, and validating them is faster than searching them.
-            if isinstance(data[name], list) and data[name] and isinstance(data[name][0], (int, list)):
+            if isinstance(data[name], list) and data[name] and isinstance(data[name][0], (int, float, list)):
                 continue
             try:
                 json.dumps(data[name], ensure_ascii=False).encode()
@@ -145,12 +150,19 @@ def few(value: Any) -> Any:
     return value
 
 
+def no_prewarm(value: dict) -> dict:
+    """Return value; ValueError if it asks for a prompt to be computed without an answer."""
+    if value.get("prewarm"):
+        raise ValueError("prewarm is not supported here; leave it out")
+    return value
+
+
 class Labels(Body):
     """Parameters that do not affect the answer. They are accepted, and returned where OpenAI's API returns them."""
 
     metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Note], BeforeValidator(few)] = {}
     prompt_cache_key: Note | None = None
-    prompt_cache_options: Annotated[dict[str, Note | int], BeforeValidator(few)] | None = None
+    prompt_cache_options: Annotated[dict[str, Note | bool | int | None], BeforeValidator(few), AfterValidator(no_prewarm)] | None = None
     prompt_cache_retention: Note | None = None
     request_id: Note | None = None
     safety_identifier: Note | None = None
@@ -268,6 +280,7 @@ class ChatRequest(GenerationRequest):
         "add_generation_prompt": [True],
         "add_special_tokens": [False],
         "audio": [],
+        "best_of": [1],
         "chat_template": [],
         "chat_template_kwargs": [{}],
         "continue_final_message": [False],

@@ -34,12 +34,13 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, body: CompletionRequest, 
     for prompt in body.prompts:
         if isinstance(prompt, str):
             service.check_text(prompt)
-            token_ids, text = encode(tokenizer, prompt), prompt
-            offsets = token_starts(tokenizer, prompt) if wants_offsets else []
-        else:
-            token_ids, text = prompt, tokenizer.decode(prompt, skip_special_tokens=True) if body.echo else ""
-            offsets = service.names.offsets(prompt) if wants_offsets else []
+        token_ids = encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
         service.async_engine.check_length(len(token_ids))
+        if isinstance(prompt, str):
+            text, offsets = prompt, token_starts(tokenizer, prompt) if wants_offsets else []
+        else:
+            text = tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False) if body.echo else ""
+            offsets = service.names.offsets(prompt) if wants_offsets else []
         encoded.append(Prompt(token_ids, text, offsets))
     return encoded
 

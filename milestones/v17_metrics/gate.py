@@ -19,7 +19,7 @@ class Gate:
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN:
             return await self.app(scope, receive, send)
-        refused = self.refusal(scope["method"], dict(scope["headers"]))
+        refused = self.refusal(scope)
         if refused is not None:
             return await error_response(refused)(scope, receive, send)
         scope["api_key"] = self.key_of(dict(scope["headers"]))
@@ -42,12 +42,15 @@ class Gate:
         finally:
             self.service.num_active -= complete
 
-    def refusal(self, method: str, headers: dict[bytes, bytes]) -> ApiError | None:
-        if self.service.draining and method != "GET":
+    def refusal(self, scope) -> ApiError | None:
+        headers = dict(scope["headers"])
+        cancels = scope["path"].startswith("/v1/responses/") and scope["path"].endswith("/cancel")
+        if self.service.draining and scope["method"] != "GET" and not cancels:
             message = "the server is shutting down; send this elsewhere"
             return ApiError(503, message, headers={"Retry-After": "5", "Connection": "close"})
         if self.service.api_keys and self.key_of(headers) is None:
-            return ApiError(401, "no valid API key; send Authorization: Bearer KEY", code="invalid_api_key")
+            message = "no valid API key; send Authorization: Bearer KEY"
+            return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > MAX_BODY_BYTES:
             return too_large()

@@ -12,7 +12,7 @@ from .bodies import BodyRoute
 from .errors import refusals
 from .names import TokenNames, finite
 from .outputs import StepOutput
-from .params import choices
+from .params import choices, with_length
 from .protocol import Completion, CompletionRequest
 from .service import Service
 from .streaming import ANSWERS, Events, unless_gone, while_connected
@@ -35,12 +35,13 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, body: CompletionRequest, 
     for prompt in body.prompts:
         if isinstance(prompt, str):
             service.check_text(prompt)
-            token_ids, text = encode(tokenizer, prompt), prompt
-            offsets = token_starts(tokenizer, prompt) if wants_offsets else []
-        else:
-            token_ids, text = prompt, tokenizer.decode(prompt, skip_special_tokens=True) if body.echo else ""
-            offsets = service.names.offsets(prompt) if wants_offsets else []
+        token_ids = encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
         service.async_engine.check_length(len(token_ids))
+        if isinstance(prompt, str):
+            text, offsets = prompt, token_starts(tokenizer, prompt) if wants_offsets else []
+        else:
+            text = tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False) if body.echo else ""
+            offsets = service.names.offsets(prompt) if wants_offsets else []
         encoded.append(Prompt(token_ids, text, offsets))
     return encoded
 
@@ -125,16 +126,17 @@ async def create_completion(request: Request, body: CompletionRequest):
     prompts = await service.async_engine.tokenize(encode_prompts, body, service)
     # The engine generates at least one token per request; for max_tokens=0, Answer discards it.
     max_tokens = 1 if body.max_tokens == 0 else body.max_tokens
-    with refusals("prompt", body.grammar_param):
+    with refusals("prompt", "max_tokens", body.grammar_param):
+        lengths = [service.max_tokens(max_tokens, 16, len(prompt.token_ids)) for prompt in prompts]
+        params = body.sampling_params(
+            lengths[0],
+            logprobs=body.logprobs,
+            prompt_logprobs=body.echo and body.logprobs is not None,
+            cache_salt=service.cache_salt(request.scope["api_key"], body.cache_salt),
+        )
         requests = []
-        for prompt in prompts:
-            params = body.sampling_params(
-                service.max_tokens(max_tokens, 16, len(prompt.token_ids)),
-                logprobs=body.logprobs,
-                prompt_logprobs=body.echo and body.logprobs is not None,
-                cache_salt=service.cache_salt(request.scope["api_key"], body.cache_salt),
-            )
-            requests += [(prompt.token_ids, choice) for choice in choices(params, body.n)]
+        for prompt, length in zip(prompts, lengths):
+            requests += [(prompt.token_ids, choice) for choice in choices(with_length(params, length), body.n)]
         generation = await while_connected(request, service.async_engine.generate(requests, request.scope["arrived"]))
     writer = CompletionWriter(
         service,

@@ -441,12 +441,13 @@ def check_schema(schema: object, param: str = "json_schema") -> None:
     """Raise RequestError unless this is a schema whose every keyword is known, with a value of the kind it needs."""
     if not is_schema(schema):
         raise RequestError(f"{param} must be a JSON Schema, which is an object, true or false, got {type(schema).__name__}", param)
-    todo = [(schema, "", 1)]
+    todo, checked, references = [(schema, "", 1)], set(), []
     while todo:
         each, path, depth = todo.pop()
         if isinstance(each, bool):
             continue
         where = path or "the schema"
+        checked.add(id(each))
         if depth > MOST_DEPTH:
             raise RequestError(f"{param}: {where[:200]} is nested more than {MOST_DEPTH} deep; use fewer levels", param)
         for keyword, value in each.items():
@@ -456,6 +457,11 @@ def check_schema(schema: object, param: str = "json_schema") -> None:
             if check and not check(value):
                 raise RequestError(f"{param}: {where}: {keyword} must be {kind}, got {spell(value)[:200]}", param)
         todo += [(part, part_path, depth + 1) for part, part_path in parts_of(each, path)]
+        references += [(each["$ref"], where)] if "$ref" in each else []
+    for reference, where in references:
+        target = resolve(reference, schema) if reference.startswith("#/") else None
+        if isinstance(target, dict) and id(target) not in checked:
+            raise RequestError(f"{param}: {where}: $ref leads to {reference[:200]!r}, which is no schema there; move it to $defs", param)
 
 
 # Beside these, `properties` does not say all that an object may have.
@@ -463,6 +469,7 @@ OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "a
 # Keywords whose values have schemas by name, and those whose values hold none that is obeyed.
 NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 WITHOUT_SCHEMAS = NOTES - NAMED | {"enum", "const"}
+MOST_TAGS = 16
 
 
 def close(schema):
@@ -474,7 +481,7 @@ def close(schema):
     >>> close({"properties": {"a": {"type": "null"}}})
     {'properties': {'a': {'type': 'null'}}, 'additionalProperties': False}
     """
-    return schema if puts_together(schema, schema) else closed(schema)
+    return schema if puts_together(schema, schema, {}) else closed(schema)
 
 
 def closed(schema):
@@ -496,40 +503,54 @@ def closed(schema):
     return schema
 
 
-def puts_together(schema, root) -> bool:
-    """Whether a schema anywhere demands several schemas of one value, or that it is not allowed by another one."""
+def puts_together(schema, root, tags: dict[int, dict[str, list[str]]]) -> bool:
+    """Whether a schema anywhere demands several schemas of one value, or that it is not allowed by another one. tags: see `told_apart`."""
     match schema:
         case list():
-            return any(puts_together(each, root) for each in schema)
+            return any(puts_together(each, root, tags) for each in schema)
         case dict():
             keywords = set(schema) - NOTES
             several = isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1
-            beside = keywords & {"allOf", "$ref"} and len(keywords) > 1
-            apart = "oneOf" not in schema or told_apart(schema["oneOf"], root)
+            beside = keywords & {"allOf", "$ref"} and len(keywords) > 1 or keywords & {"anyOf", "oneOf"} and len(keywords - {"type"}) > 1
+            beside = beside or {"properties", "patternProperties"} <= keywords
+            apart = "oneOf" not in schema or told_apart(schema["oneOf"], root, tags)
             if several or beside or not apart or keywords & {"not", "if", "contains", "dependentSchemas", "unevaluatedProperties"}:
                 return True
             for keyword in set(schema) - WITHOUT_SCHEMAS:
                 value = schema[keyword]
                 parts = value.values() if keyword in NAMED and isinstance(value, dict) else [value]
-                if any(puts_together(each, root) for each in parts):
+                if any(puts_together(each, root, tags) for each in parts):
                     return True
     return False
 
 
-def told_apart(schemas, root) -> bool:
-    """Whether a member that all of these schemas require has other values in each: then no object is allowed by two."""
-    tags: dict[str, list[list[str]]] = {}
+def told_apart(schemas, root, tags: dict[int, dict[str, list[str]]]) -> bool:
+    """Whether a member that all of these schemas require has other values in each: then no object is allowed by two.
+
+    tags: what `tags_of` has returned for each schema, by its id; many alternatives may refer to one schema.
+    """
+    found: dict[str, list[list[str]]] = {}
     for schema in schemas if isinstance(schemas, list) else []:
         if isinstance(schema, dict) and set(schema) - NOTES == {"$ref"}:
             schema = resolve(schema["$ref"], root)
-        if not (isinstance(schema, dict) and are_named(schema.get("properties")) and are_names(schema.get("required"))):
-            return False
-        for name in schema["required"]:
-            member = schema["properties"].get(name)
-            values = [member["const"]] if isinstance(member, dict) and "const" in member else isinstance(member, dict) and member.get("enum")
-            if isinstance(values, list):
-                tags.setdefault(name, []).append([spell(value, is_sorted=True) for value in values])
-    return any(len(values) == len(schemas) and len(set(chain(*values))) == sum(map(len, values)) for values in tags.values())
+        if id(schema) not in tags:
+            tags[id(schema)] = tags_of(schema)
+        for name, values in tags[id(schema)].items():
+            found.setdefault(name, []).append(values)
+    return any(len(values) == len(schemas) and len(set(chain(*values))) == sum(map(len, values)) for values in found.values())
+
+
+def tags_of(schema) -> dict[str, list[str]]:
+    """The values of each member that an object must have, if the schema lists them: of the first MOST_TAGS members with at most as many values."""
+    found: dict[str, list[str]] = {}
+    if not (isinstance(schema, dict) and are_named(schema.get("properties")) and are_names(schema.get("required"))):
+        return found
+    for name in schema["required"]:
+        member = schema["properties"].get(name)
+        values = [member["const"]] if isinstance(member, dict) and "const" in member else isinstance(member, dict) and member.get("enum")
+        if isinstance(values, list) and len(values) <= MOST_TAGS and len(found) < MOST_TAGS:
+            found[name] = [spell(value, is_sorted=True) for value in values]
+    return found
 
 
 def compile_schema(schema: dict | bool, param: str = "json_schema") -> Automaton:

@@ -28,7 +28,7 @@ async def create_response(request: Request, body: ResponseRequest):
     turns = body.input if isinstance(body.input, list) else [InputMessage(role="user", content=body.input)]
     messages += [turn.plain() for turn in turns]
     instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    with refusals("input", body.grammar_param):
+    with refusals("input", "max_output_tokens", body.grammar_param):
         prompt_ids = await tokenize_chat(service, instructions + messages)
         params = SamplingParams(
             max_tokens=service.max_tokens(body.max_output_tokens, None, len(prompt_ids)),
@@ -42,7 +42,7 @@ async def create_response(request: Request, body: ResponseRequest):
         )
         run = Run(service, api_key, body, messages, len(prompt_ids))
         run.generation = await while_connected(request, service.async_engine.generate([(prompt_ids, params)], request.scope["arrived"]))
-    if body.store:
+    if body.store and (body.background or body.stream):
         store.add(run)
     if body.background:
         # Counted like a request being answered, so that a drain waits for it.
@@ -51,7 +51,11 @@ async def create_response(request: Request, body: ResponseRequest):
         return run.answer_now()
     if body.stream:
         return Events(run, run.stream())
-    return await unless_gone(request, run, run.whole())
+    answer = await unless_gone(request, run, run.whole())
+    # Only now: a client that hangs up before has never learned its id.
+    if body.store and run.status in ("completed", "incomplete"):
+        store.add(run)
+    return answer
 
 
 def earlier_turns(store: Store, api_key: str | None, response_id: str | None) -> list[dict]:
@@ -88,4 +92,5 @@ async def cancel_response(request: Request, response_id: str) -> Response:
     if not run.body.background:
         raise ApiError(400, "only a response that was created with background can be cancelled", "response_id")
     run.cancel()
+    run.fetched.set()
     return run.answer_now()

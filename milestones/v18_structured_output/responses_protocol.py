@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from .errors import ApiError
-from .protocol import EXTENSIONS, Priority, Salt, Shaped, Strict, Text, TextFormat, plain_turn
+from .protocol import EXTENSIONS, Closed, Priority, Salt, Shaped, Strict, Text, TextFormat, plain_turn
 
 LOGPROBS = "message.output_text.logprobs"
 # OpenAI's other values concern tools, images and reasoning. They are accepted, and add nothing to an answer.
@@ -45,7 +45,7 @@ class InputMessage(Strict):
         return plain_turn(self.role, self.content)
 
 
-class TextOptions(Strict):
+class TextOptions(Closed):
     refused: ClassVar = {"verbosity": ["medium"]}
 
     format: TextFormat = TextFormat(type="text")

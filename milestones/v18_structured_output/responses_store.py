@@ -35,7 +35,7 @@ class Run:
     ):
         self.service = service
         self.api_key = api_key  # only requests with this key may see the response
-        self.body = body
+        self.body = body.model_copy(update={"input": ""})  # the conversation is in messages
         self.messages = messages  # the conversation without instructions
         self.num_prompt = num_prompt
         self.id = new_id("resp_")
@@ -102,9 +102,11 @@ class Run:
             "output": [self.item()] if self.answer.num_tokens or self.status in ("completed", "incomplete") else [],
             "parallel_tool_calls": True,
             "previous_response_id": body.previous_response_id,
-            "reasoning": {"effort": None, "summary": body.reasoning.summary or body.reasoning.generate_summary},
+            "reasoning": {"effort": body.reasoning.effort, "summary": body.reasoning.summary or body.reasoning.generate_summary},
             "safety_identifier": body.safety_identifier,
             "prompt_cache_key": body.prompt_cache_key,
+            "prompt_cache_options": body.prompt_cache_options,
+            "prompt_cache_retention": body.prompt_cache_retention,
             "service_tier": "default",
             "store": body.store,
             "temperature": body.temperature,

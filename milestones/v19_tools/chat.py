@@ -141,7 +141,7 @@ async def create_chat_completion(request: Request, body: ChatRequest):
     service.check_model(body.model)
     service.check_priority(body.priority)
     service.check_count(1, body.n)
-    with refusals("messages", body.grammar_param):
+    with refusals("messages", "max_completion_tokens" if body.max_completion_tokens else "max_tokens", body.grammar_param):
         tools = [tool.plain() for tool in body.tools]
         options = without_thought(service.family, body.chat_template_kwargs, body.reasoning_effort, "reasoning_effort")
         prompt_ids, is_open = await tokenize_chat(service, plain_turns(body.messages), tools, options)

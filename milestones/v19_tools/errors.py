@@ -64,15 +64,18 @@ def error_response(error: ApiError) -> Response:
 
 
 @contextmanager
-def refusals(prompt_param: str, grammar_param: str | None = None) -> Iterator[None]:
-    """Make a RequestError about the prompt or the grammar name the parameters that these came from."""
+def refusals(prompt_param: str, limit_param: str = "max_tokens", grammar_param: str | None = None) -> Iterator[None]:
+    """Make a RequestError about the prompt, max_tokens or the grammar name the parameters that these came from."""
     try:
         yield
     except RequestError as error:
-        param = prompt_param if error.param in ("prompt", "messages") else error.param
+        message, param = str(error), error.param
+        if param in ("prompt", "messages", "max_tokens"):
+            message = message.replace("max_tokens", limit_param)
+            param = limit_param if param == "max_tokens" else prompt_param
         if grammar_param is not None and param in GRAMMARS:
             param = grammar_param
-        raise RequestError(str(error), param, error.code) from None
+        raise RequestError(message, param, error.code) from None
 
 
 async def on_api_error(_request: Request, error: ApiError) -> Response:

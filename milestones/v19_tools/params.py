@@ -217,6 +217,13 @@ def choices(params: SamplingParams, num_choices: int) -> list[SamplingParams]:
     return answers
 
 
+def with_length(params: SamplingParams, max_tokens: int) -> SamplingParams:
+    """The same parameters with another max_tokens, for another prompt of a call."""
+    other = copy(params)
+    object.__setattr__(other, "max_tokens", max_tokens)
+    return other
+
+
 def choice_seed(seed: int | None, index: int) -> int | None:
     """A hash of the arguments; a seed of None, which means a fresh one for each request, stays None."""
     if seed is None:

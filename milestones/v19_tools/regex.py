@@ -63,6 +63,13 @@ def wide(letter: str) -> Ranges:
     return merge([(match.start(), match.end() - 1) for match in found] + more)
 
 
+@cache
+def both_ways(letter: str) -> tuple[Ranges, Ranges]:
+    """What \\d, \\w, \\s or their opposites \\D, \\W, \\S stand for, by `narrow` and by `wide`."""
+    ways = narrow(letter.lower()), wide(letter.lower())
+    return tuple(map(invert, ways)) if letter.isupper() else ways
+
+
 class Parser:
     """Reads one pattern."""
 
@@ -187,10 +194,8 @@ class Parser:
         """What the characters after a backslash stand for."""
         letter = self.next
         self.at += 1
-        if letter in NARROW:
-            return narrow(letter)
-        if letter.lower() in NARROW and letter:
-            return invert(wide(letter.lower()))
+        if letter and letter.lower() in NARROW:
+            return both_ways(letter)[letter.isupper()]
         if letter in ESCAPES:
             code = ESCAPES[letter]
         elif letter == "b" and in_class:
@@ -223,39 +228,40 @@ class Parser:
         negated = self.take("^")
         if self.next == "]":
             raise self.refuse("a class cannot begin with ]; write \\]", start)
-        ranges: list[tuple[int, int]] = []
+        # A character is in the class if it is, whichever way its letters are read. Both are needed: [\s\S] is everything.
+        ways: tuple[list, list] = [], []
         while not self.take("]"):
-            low = self.class_atom(start, negated)
+            low, wide_low = self.class_atom(start)
             if self.next == "-" and self.pattern[self.at + 1 : self.at + 2] not in ("]", ""):
                 self.at += 1
-                high = self.class_atom(start, negated)
+                high, _ = self.class_atom(start)
                 is_pair = len(low) == len(high) == 1 and low[0][0] == low[0][1] and high[0][0] == high[0][1]
                 if not is_pair or low[0][0] > high[0][0]:
                     raise self.refuse("a class has a range without two ends in order", start)
-                ranges.append((low[0][0], high[0][0]))
-            else:
-                ranges += low
-        return invert(ranges) if negated else merge(ranges)
+                low = wide_low = ((low[0][0], high[0][0]),)
+            ways[0].extend(low)
+            ways[1].extend(wide_low)
+        if negated:
+            return invert((*ways[0], *ways[1]))
+        return invert((*invert(ways[0]), *invert(ways[1])))
 
-    def class_atom(self, start: int, negated: bool) -> Ranges:
+    def class_atom(self, start: int) -> tuple[Ranges, Ranges]:
+        """What a class has here, with letters read narrowly and widely."""
         at, character = self.at, self.next
         if not character:
             raise self.refuse("this [ is not closed", start)
         self.at += 1
         if character == "\\":
             letter = self.next
-            if negated and letter in NARROW and letter:
+            if letter and letter.lower() in NARROW:
                 self.at += 1
-                return wide(letter)
-            if negated and letter.lower() in NARROW and letter:
-                self.at += 1
-                return invert(narrow(letter.lower()))
-            return self.escape(at, in_class=True)
+                return both_ways(letter)
+            return (self.escape(at, in_class=True),) * 2
         if "\ud800" <= character <= "\udfff":
             raise self.refuse("there is half a surrogate pair", at)
         if self.pattern[at : at + 2] in ("--", "&&", "||", "~~", "[:"):
             raise self.refuse(f"{self.pattern[at : at + 2]} in a class means other things elsewhere; escape it with \\", at)
-        return ((ord(character), ord(character)),)
+        return (((ord(character), ord(character)),),) * 2
 
 
 def parse_regex(pattern: str, param: str = "regex"):

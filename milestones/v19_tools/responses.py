@@ -29,7 +29,7 @@ async def create_response(request: Request, body: ResponseRequest):
     turns = body.input if isinstance(body.input, list) else [InputMessage(role="user", content=body.input)]
     messages += plain_items(turns, messages)
     instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    with refusals("input", body.grammar_param):
+    with refusals("input", "max_output_tokens", body.grammar_param):
         tools = [tool.plain() for tool in body.tools]
         options = without_thought(service.family, body.chat_template_kwargs, body.reasoning.effort, "reasoning.effort")
         prompt_ids, is_open = await tokenize_chat(service, instructions + messages, tools, options)
@@ -46,7 +46,7 @@ async def create_response(request: Request, body: ResponseRequest):
         )
         run = Run(service, api_key, body, messages, len(prompt_ids), parts)
         run.generation = await while_connected(request, service.async_engine.generate([(prompt_ids, params)], request.scope["arrived"]))
-    if body.store:
+    if body.store and (body.background or body.stream):
         store.add(run)
     if body.background:
         # Counted like a request being answered, so that a drain waits for it.
@@ -55,7 +55,11 @@ async def create_response(request: Request, body: ResponseRequest):
         return run.answer_now()
     if body.stream:
         return Events(run, run.stream())
-    return await unless_gone(request, run, run.whole())
+    answer = await unless_gone(request, run, run.whole())
+    # Only now: a client that hangs up before has never learned its id.
+    if body.store and run.status in ("completed", "incomplete"):
+        store.add(run)
+    return answer
 
 
 def earlier_turns(store: Store, api_key: str | None, response_id: str | None) -> list[dict]:
@@ -92,4 +96,5 @@ async def cancel_response(request: Request, response_id: str) -> Response:
     if not run.body.background:
         raise ApiError(400, "only a response that was created with background can be cancelled", "response_id")
     run.cancel()
+    run.fetched.set()
     return run.answer_now()

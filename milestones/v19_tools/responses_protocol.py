@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from .errors import ApiError
 from .parts import Tool
-from .protocol import EXTENSIONS, MOST_TOOLS, Choice, FunctionName, Options, Priority, Salt, Shaped, Strict, Text, TextFormat, plain_call
+from .protocol import EXTENSIONS, MOST_TOOLS, Choice, Closed, FunctionName, Options, Priority, Salt, Shaped, Strict, Text, TextFormat, plain_call
 from .protocol import plain_turn, result_of, tools_by_name
 
 LOGPROBS = "message.output_text.logprobs"
@@ -162,7 +162,7 @@ class AllowedFunctions(Strict):
     tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MOST_TOOLS, fail_fast=True)]
 
 
-class TextOptions(Strict):
+class TextOptions(Closed):
     refused: ClassVar = {"verbosity": ["medium"]}
 
     format: TextFormat = TextFormat(type="text")

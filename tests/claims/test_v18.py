@@ -545,6 +545,20 @@ def test_a_schema_is_written_once_for_all_answers_of_a_call(module, new_engine, 
     assert len(written) == 1
 
 
+def test_a_schema_is_written_once_for_all_prompts_of_a_call(chapter, module, new_engine, monkeypatch):
+    params = module("params")
+    written, json_text = [], params.json_text
+    monkeypatch.setattr(params, "json_text", lambda schema, *param: (written.append(schema), json_text(schema, *param))[1])
+    with serving(chapter, new_engine(), log_format="none") as server:
+        body = {"model": "pocket", "prompt": [[20] * count for count in (3, 5, 40)], "n": 2, "json_schema": {"type": "null"}}
+        answer = HTTP.post(f"{server.url}/v1/completions", json=body | {"max_tokens": 4})
+    assert answer.status_code == 200 and len(answer.json()["choices"]) == 6
+    assert len(written) == 1
+    one = params.SamplingParams(max_tokens=3, seed=5)
+    other = params.with_length(one, 7)
+    assert (one.max_tokens, other.max_tokens, other.seed) == (3, 7, 5)
+
+
 def test_an_interrupt_while_a_grammar_is_compiled_stays_one(module, new_grammars, monkeypatch):
     """And the grammar can be compiled at once again."""
     grammars = new_grammars()
@@ -1193,6 +1207,12 @@ def test_an_error_of_a_responses_format_names_it(server):
         assert error["param"].startswith(param) and said in error["message"], error
     error = refused(ask(server, "/v1/responses", {"input": "Hi", "response_format": {"type": "json_object"}}))
     assert error["param"] == "response_format" and "not supported" in error["message"]
+    # The format was forgotten around it, and the answer would not follow it.
+    error = refused(ask(server, "/v1/responses", {"input": "Hi", "text": {"type": "json_object"}}))
+    assert error["param"] == "text.type"
+    assert ask(server, "/v1/responses", {"input": "Hi", "max_output_tokens": 1, "text": {"verbosity": "medium"}}).status_code == 200
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "structured_outputs": {"choice": ["a"], "disable_fallback": False, "backend": None}}
+    assert ask(server, "/v1/chat/completions", asked).status_code == 200
 
 
 def test_a_schema_that_says_nothing_of_other_members_gets_none(server):
