@@ -722,6 +722,8 @@ def test_calls_that_are_not_a_list_of_prompts(make_engine, Params):
         ({"temperature": -0.1}, "temperature must be a number from 0 (greedy) up, got -0.1"),
         ({"temperature": float("nan")}, "temperature must be a number from 0 (greedy) up, got nan"),
         ({"temperature": float("inf")}, "temperature must be a number from 0 (greedy) up, got inf"),
+        ({"temperature": 10**400}, "temperature must be a number from 0 (greedy) up, got 1000"),
+        ({"top_p": -(10**400)}, "top_p must be above 0 and at most 1 (off), got -1000"),
         ({"temperature": "hot"}, "temperature must be a number from 0 (greedy) up, got 'hot'"),
         ({"temperature": 1e-31}, "temperature 1e-31 is too small to divide by; use 0 for greedy"),
         ({"top_k": -1}, "top_k must be an integer from 0 up, got -1"),

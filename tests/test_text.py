@@ -162,6 +162,20 @@ def test_a_long_run_of_whole_characters_arrives_in_pieces(chapter, module, token
         assert all(any(out[i : i + 40]) for i in range(len(out) - 40)) and sum(lengths) <= 80 * len(out)
 
 
+@pytest.mark.parametrize("size", [1, 9])
+@pytest.mark.parametrize(("character", "count"), [("\u00e9", 16), ("\u1230", 11), ("\u1230", 22), ("\U0001f642", 8), ("\U0001f642", 16)])
+def test_what_is_broken_after_a_long_run_is_all_that_is_replaced(chapter, module, tokenizer, character, count, size):
+    """The last characters of the run used to be decoded again with what followed, and counted twice."""
+    words, broken = tokenizer(" the", add_special_tokens=False).input_ids, byte_ids(tokenizer, character.encode()[:-1])
+    for before in ([], words):
+        whole = before + byte_ids(tokenizer, (character * count).encode())
+        for after in ([], words, words * 9):
+            text, ids = tokenizer.decode(whole), whole + broken + after
+            stream = module("text").TextStream(tokenizer)
+            out = [stream.push(ids[i : i + size], last=i + size >= len(ids)) for i in range(0, len(ids), size)]
+            assert "".join(out) == stream.text == text + tokenizer.decode(broken) + tokenizer.decode(whole + after)[len(text) :]
+
+
 def test_what_looks_broken_for_a_while_may_still_become_a_character(chapter, module, tokenizer):
     """Whichever byte of a character ends the run before it."""
     for bytes_before in range(4, 40):

@@ -1,5 +1,5 @@
 """A request's parameters. Nothing here imports torch, so a process without a model can import this module."""
-import math
+import sys
 from dataclasses import dataclass
 
 
@@ -28,7 +28,7 @@ class SamplingParams:
     temperature must be a number from 0 (greedy) up, got -1
     """
 
-    max_tokens: int | None = 16  # the most tokens to generate; None: as many as fit into max_model_len
+    max_tokens: int | None = 16  # the most tokens to generate; None: as many as fit
     temperature: float = 0.0  # 0: always the likeliest token
     top_k: int = 0  # sample from the k likeliest tokens; 0: from all
     top_p: float = 1.0  # sample from the likeliest tokens that together reach this probability
@@ -61,7 +61,7 @@ class SamplingParams:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_integer(

@@ -87,34 +87,46 @@ class TextStream:
         self.window: list[int] = []
         self.run: list[int] = []  # tokens of one byte each, after the window
         self.run_bytes = b""
+        self.num_out = 0  # how many of their characters are final
         self.extend(self.last_of(prompt_ids or [], LOOK_BACK))
-        self.num_out = len(self.decode(self.window + self.run))  # how many of their characters are final
+        self.num_out = len(self.decode(self.window + self.run))
 
     def push(self, token_ids: list[int], last: bool) -> str:
         """Add tokens and return the text that became final; with last, all that remains."""
-        self.extend(token_ids)
+        cut = self.extend(token_ids)
         text, num_open = self.decode_end(last)
         end = max(len(text) - num_open, self.num_out)
-        piece = text[self.num_out : end]
+        piece = cut + text[self.num_out : end]
         self.num_out = end if self.run else min(end, len(text))
         self.shorten_window()
         self.text += piece
         return piece
 
-    def extend(self, token_ids: list[int]) -> None:
-        """Append the tokens to decode: all except special ones and ids that the tokenizer lacks."""
+    def extend(self, token_ids: list[int]) -> str:
+        """Append the tokens to decode: all except special ones and ids that the tokenizer lacks.
+
+        Returns the text of long runs, which is final. Their tokens are dropped: decoded with a bad byte that comes later,
+        they would be replaced too.
+        """
+        cut = ""
         for token_id in token_ids:
             token = self.tokenizer.convert_ids_to_tokens(token_id)
             if token is None or token_id in self.special_ids:
                 continue
             byte = byte_of(token) if self.has_byte_tokens else b""
-            # Cut a long run only where a character ends: the window holds whole characters only.
-            is_long = len(self.run) >= LONGEST_RUN and self.run_bytes.decode(errors="ignore").encode() == self.run_bytes
-            if not byte or is_long:
+            # Cut a long run only where a character ends, and not before a space, which may be dropped where a text begins.
+            is_whole = self.run_bytes.decode(errors="ignore").encode() == self.run_bytes
+            is_long = len(self.run) >= LONGEST_RUN and is_whole and byte != b" "
+            if not byte:
                 self.window += self.run
+            elif is_long:
+                cut += self.decode(self.window + self.run)[self.num_out :]
+                self.num_out = len(self.decode(self.window))
+            if not byte or is_long:
                 self.run, self.run_bytes = [], b""
             (self.run if byte else self.window).append(token_id)
             self.run_bytes += byte
+        return cut
 
     def decode_end(self, last: bool) -> tuple[str, int]:
         """The text of window and run, and the number of characters at its end that the next token may change."""

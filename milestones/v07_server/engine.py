@@ -101,6 +101,7 @@ class Engine:
         self.pool = BlockPool(num_blocks, block_size)
         if max_model_len is None:
             self.max_model_len = min(self.max_model_len, num_blocks * block_size)
+        self.max_request_len = min(self.max_model_len, num_blocks * block_size + 1)  # what also fits into the cache
 
         # its requests
         self.scheduler = Scheduler(
@@ -172,8 +173,8 @@ class Engine:
         check_ids("each of stop_token_ids", params.stop_token_ids, vocab_size, param="stop_token_ids")
         check_integer("logprobs", params.logprobs, 0, vocab_size, optional=True)
         num_prompt = len(prompt_ids)
-        max_tokens = limit - num_prompt if params.max_tokens is None else params.max_tokens
-        if max_tokens < 1 or num_prompt + max_tokens > limit:
+        max_tokens = max(1, self.max_request_len - num_prompt) if params.max_tokens is None else params.max_tokens
+        if num_prompt + max_tokens > limit:
             raise RequestError(
                 f"{name} has {num_prompt} tokens and max_tokens is {params.max_tokens}, but prompt and output together "
                 f"have at most max_model_len = {limit} tokens; shorten the prompt or lower max_tokens",

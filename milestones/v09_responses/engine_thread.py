@@ -19,7 +19,7 @@ class EngineThread:
         self.name = engine.name
         # Two threads must not use one tokenizer. The engine decodes with its own; this copy is for the other threads.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
-        self.max_model_len = engine.max_model_len
+        self.max_model_len, self.max_request_len = engine.max_model_len, engine.max_request_len
         self.stats = engine.stats()
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         self.engine_loop = EngineLoop(engine, self.inbox, self.receive_soon)

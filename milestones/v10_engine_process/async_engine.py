@@ -76,7 +76,7 @@ class AsyncEngine:
         max_waiting: int,
     ):
         self.max_waiting = max_waiting
-        self.max_model_len = runner.max_model_len
+        self.max_model_len, self.max_request_len = runner.max_model_len, runner.max_request_len
         self.runner = runner
         self.stats = runner.stats  # as of the last message
         self.num_calls = 0

@@ -22,6 +22,7 @@ class EngineLike(Protocol):
     name: str
     tokenizer: object
     max_model_len: int
+    max_request_len: int
 
     def add_request(self, prompt: list[int], params: SamplingParams) -> int: ...
     def abort_request(self, request_id: int) -> bool: ...

@@ -31,7 +31,10 @@ def choose_backend(attention: str, device: torch.device) -> Backend:
         return TORCH
     if importlib.util.find_spec("triton") is None:
         raise ValueError(f"attention is {attention!r} on {device}, but Triton is missing; install it or use torch")
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cuda" and is_interpreted:
+        raise ValueError(f"attention is {attention!r} on {device}, but with TRITON_INTERPRET=1 kernels run on the CPU; unset it, or use torch")
+    if device.type == "cpu" and not is_interpreted:
         # Triton reads the variable only when it is imported.
         if "triton" in sys.modules:
             raise ValueError("attention is 'triton' on cpu; set TRITON_INTERPRET=1 in the environment before Python starts")

@@ -40,6 +40,7 @@ class Ready(NamedTuple):
     name: str
     tokenizer: object
     max_model_len: int
+    max_request_len: int
 
 
 class NoEngine(NamedTuple):
@@ -91,7 +92,7 @@ class EngineProcess:
             self.process.join()
             self.socket.close()
             raise ValueError(message.reason if message else f"{how_it_ended(self.process.exitcode)} before it was ready")
-        self.name, self.tokenizer, self.max_model_len = message
+        self.name, self.tokenizer, self.max_model_len, self.max_request_len = message
         return self
 
     async def start(self, receive: Callable[[tuple, Stats], None]) -> None:
@@ -194,7 +195,7 @@ def run_engine(end: socket.socket, make_engine: Callable[[], EngineLike]) -> Non
     except Exception:
         logger.exception("the engine cannot be created")
         leave(1)
-    channel.send(Ready(engine.name, engine.tokenizer, engine.max_model_len), engine.stats())
+    channel.send(Ready(engine.name, engine.tokenizer, engine.max_model_len, engine.max_request_len), engine.stats())
     threading.Thread(target=say_alive, args=(channel,), name="alive", daemon=True).start()
     EngineLoop(engine, inbox, channel.send).run()
     # If the server wrote to a socket that is closed, it could not read the last messages any more.

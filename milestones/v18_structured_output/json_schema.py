@@ -457,7 +457,8 @@ def check_schema(schema: object, param: str = "json_schema") -> None:
             if check and not check(value):
                 raise RequestError(f"{param}: {where}: {keyword} must be {kind}, got {spell(value)[:200]}", param)
         todo += [(part, part_path, depth + 1) for part, part_path in parts_of(each, path)]
-        references += [(each["$ref"], where)] if "$ref" in each else []
+        if "$ref" in each:
+            references.append((each["$ref"], where))
     for reference, where in references:
         target = resolve(reference, schema) if reference.startswith("#/") else None
         if isinstance(target, dict) and id(target) not in checked:

@@ -86,8 +86,8 @@ class Service:
             raise RequestError(message, "prompt", "context_length_exceeded")
 
     def max_tokens(self, asked: int | None, default: int | None, num_prompt: int) -> int:
-        """Return what the request asked for, or else the smallest of the defaults and the room left in the context."""
+        """Return what the request asked for, or else the smallest of the defaults and the room left in context and cache."""
         if asked is not None:
             return asked
-        room = max(1, self.async_engine.max_model_len - num_prompt)
+        room = max(1, self.async_engine.max_request_len - num_prompt)
         return min(limit for limit in (default, self.default_max_tokens, room) if limit is not None)

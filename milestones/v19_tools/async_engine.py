@@ -85,7 +85,7 @@ class AsyncEngine:
     ):
         self.metrics = Metrics(goal)
         self.max_waiting = max_waiting
-        self.max_model_len = runner.max_model_len
+        self.max_model_len, self.max_request_len = runner.max_model_len, runner.max_request_len
         self.runner = runner
         self.stats = runner.stats  # as of the last message
         self.metrics.stats = runner.stats

@@ -27,6 +27,7 @@ class EngineLike(Protocol):
     name: str
     tokenizer: object
     max_model_len: int
+    max_request_len: int
 
     def compile_grammars(self, params: list[SamplingParams], call: Callable[[], None], is_wanted: Callable[[], bool]) -> bool: ...
     def add_request(self, prompt: list[int], params: SamplingParams, arrived: float | None) -> int: ...

@@ -6,6 +6,7 @@ It supports only the parts of PyTorch that an engine uses: no gradients, no seco
 """
 import contextlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -283,8 +284,12 @@ def pretend_gpu() -> Iterator[list[str]]:
         for name, stand_in in there.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         if importlib.util.find_spec("triton") is not None:
+            from triton import knobs
             from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
+            # An engine refuses to interpret kernels on a GPU, so only Triton is told.
+            stack.enter_context(mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0"}))
+            stack.enter_context(mock.patch.object(type(knobs.runtime), "interpret", True))
             stack.enter_context(mock.patch.object(InterpretedFunction, "run", launch_interpreted(InterpretedFunction.run)))
             stack.enter_context(mock.patch.object(InterpreterBuilder, "create_dot", dot_in_order))
         stack.enter_context(Calls())

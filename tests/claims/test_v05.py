@@ -134,6 +134,19 @@ def test_without_a_limit_asked_for_a_request_may_fill_the_pool(chapter, Params, 
     assert len(engine.generate([[9] * 14], Params(max_tokens=None, ignore_eos=True))[0].token_ids) == 10
 
 
+def test_without_max_tokens_a_request_takes_what_the_cache_has_for_it(chapter, Params):
+    """It used to ask for the rest of max_model_len, and was refused."""
+    engine = chapter.load().Engine(checkpoint("llama"), num_blocks=6, block_size=BS, max_model_len=100)
+    # The last token is not cached.
+    for num_prompt, num_tokens in ((14, 11), (24, 1)):
+        [out] = engine.generate([[9] * num_prompt], Params(max_tokens=None, ignore_eos=True))
+        assert len(out.token_ids) == num_tokens and out.finish_reason == "length"
+    with pytest.raises(ValueError, match="prompt and its output may need 7 blocks of 4 tokens, but num_blocks is 6"):
+        engine.add_request([9] * 25, Params(max_tokens=None))
+    with pytest.raises(ValueError, match="has 100 tokens and max_tokens is None, but prompt and output together have at most max_model_len = 100"):
+        engine.add_request([9] * 100, Params(max_tokens=None))
+
+
 def test_the_cache_takes_the_bytes_that_were_asked_for(chapter, module):
     per_block = 5 * 2 * 3 * 3 * 14 * 2  # tokens, keys and values, layers, KV heads, head_dim, bytes
     options = {"dtype": "bfloat16", "max_model_len": 77, "block_size": 5}

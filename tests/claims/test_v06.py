@@ -266,6 +266,18 @@ def test_kernels_are_launched_where_the_tensors_are(chapter, module, monkeypatch
             launched.clear()
 
 
+@pytest.mark.until("v15")
+@needs_triton
+def test_warming_up_compiles_no_splits_that_no_step_uses(kernels, monkeypatch):
+    """A step has at least one program for each KV head."""
+    splits, attend = set(), kernels.paged_attention
+    monkeypatch.setattr(kernels, "count_sms", lambda device: 40)
+    monkeypatch.setattr(kernels, "paged_attention", lambda *args: splits.add(args[-1]) or attend(*args))
+    k_cache, v_cache = torch.zeros(2, 3, 4, 4, 16, device=DEVICE)
+    kernels.warm_up(k_cache, v_cache, num_heads=8, max_context_len=100_000)
+    assert max(splits) == kernels.choose_splits(4, 100_000, 40) < kernels.choose_splits(1, 100_000, 40)
+
+
 @pytest.mark.gpu
 @needs_triton
 def test_warming_up_changes_nothing_in_the_cache(kernels):
@@ -346,7 +358,17 @@ def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu(module):
     assert backends.choose_backend("auto", torch.device("cpu")) is backends.TORCH
     assert backends.choose_backend("torch", torch.device("cuda")) is backends.TORCH
     if FAULT is None:
-        assert backends.choose_backend("auto", torch.device("cuda")) is module("kernels").TRITON
+        with contextlib.nullcontext() if torch.cuda.is_available() else pretend_gpu():
+            assert backends.choose_backend("auto", torch.device("cuda")) is module("kernels").TRITON
+
+
+@pytest.mark.parametrize("attention", ["auto", "triton"])
+def test_kernels_that_are_interpreted_are_not_for_a_gpu(module, monkeypatch, attention):
+    """They would copy every tensor to the CPU and back, and their bfloat16 products are wrong."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match=f"attention is '{attention}' on cuda:0, but with TRITON_INTERPRET=1 .* unset it, or use torch"):
+        module("backends").choose_backend(attention, torch.device("cuda", 0))
+    assert module("backends").choose_backend("torch", torch.device("cuda", 0)).name == "torch"
 
 
 def test_another_attention_is_refused(chapter):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from shared.checkpoints import checkpoint
 from shared.verify.serving import serving
 from tests.support.http import HTTP
 
@@ -90,6 +91,16 @@ def test_without_max_tokens_the_whole_context_is_reserved(chapter, make_engine):
             assert HTTP.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
             engine.scheduler.schedule = schedule
             assert max(most) == together
+
+
+@pytest.mark.parametrize("default", [None, 500])
+def test_without_max_tokens_an_answer_takes_what_the_cache_has_for_it(chapter, default):
+    """A max_model_len beyond the cache used to refuse each call that names no length."""
+    engine = chapter.load().Engine(checkpoint("pocket"), num_blocks=8, block_size=16, max_model_len=1000)
+    with serving(chapter, engine, default_max_tokens=default) as server:
+        body = {"model": "pocket", "messages": CHAT, "temperature": 0, "ignore_eos": True}
+        answer = HTTP.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["total_tokens"] == 8 * 16 + 1
 
 
 def test_offsets_are_found_in_one_pass(module, make_engine):

@@ -12,7 +12,8 @@ class FakeEngine:
         outputs = importlib.import_module(f"milestones.{chapter.name}.outputs")
         self.StepOutput, self.Stats = outputs.StepOutput, outputs.Stats
         self.RequestError = chapter.load().RequestError
-        self.tokenizer, self.places, self.max_model_len = tokenizer, places, max_model_len
+        self.tokenizer, self.places = tokenizer, places
+        self.max_model_len = self.max_request_len = max_model_len
         self.requests, self.num_requests, self.aborted = {}, 0, []
         self.gate = threading.Event()
         self.gate.set()

@@ -315,7 +315,7 @@ def warm_up(k_cache: Tensor, v_cache: Tensor, num_heads: int, max_context_len: i
     group, device = num_heads // num_kv_heads, k_cache.device
     slot = torch.zeros(1, device=device, dtype=torch.int64)
     write_slots(k_cache[0, :1].clone(), v_cache[0, :1].clone(), k_cache, v_cache, slot)
-    max_splits = choose_splits(1, max_context_len, count_sms(device))
+    max_splits = choose_splits(num_kv_heads, max_context_len, count_sms(device))
     powers = [2**i for i in range(max_splits.bit_length())]  # 1, 2, 4, ... up to max_splits
     for num_queries in {1, *(triton.cdiv(rows, group) for rows in (16, 32, TILE_KEYS))}:
         q = torch.zeros(num_queries, num_heads, head_dim, device=device, dtype=k_cache.dtype)
