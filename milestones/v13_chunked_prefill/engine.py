@@ -206,6 +206,10 @@ class Engine:
                 self.enqueue(seq)
             while self.has_unfinished_requests():
                 self.step()
+        except BaseException:
+            # What an unfinished step has written is unknown.
+            self.reset_prefix_cache()
+            raise
         finally:
             for seq in seqs:
                 self.abort_request(seq.seq_id)

@@ -19,6 +19,7 @@ class Scheduler:
         max_num_batched_tokens: int,
     ):
         self.waiting: deque[Sequence] = deque()
+        self.passed: list[Sequence] = []  # the first waiting ones, which await a prefix while later ones start
         self.running: list[Sequence] = []
         self.max_num_seqs = max_num_seqs
         self.pool = pool
@@ -50,8 +51,15 @@ class Scheduler:
                 num_grown += 1
             else:
                 self.preempt(self.running[-1])
-        while self.waiting and self.budget and self.admit(self.waiting[0]):
-            seq = self.waiting.popleft()
+        self.passed = []
+        while len(self.passed) < len(self.waiting) and self.budget:
+            num_passed = len(self.passed)
+            seq = self.waiting[num_passed]
+            if not self.admit(seq):
+                if len(self.passed) == num_passed:
+                    break
+                continue
+            del self.waiting[num_passed]
             insort(self.running, seq, key=lambda seq: seq.rank)
             seq.preempted = False
             self.swap.load(seq.swap_table, seq.block_table)
@@ -60,8 +68,13 @@ class Scheduler:
     def admit(self, seq: Sequence) -> bool:
         """Allocate seq's first blocks, preempting sequences of a later rank if it then fits; else return False, with nothing changed."""
         ahead = [other for other in self.running if other.rank < seq.rank]
+        if len(ahead) + len(self.passed) == self.max_num_seqs:
+            return False
         found = self.find(seq)
-        if self.awaits(seq, len(found), ahead) or not self.fits(seq, found, ahead):
+        if self.awaits(seq, len(found), ahead):
+            self.passed.append(seq)
+            return False
+        if not self.fits(seq, found, ahead):
             return False
         while not self.fits(seq, found, self.running):
             self.preempt(self.running[-1])
@@ -114,12 +127,15 @@ class Scheduler:
 
     def fits(self, seq: Sequence, found: list[int], others: list[Sequence]) -> bool:
         """Whether max_num_seqs allows seq beside the others, and the pool has blocks for all their reservations."""
-        if len(others) == self.max_num_seqs:
+        if len(others) + len(self.passed) >= self.max_num_seqs:
             return False
         # A block counts once, however many tables hold it.
-        held = set(found).union(*(other.block_table for other in others))
-        missing = self.reserved(seq) - len(found) + sum(self.reserved(other) - len(other.block_table) for other in others)
-        return len(held) + missing <= self.pool.num_blocks
+        if len(others) == len(self.running):
+            num_held = self.pool.num_blocks - self.pool.num_free + sum(block_id in self.pool.free_ids for block_id in found)
+        else:
+            num_held = len(set(found).union(*(other.block_table for other in others)))
+        missing = self.reserved(seq) - len(found) + sum(self.reserved(other) - len(other.block_table) for other in [*others, *self.passed])
+        return num_held + missing <= self.pool.num_blocks
 
     def reserved(self, seq: Sequence) -> int:
         """The number of blocks reserved for seq, including those it holds: for reserve_tokens more, at most max_len positions."""

@@ -49,7 +49,7 @@ class BlockPool:
         self.free_ids = OrderedDict.fromkeys(range(num_blocks))  # the next to be allocated is first
         self.num_owners = [0] * num_blocks
         self.key_of: dict[int, bytes] = {}  # by block that can be found
-        self.blocks_of: dict[bytes, list[int]] = {}  # by key, the blocks with this content
+        self.blocks_of: dict[bytes, dict[int, None]] = {}  # by key, the blocks with this content, in order
 
     @property
     def num_free(self) -> int:
@@ -83,20 +83,20 @@ class BlockPool:
     def publish(self, block_id: int, key: bytes) -> None:
         """Let `find` return a full block. Others with the same content may have been published before."""
         self.key_of[block_id] = key
-        self.blocks_of.setdefault(key, []).append(block_id)
+        self.blocks_of.setdefault(key, {})[block_id] = None
 
     def forget(self, block_ids: Iterable[int]) -> None:
         """Let `find` no longer return these blocks; some may not have been published."""
         for block_id in block_ids:
             key = self.key_of.pop(block_id, None)
             if key is not None:
-                self.blocks_of[key].remove(block_id)
+                del self.blocks_of[key][block_id]
                 if not self.blocks_of[key]:
                     del self.blocks_of[key]
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The blocks with these keys, up to the first key that no block has. Takes none of them."""
-        return [self.blocks_of[key][0] for key in takewhile(self.blocks_of.__contains__, keys)]
+        return [next(iter(self.blocks_of[key])) for key in takewhile(self.blocks_of.__contains__, keys)]
 
     def share(self, block_ids: list[int]) -> None:
         """Add an owner to each of these blocks, which may be free."""

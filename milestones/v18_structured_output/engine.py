@@ -259,6 +259,10 @@ class Engine:
                 self.enqueue(seq)
             while self.has_unfinished_requests():
                 self.step()
+        except BaseException:
+            # What an unfinished step has written is unknown.
+            self.reset_prefix_cache()
+            raise
         finally:
             for seq in seqs:
                 self.abort_request(seq.seq_id)
@@ -509,6 +513,7 @@ class Engine:
     def accept(self, seq: Sequence, token_id: int, top: dict[int, float] | None) -> StepOutput:
         """Append a token to a sequence and return its output, with the text that became final."""
         if token_id == NO_TOKEN:
+            seq.is_stuck = seq.matcher is not None and not seq.matcher.mask().any()
             seq.finish("error")
         else:
             seq.append(token_id)

@@ -20,6 +20,7 @@ class Scheduler:
         max_num_batched_tokens: int,
     ):
         self.waiting: deque[Sequence] = deque()
+        self.passed: list[Sequence] = []  # the first waiting ones, which await a prefix while later ones start
         self.running: list[Sequence] = []
         self.max_num_seqs = max_num_seqs
         self.pool = pool
@@ -31,7 +32,7 @@ class Scheduler:
         self.budget = 0  # tokens that the step being scheduled has left
         self.num_prompt_tokens = 0  # of all sequences that have run
         self.num_cached_tokens = 0  # of these, the ones found in the prefix cache
-        self.waits_for: str | None = None  # why the first waiting sequence was left out: places, blocks, tokens or prefix
+        self.waits_for: str | None = None  # why waiting sequences were left out: places, blocks, tokens or prefix
 
     def add(self, seq: Sequence) -> None:
         """Add a sequence to the queue, at its rank."""
@@ -52,8 +53,15 @@ class Scheduler:
                 num_grown += 1
             else:
                 self.preempt(self.running[-1])
-        while self.waiting and self.budget and self.admit(self.waiting[0]):
-            seq = self.waiting.popleft()
+        self.passed = []
+        while len(self.passed) < len(self.waiting) and self.budget:
+            num_passed = len(self.passed)
+            seq = self.waiting[num_passed]
+            if not self.admit(seq):
+                if len(self.passed) == num_passed:
+                    break
+                continue
+            del self.waiting[num_passed]
             insort(self.running, seq, key=lambda seq: seq.rank)
             seq.preempted = False
             self.swap.load(seq.swap_table, seq.block_table)
@@ -68,9 +76,15 @@ class Scheduler:
     def admit(self, seq: Sequence) -> bool:
         """Allocate seq's first blocks, preempting sequences of a later rank if it then fits; else return False, with nothing changed."""
         ahead = [other for other in self.running if other.rank < seq.rank]
+        if len(ahead) + len(self.passed) == self.max_num_seqs:
+            return False
         found = self.find(seq)
-        if self.awaits(seq, len(found), ahead) or not self.fits(seq, found, ahead):
-            self.waits_for = "prefix" if self.awaits(seq, len(found), ahead) else "blocks"
+        if self.awaits(seq, len(found), ahead):
+            self.waits_for = "prefix"
+            self.passed.append(seq)
+            return False
+        if not self.fits(seq, found, ahead):
+            self.waits_for = "blocks"
             return False
         while not self.fits(seq, found, self.running):
             self.preempt(self.running[-1])
@@ -123,12 +137,15 @@ class Scheduler:
 
     def fits(self, seq: Sequence, found: list[int], others: list[Sequence]) -> bool:
         """Whether max_num_seqs allows seq beside the others, and the pool has blocks for all their reservations."""
-        if len(others) == self.max_num_seqs:
+        if len(others) + len(self.passed) >= self.max_num_seqs:
             return False
         # A block counts once, however many tables hold it.
-        held = set(found).union(*(other.block_table for other in others))
-        missing = self.reserved(seq) - len(found) + sum(self.reserved(other) - len(other.block_table) for other in others)
-        return len(held) + missing <= self.pool.num_blocks
+        if len(others) == len(self.running):
+            num_held = self.pool.num_blocks - self.pool.num_free + sum(block_id in self.pool.free_ids for block_id in found)
+        else:
+            num_held = len(set(found).union(*(other.block_table for other in others)))
+        missing = self.reserved(seq) - len(found) + sum(self.reserved(other) - len(other.block_table) for other in [*others, *self.passed])
+        return num_held + missing <= self.pool.num_blocks
 
     def reserved(self, seq: Sequence) -> int:
         """The number of blocks reserved for seq, including those it holds: for reserve_tokens more, at most max_len positions."""
@@ -172,7 +189,7 @@ class Scheduler:
 
     def give_back(self, seq: Sequence) -> None:
         """Free the blocks that seq holds, if any. What it has computed can still be found, unless it failed."""
-        if seq.finish_reason == "error":
+        if seq.finish_reason == "error" and not seq.is_stuck:
             self.pool.forget(seq.block_table)
         else:
             self.publish(seq)

@@ -74,6 +74,7 @@ class Sequence:
         self.num_preemptions = 0
         self.num_early_preemptions = 0  # of these, before its first token
         self.matcher = matcher  # of its grammar, which its output follows so far
+        self.is_stuck = False  # whether its grammar allows no token that the vocabulary has
         self.bad_words = bad_words  # token ids of each
         self.history = History()
         self.adjusts_logits = params.adjusts_logits

@@ -128,8 +128,10 @@ class Model:
         for request in list(self.running):
             if request in self.running and self.num_affordable(request):
                 self.grow(request)
-        while self.waiting and self.budget and (not self.preempted or AFTER_PREEMPTING in self.rules):
-            if not self.admit(self.waiting[0]):
+        self.passed = []
+        while len(self.passed) < len(self.waiting) and self.budget and (not self.preempted or AFTER_PREEMPTING in self.rules):
+            num_passed = len(self.passed)
+            if not self.admit(self.waiting[num_passed]) and len(self.passed) == num_passed:
                 break
         free, finished = len(self.free), set()
         for request in list(self.running):
@@ -156,7 +158,11 @@ class Model:
         """Let a waiting request run if it fits; otherwise change nothing and return False."""
         request.table = self.find(request)
         ahead = [other for other in self.running if other < request]
-        if self.awaits(request, ahead) or not self.fits(request, ahead if AT_ONCE in self.rules else self.running):
+        has_place = len(ahead) + len(self.passed) < self.config["max_num_seqs"]
+        awaits = has_place and self.awaits(request, ahead)
+        if awaits:
+            self.passed.append(request)
+        if awaits or not self.fits(request, ahead if AT_ONCE in self.rules else self.running):
             request.table = []
             return False
         self.free = [block for block in self.free if block not in request.table]
@@ -191,10 +197,10 @@ class Model:
     def fits(self, request: Request, others: list[Request]) -> bool:
         """Whether a request can have a block for each of its tokens beside what these others hold; a block counts once."""
         held = {block for member in [request, *others] for block in member.table}
-        num_blocks = len(held) + self.num_missing(request, len(request.tokens))
+        num_blocks = len(held) + sum(self.num_missing(each, len(each.tokens)) for each in [request, *self.passed])
         if WHOLE_PROMPTS in self.rules:
             num_blocks += sum(self.num_missing(other, len(other.tokens)) for other in others)
-        return len(others) < self.config["max_num_seqs"] and num_blocks <= self.config["num_blocks"]
+        return len(others) + len(self.passed) < self.config["max_num_seqs"] and num_blocks <= self.config["num_blocks"]
 
     def num_affordable(self, request: Request) -> int:
         """The number of the request's tokens that the budget allows to feed."""

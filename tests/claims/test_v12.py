@@ -1,5 +1,6 @@
 """v12: a block that is computed once is found by every request that begins with the same tokens, and by no other."""
 import random
+import time
 
 import pytest
 import torch
@@ -81,6 +82,71 @@ def test_chats_that_come_at_once_wait_one_step_for_the_first(new_engine, Params,
     assert num_positions == 1 + sum(len(prompt) - 5 * BS for prompt in prompts[1:])
     assert [output.num_cached for output in outputs] == [0] + [5 * BS] * 23
     audit(engine)
+    finish(engine)
+
+
+def test_who_waits_for_a_block_holds_nobody_up(new_engine, Params, ids):
+    """With two answers to each question, one question used to begin per step."""
+    engine = new_engine(num_blocks=300, max_num_seqs=12)
+    for prompt in [ids(3 * BS + 1) for _ in range(10)]:
+        for seed in range(2):
+            engine.add_request(prompt, Params(max_tokens=9, ignore_eos=True, seed=seed))
+    # A place is kept for each second answer, and nobody is preempted for it.
+    num_positions, outputs = added(engine, engine.step)
+    assert [output.request_id for output in outputs] == [1, 3, 5, 7, 9, 11]
+    num_positions, outputs = added(engine, engine.step)
+    assert [output.request_id for output in outputs] == list(range(1, 13)) and num_positions == 6 + 6
+    finish(engine)
+    assert engine.num_steps <= 20 and engine.stats().preemptions == 0
+    audit(engine)
+
+
+def test_who_waits_for_a_block_keeps_the_blocks_that_it_will_need(new_engine, Params, ids):
+    """Of 12 blocks, two requests with one beginning need 3 + 3; another takes 4 of the rest, and a fourth has to wait."""
+    engine = new_engine(num_blocks=12, reserve_tokens=0)
+    shared, params = ids(2 * BS), Params(max_tokens=2, ignore_eos=True)
+    for prompt in (shared + ids(1), shared + ids(1), ids(4 * BS), ids(4 * BS)):
+        engine.add_request(prompt, params)
+    assert [output.request_id for output in engine.step()] == [1, 3]
+    assert 2 in [output.request_id for output in engine.step()]
+    finish(engine)
+    assert engine.stats().preemptions == 0
+
+
+def test_no_more_wait_for_a_block_than_there_are_places(new_engine, Params, ids):
+    """Each one that waits is looked at in every step."""
+    engine, prompt = new_engine(max_num_seqs=3), ids(9)
+    for _ in range(40):
+        engine.add_request(prompt, Params(max_tokens=2, ignore_eos=True))
+    looked_at = []
+    find = engine.scheduler.find
+    engine.scheduler.find = lambda seq: looked_at.append(seq.seq_id) or find(seq)
+    assert [output.request_id for output in engine.step()] == [1] and looked_at == [1, 2, 3]
+    assert [output.request_id for output in engine.step()] == [1, 2, 3]
+    finish(engine)
+
+
+def test_a_place_for_one_that_waits_is_taken_from_a_later_one(new_engine, Params, ids):
+    engine, prompt = new_engine(max_num_seqs=3), ids(9)
+    for _ in range(2):
+        engine.add_request(ids(5), Params(max_tokens=9, ignore_eos=True, priority=1))
+    engine.step()
+    for each in (prompt, prompt, ids(5)):
+        engine.add_request(each, Params(max_tokens=9, ignore_eos=True))
+    assert [output.request_id for output in engine.step()] == [3, 5] and engine.stats().preemptions == 2
+    assert [output.request_id for output in engine.step()] == [3, 4, 5]
+    finish(engine)
+
+
+def test_blocks_that_are_found_take_room_beside_those_ahead(new_engine, Params, ids):
+    """Of 12 blocks, 5 belong to a request ahead; one that needs 8 waits, although it would find 3, and nobody goes for it."""
+    engine, prompt = new_engine(num_blocks=12, reserve_tokens=0), ids(30)
+    engine.generate([prompt[:12]], Params(max_tokens=1))
+    ahead = engine.add_request(ids(18), Params(max_tokens=3, ignore_eos=True))
+    later = engine.add_request(ids(6), Params(max_tokens=3, ignore_eos=True, priority=2))
+    engine.step()
+    engine.add_request(prompt, Params(max_tokens=1, priority=1))
+    assert [output.request_id for output in engine.step()] == [ahead, later] and engine.stats().preemptions == 0
     finish(engine)
 
 
@@ -360,6 +426,16 @@ def test_a_second_block_with_the_same_key_is_found_once_the_first_is_overwritten
     assert pool.find([b"key"]) == [] and not pool.blocks_of
 
 
+def test_forgetting_many_copies_takes_a_moment(module):
+    """It used to take the square of their number: 15 s for these."""
+    pool = module("cache").BlockPool(40_000, BS)
+    for block_id in reversed(pool.allocate(40_000)):
+        pool.publish(block_id, b"key")
+    begun = time.monotonic()
+    pool.forget(range(40_000))
+    assert time.monotonic() - begun < 2 and not pool.key_of and not pool.blocks_of
+
+
 def test_the_conversation_that_was_used_last_is_kept(new_engine, Params, ids):
     """And of the one that must go, the end goes first."""
     engine, params = new_engine(num_blocks=12), Params(max_tokens=1)
@@ -420,13 +496,13 @@ def test_shared_blocks_count_once_when_requests_are_admitted(new_engine, Params,
 # ---- waiting for a block
 
 
-def test_a_request_that_waits_holds_up_no_other_for_more_than_a_step(new_engine, Params, ids):
+def test_a_request_that_waits_holds_up_no_other(new_engine, Params, ids):
     engine, prompt = new_engine(), ids(9)
     params = Params(max_tokens=30, ignore_eos=True)
     before = engine.add_request(ids(5), params)
     engine.step()
     first, same, other = (engine.add_request(each, params) for each in (prompt, prompt, ids(5)))
-    assert [output.request_id for output in engine.step()] == [before, first]
+    assert [output.request_id for output in engine.step()] == [before, first, other]
     assert [output.request_id for output in engine.step()] == [before, first, same, other]
     engine.close()
 
@@ -471,6 +547,34 @@ def test_a_request_that_waited_in_vain_computes_it_itself(new_engine, Params, id
 
 
 # ---- what can no longer be found
+
+
+def test_a_call_that_fails_leaves_nothing_to_find(new_engine, Params, ids, monkeypatch):
+    """`generate` has nobody who would call fail_step: not for a step that wrote, and not for one that was about to swap in."""
+    prompts, params = [ids(13) for _ in range(3)], Params(max_tokens=14, ignore_eos=True)
+    want = new_engine(num_blocks=60, enable_prefix_caching=False).generate(prompts, params)
+    for num_blocks, name in ((60, "forward"), (12, "load")):
+        engine = new_engine(num_blocks=num_blocks, swap_bytes=10**6, reserve_tokens=0)
+        engine.generate(prompts[:1], Params(max_tokens=1))
+        owner = engine.model if name == "forward" else engine.swap
+        work = getattr(owner, name)
+
+        def fails(*args, engine=engine, name=name, work=work):
+            if name == "forward":
+                engine.cache.k.fill_(1e4)
+            if name == "forward" or args[0]:
+                raise RuntimeError("interrupted")
+            return work(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            with pytest.raises(RuntimeError, match="interrupted"):
+                engine.generate(prompts, params)
+        audit(engine)
+        for prompt, out in zip(prompts, want):
+            [got] = engine.generate([prompt], params)
+            assert (got.num_cached, got.token_ids) == (0, out.token_ids)
+            engine.reset_prefix_cache()
 
 
 def test_a_failed_step_leaves_nothing_to_find(new_engine, Params, ids, monkeypatch):

@@ -504,6 +504,17 @@ def test_a_grammar_that_this_vocabulary_cannot_spell_fails_its_request_alone(new
     assert free == new_engine().generate(prompts[:1], params[0])[0] or free.token_ids == new_engine().generate(prompts[:1], params[0])[0].token_ids
 
 
+def test_a_grammar_that_ends_nowhere_takes_nobodys_prefix(new_engine, Params, ids):
+    """The keys and values of its request are sound, and its beginning may be everybody's."""
+    engine = new_engine()
+    shared = ids(4 * engine.pool.block_size)
+    engine.grammars.__dict__["spellings"] = [b"" if b"Q" in raw else raw for raw in engine.grammars.spellings]
+    engine.generate([shared + ids(1)], Params(max_tokens=1))
+    [stuck] = engine.generate([shared + ids(2)], Params(regex="a{2}Q|a{2}Qb", max_tokens=8))
+    [after] = engine.generate([shared + ids(3)], Params(max_tokens=1))
+    assert stuck.finish_reason == "error" and stuck.num_cached == after.num_cached == len(shared)
+
+
 # ---- grammars are compiled once
 
 
