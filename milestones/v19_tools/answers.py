@@ -80,8 +80,8 @@ class PartedAnswer(Answer):
         end = float("inf") if parts.content_end is None else parts.content_end
         self.undecided = [token for token in tokens if token[0] >= known]
         said = [token for token in tokens if token[0] < known and begin <= token[0] < end]
-        # Those that end before it begins are empty lines.
-        while len(said) > 1 and said[1][0] <= parts.content_begin:
+        # Those that end before it begins are empty lines. All tokens of one character have its offset.
+        while any(said[0][0] < offset <= parts.content_begin for offset, *_ in said):
             said.pop(0)
         return said
 

@@ -43,7 +43,8 @@ def compile_here(kind: str, source) -> Automaton:
                 automaton = compile_schema(json.loads(source))
             case "parts":
                 content = source.content and grammar_node(*source.content)
-                automaton = compile_node(parts_node(source, content, [arguments_node(tool) for tool in source.tools]))
+                functions = [(Text(tool.name), arguments_node(tool)) for tool in source.tools]
+                automaton = compile_node(parts_node(source, content, functions))
             case _:
                 raise Unsupported(f"{kind}: no automaton can follow it, because it may nest to any depth", kind)
     except TooLarge as error:

@@ -245,8 +245,9 @@ class Grammars:
             return "llguidance", self.compile_by_library(kind, source, compile_own)
         try:
             return "own", OwnGrammar(compile_own(kind, source), self)
-        except Unsupported as error:
-            if self.backend == "own":
+        except (Unsupported, NotNow) as error:
+            # A long schema may be too large for an automaton. The library walks it.
+            if self.backend == "own" or isinstance(error, NotNow) and kind not in ("json_schema", "parts"):
                 raise
             try:
                 return "llguidance", self.compile_by_library(kind, source, compile_own)

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .automaton import Begin, Chars, Either, End, Repeat, Text, Then
-from .json_schema import COLON, COMMA, FORMATS, check_schema, parts_of
+from .json_schema import COLON, COMMA, FORMATS, check_schema, parts_of, resolve
 from .params import RequestError
 from .parts import ANY_TEXT, Parts, Tool, parts_node
 from .regex import parse_regex
@@ -201,7 +201,12 @@ def parts_grammar(parts: Parts, symbols: dict[str, int]) -> str:
         body = calls
     elif parts.content is not None:
         kind, source = parts.content
-        rules.append(f"content: {content_symbol(kind, source)}")
+        symbol = content_symbol(kind, source)
+        if parts.thought and kind in ("regex", "choice"):
+            # The splitter would take it for the empty lines after a thought.
+            rules.append(f"CONTENT: {symbol} & ~/\\n(?s:.*)/")
+            symbol = "CONTENT"
+        rules.append(f"content: {symbol}")
         body = "GAP? " * bool(parts.thought) + "content" + f" | {calls}" * bool(calls)
     elif form is None or not form.marker:
         rules.append(f"SAID: {until('', *beginning, *([form.opening] if form else []))}")
@@ -232,6 +237,8 @@ def arguments_schema(tool: Tool) -> dict:
 
     try:
         schema = exactly(json.loads(tool.schema))
+        if not may_be_object(schema, schema, {}):
+            raise RequestError(f"{tool.param}: no object is allowed", tool.param)
         if not tool.is_strict and LLMatcher.validate_grammar(schema_grammar(schema)):
             schema = {"type": "object"}
     except RequestError as error:
@@ -239,6 +246,24 @@ def arguments_schema(tool: Tool) -> dict:
             raise RequestError(str(error).replace("json_schema", tool.param, 1), tool.param) from None
         schema = {"type": "object"}
     return schema | {"x-guidance": SPELLING}
+
+
+def may_be_object(schema, root: dict, known: dict[str, bool]) -> bool:
+    """Whether a schema leaves room for an object, as far as its types, values and alternatives say. known: for each reference."""
+    if not isinstance(schema, dict):
+        return schema is not False
+    types, values = schema.get("type", "object"), schema.get("enum", [schema.get("const", {})])
+    if "object" not in ([types] if isinstance(types, str) else types) or not any(isinstance(value, dict) for value in values):
+        return False
+    reference = schema.get("$ref")
+    if reference is not None:
+        if reference not in known:
+            known[reference] = False  # where it refers to itself
+            known[reference] = may_be_object(resolve(reference, root), root, known)
+        if not known[reference]:
+            return False
+    ways = [schema[keyword] for keyword in ("anyOf", "oneOf") if keyword in schema] + [[each] for each in schema.get("allOf", ())]
+    return all(any(may_be_object(each, root, known) for each in way) for way in ways)
 
 
 def content_symbol(kind: str, source) -> str:
@@ -257,11 +282,13 @@ def content_symbol(kind: str, source) -> str:
 
 
 def guard_node(parts: Parts):
-    """The node of all answers, whose JSON is only looked at for escapes."""
+    """The node of all answers, whose JSON is only looked at for escapes. Which arguments belong to which name, the library checks."""
     inside = parse_regex(ESCAPES)
     said = inside if parts.content and parts.content[0] in ("json_schema", "json_object") else ANY_TEXT
     arguments = Then((Text("{"), inside, Text("}")))
-    return parts_node(parts, parts.content and said, [arguments] * len(parts.tools))
+    # With arguments for each name, an automaton would have a state for each set of names that are still possible.
+    names = Either(tuple(Text(tool.name) for tool in parts.tools))
+    return parts_node(parts, parts.content and said, [(names, arguments)])
 
 
 class GuidanceGrammar(NamedTuple):

@@ -115,6 +115,8 @@ class Items:
         """The last events. An answer in which nothing was thought, said or called has an empty message."""
         if not self.items:
             yield from self.open("content")
+            yield from self.close(status)
+            return
         last, parts = self.items[-1], self.answer.parts
         ended = {
             "thought": parts.thought_end is not None,

@@ -89,18 +89,15 @@ def excluding(node, marker: str, beginning: tuple[str, ...] = ()):
     return without(compile_node(node), compile_node(Either(tuple(found)))) if found else node
 
 
-def parts_node(parts: Parts, content, arguments: list):
+def parts_node(parts: Parts, content, functions: list[tuple]):
     """The node of all answers.
 
-    content: the node of what may be said, None for any text. arguments: the node of each tool's.
+    content: the node of what may be said, None for any text. functions: the nodes of each name and of its arguments.
     """
     form, special = parts.form, parts.special
     calls = None
     if form is not None and parts.tools:
-        each = [
-            Then((Text(tool.name), marked(form.middle, special), node, marked(form.closing, special)))
-            for tool, node in zip(parts.tools, arguments, strict=True)
-        ]
+        each = [Then((name, marked(form.middle, special), node, marked(form.closing, special))) for name, node in functions]
         call = Then((marked(form.opening, special), Either(tuple(each))))
         repeated = call if parts.is_single else Joined(call, marked(form.between, special))
         lead = Either(tuple(map(Text, form.before)))

@@ -6,6 +6,7 @@ because real clients send them. So is an explicit null, which means the default.
 import json
 import time
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -555,11 +556,17 @@ class ToolCall(Strict):
     function: CalledFunction
 
 
+def check_calls(calls_arguments: Iterable[str], param: str) -> None:
+    """Raise ApiError if the arguments of all calls together have too many parts. In a body, whose parts are counted, each is one string."""
+    num_parts = 0
+    for arguments in calls_arguments:
+        num_parts += sum(count_parts(arguments.encode(errors="replace")))
+        if num_parts > MAX_PARTS:
+            raise ApiError(400, f"the calls in {param} have more than {MAX_PARTS:,} values in their arguments; leave some out", param)
+
+
 def plain_call(call_id: str, name: str, arguments: str, param: str) -> dict[str, Any]:
-    """A call as chat templates expect it; ApiError if its arguments are no JSON object, or have too many parts."""
-    # A body's parts are counted before it is parsed, but all of this is one string there.
-    if sum(count_parts(arguments.encode(errors="replace"))) > MAX_PARTS:
-        raise ApiError(400, f"{param} has more than {MAX_PARTS:,} values; shorten it", param)
+    """A call as chat templates expect it; ApiError if its arguments are no JSON object."""
     try:
         plain = arguments_of(arguments)
     except (ValueError, RecursionError) as error:
@@ -611,6 +618,7 @@ class Message(Strict):
 
 def plain_turns(messages: list[Message]) -> list[dict[str, Any]]:
     """A conversation as chat templates expect it; ApiError for a result that belongs to no call."""
+    check_calls((call.function.arguments for message in messages for call in message.tool_calls), "messages")
     turns, names = [], {}
     for index, message in enumerate(messages):
         turn = message.plain()

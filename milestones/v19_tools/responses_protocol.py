@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from .errors import ApiError
 from .parts import Tool
 from .protocol import EXTENSIONS, MOST_TOOLS, Choice, Closed, FunctionName, Options, Priority, Salt, Shaped, Strict, Text, TextFormat, plain_call
-from .protocol import plain_turn, result_of, tools_by_name
+from .protocol import check_calls, plain_turn, result_of, tools_by_name
 
 LOGPROBS = "message.output_text.logprobs"
 # OpenAI's other values concern tools of its own, images and encrypted thoughts. They are accepted, and add nothing to an answer.
@@ -108,6 +108,7 @@ def plain_items(items: list[InputItem], before: list[dict]) -> list[dict]:
 
     A thought, a message and calls that follow each other are one turn. ApiError for a result that belongs to no call.
     """
+    check_calls((item.arguments for item in items if isinstance(item, CallItem)), "input")
     turns: list[dict] = []
     names = {call["id"]: call["function"]["name"] for turn in before for call in turn.get("tool_calls", ())}
     for index, item in enumerate(items):

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import re
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from math import inf
@@ -433,6 +434,32 @@ def test_calls_whose_arguments_nest_are_the_librarys_and_are_told_apart_too(modu
             jsonschema.validate(json.loads(arguments), TREE if name == "tree" else NOTHING)
             seen.add((name, "[{" in arguments))
     assert seen == {("now", False), ("tree", False), ("tree", True)}
+
+
+@pytest.mark.parametrize("options", [{}, {"thinks": True, "is_required": True}, {"content": CONTENTS["choice"]}], ids=["any", "required", "choice"])
+def test_the_library_follows_calls_of_many_tools(module, new_parts, new_grammars, split, rng, options):
+    """What looks for escapes in their arguments used to be an automaton of a state for each set of names that are still possible."""
+    tokenizer = tools_tokenizer("qwen3")
+    parts, tool = new_parts("hermes", **options), module("parts").Tool
+    others = tuple(tool(f"now_{number}", json.dumps(NOTHING), True, "tools[0]") for number in range(60))
+    parts = replace(parts, tools=(tool("tree", json.dumps(TREE), True, "tools[0]"), *others))
+    begun = time.monotonic()
+    grammar = new_grammars(tokenizer, "auto").get(("parts", parts))
+    assert type(grammar).__name__ == "GuidanceGrammar" and time.monotonic() - begun < 20
+    for ids in filter(None, (tokens_of(grammar, len(tokenizer) + 3, rng, 200) for _ in range(12))):
+        for _, name, arguments, _ in split(parts, [tokenizer.decode(ids)])[2]:
+            jsonschema.validate(json.loads(arguments), TREE if name == "tree" else NOTHING)
+
+
+def test_in_the_library_too_no_empty_line_begins_what_is_said_after_a_thought(module, new_parts, new_grammars):
+    """The splitter would drop it, and what is left would be no choice."""
+    tokenizer = tools_tokenizer("qwen3")
+    parts = new_parts("hermes", thinks=True, content=("choice", ("yes", "\nno")))
+    parts = replace(parts, tools=(module("parts").Tool("tree", json.dumps(TREE), True, "tools[0]"),))
+    grammar = new_grammars(tokenizer, "auto").get(("parts", parts))
+    for text, is_refused in (("\nyes", False), ("\n\nyes", False), ("\nno", True), ("\n\nno", True)):
+        ids = tokenizer(f"<think>a</think>{text}", add_special_tokens=False).input_ids
+        assert (refused_at(grammar, ids, len(tokenizer) + 3) is not None) == is_refused, text
 
 
 # ---- what a template shows
@@ -976,6 +1003,15 @@ def test_a_response_that_is_cut_has_an_incomplete_item_and_does_not_go_on_within
     assert {("reasoning", "incomplete"), ("message", "incomplete"), ("function_call", "incomplete")} <= seen
 
 
+def test_a_response_that_is_cut_before_its_calls_name_has_an_incomplete_message(server):
+    server.say('<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>')
+    asked = {"tools": FLAT, "tool_choice": "required", "max_output_tokens": 4}
+    answer = ask(server, "/v1/responses", **asked)
+    assert [(item["type"], item["status"]) for item in answer["output"]] == [("message", "incomplete")] and answer["status"] == "incomplete"
+    events = response_events(server, **asked)
+    assert [event["item"]["status"] for event in events if event["type"] == "response.output_item.done"] == ["incomplete"]
+
+
 def test_a_background_response_has_the_same_items(server):
     server.say(PARTS)
     answer = ask(server, "/v1/responses", tools=FLAT, background=True)
@@ -1035,7 +1071,7 @@ REFUSED = (
     (called_with(function={"name": "add", "arguments": '{"a": NaN}'}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
     (called_with(function={"name": "add", "arguments": '{"a": 1e400}'}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
     (called_with(function={"name": "add", "arguments": '{"a": ' + "1" * 5000 + "}"}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
-    (called_with(function={"name": "add", "arguments": '{"a": [' + "{}, " * 60_000 + "{}]}"}), "messages[1].tool_calls[0].function.arguments", "has more than 50,000 values; shorten it"),
+    (called_with(function={"name": "add", "arguments": '{"a": [' + "{}, " * 60_000 + "{}]}"}), "messages", "the calls in messages have more than 50,000 values in their arguments"),
     (called_with(function={"name": "add", "arguments": {"a": 1}}), "messages[1].tool_calls[0].function.arguments", ""),
     (called_with(function={"name": "a b", "arguments": "{}"}), "messages[1].tool_calls[0].function.name", ""),
     ({"tools": [TOOLS[0], TOOLS[1], TOOLS[0]]}, "tools[2].function", "as an earlier one; rename one of them"),
@@ -1124,6 +1160,36 @@ def test_a_strict_tool_is_obeyed_or_refused_and_another_may_get_any_object(serve
     server.say('<tool_call>\n{"name": "odd", "arguments": "x"')
     message, *_ = whole_and_streamed(server, tools=[tool], tool_choice="required", max_tokens=40)
     assert message["tool_calls"][0]["function"]["arguments"].startswith("{")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": 1},
+        {"enum": ["a", "b"]},
+        {"$ref": "#/$defs/x", "$defs": {"x": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/x"}]}}},
+        {"allOf": [{"type": ["string", "null"]}]},
+    ],
+)
+def test_a_schema_that_allows_no_object_is_refused_or_any_object(server, schema):
+    """It used to be a server error: no token was possible."""
+    tool = {"type": "function", "function": {"name": "odd", "parameters": schema}}
+    server.say('<tool_call>\n{"name": "odd", "arguments": {"y": 1}}\n</tool_call>')
+    message, reason, _ = whole_and_streamed(server, tools=[tool], tool_choice="required")
+    assert message["tool_calls"] == [function("odd", '{"y": 1}')] and reason == "tool_calls"
+    error = refused(server, "/v1/chat/completions", {"messages": ASKED, "tools": [tool | {"function": tool["function"] | {"strict": True}}]})
+    assert error["param"] == "tools[0].function.parameters"
+
+
+def test_the_values_of_all_calls_are_counted_together(server):
+    """Each call's are parsed and written on the event loop."""
+    calls = [{"id": f"c{number}", "type": "function", "function": {"name": "add", "arguments": '{"a": [' + "[]," * 9_000 + "[]]}"}} for number in range(3)]
+    turn = {"role": "assistant", "content": None, "tool_calls": calls}
+    error = refused(server, "/v1/chat/completions", {"messages": [*ASKED, turn]})
+    assert error["param"] == "messages" and "more than 50,000 values" in error["message"]
+    items = [{"type": "function_call", "call_id": call["id"], **call["function"]} for call in calls]
+    error = refused(server, "/v1/responses", {"input": items})
+    assert error["param"] == "input" and "more than 50,000 values" in error["message"]
 
 
 def test_a_function_without_parameters_gets_an_empty_object(server):
@@ -1241,6 +1307,21 @@ def test_empty_lines_between_parts_have_no_logprobs_in_a_response(module):
                     kept += answer.tokens_said(tokens)
                 assert answer.said == (said or None)
                 assert "".join(pieces[token_id] for _, token_id, _ in kept) == said, (pieces, kept)
+
+
+def test_a_response_lists_all_tokens_of_its_first_character(module):
+    """They have one offset. All but the last used to be taken for empty lines."""
+    parts = module("parts")
+    for thought in ("", "<think>a</think>\n\n"):
+        pieces = [*thought, "", "", "🙂", " Hi", "", "é"]
+        answer = module("answers").PartedAnswer(0, parts.Parts(("<think>", "</think>") if thought else None), lambda: "id")
+        kept, offset = [], 0
+        for index, piece in enumerate(pieces):
+            output = module("outputs").StepOutput(0, index, piece, {index: 0.0}, "stop" if index + 1 == len(pieces) else None, offset=offset)
+            offset += len(piece)
+            _, tokens = answer.push_parts(output)
+            kept += [token_id for _, token_id, _ in answer.tokens_said(tokens)]
+        assert kept == [*range(len(thought), len(pieces))] and answer.said == "🙂 Hié"
 
 
 CALLS = "{% for m in messages %}{% for c in m.tool_calls or [] %}FORM{% endfor %}{% endfor %}"
