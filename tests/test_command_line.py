@@ -102,7 +102,7 @@ def test_without_a_model_it_takes_the_variables_then_the_bundled_model(run, monk
     ("argv", "sentence"),
     [
         (("generate", "A", "--model", "/nowhere"), "error: /nowhere is not a checkpoint: it has no config.json\n"),
-        (llama("A", "--temperature", "-1"), "error: temperature must be a number from 0 (greedy) up, got -1.0\n"),
+        (llama("A", "--temperature", "-1"), "error: temperature must be a number from 0 (greedy) to 1e30, got -1.0\n"),
         (llama("A", "--max-tokens", "0"), "error: max_tokens must be an integer from 1 up or None, got 0\n"),
         (llama("A", "--device", "mps"), "error: device mps is not supported"),
         (llama("A", "--dtype", "int8"), "invalid choice: 'int8'"),

@@ -181,6 +181,48 @@ def test_a_server_that_drains_ends_what_runs_and_takes_nothing_new(chapter, toke
         wait_until(lambda: server.should_exit)
 
 
+class Slow:
+    """A connection whose client reads slowly, and its transport."""
+
+    def __init__(self):
+        self.transport, self.num_unread = self, 70_000
+
+    def get_write_buffer_size(self) -> int:
+        return self.num_unread
+
+    def shutdown(self) -> None:
+        pass
+
+
+def test_a_drain_waits_for_what_a_client_has_not_read_yet(chapter, tokenizer):
+    """It used to end the server with the last tens of kilobytes of an answer in a connection's buffer."""
+    with serving(chapter, FakeEngine(chapter, tokenizer)) as server:
+        slow = Slow()
+        server.handle_exit(signal.SIGTERM, None)
+        server.server_state.connections.add(slow)
+        time.sleep(0.5)
+        assert not server.should_exit
+        slow.num_unread = 0
+        wait_until(lambda: server.should_exit)
+        server.server_state.connections.discard(slow)
+
+
+def test_a_call_that_cannot_be_sent_is_not_counted_as_waiting(chapter, tokenizer, monkeypatch):
+    """A value that is nested too deep to be pickled, say; after enough of them the queue was full for ever."""
+    with serving(chapter, FakeEngine(chapter, tokenizer)) as server:
+        async_engine = server.service.async_engine
+        body = {"model": "pocket", "prompt": [20], "max_tokens": 1}
+
+        def send(message):
+            raise RecursionError("maximum recursion depth exceeded while pickling an object")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(async_engine.runner, "send", send)
+            assert HTTP.post(f"{server.url}/v1/completions", json=body).status_code >= 400
+        assert not async_engine.unanswered and not async_engine.active_generations
+        assert HTTP.post(f"{server.url}/v1/completions", json=body).status_code == 200
+
+
 def test_what_does_not_end_in_time_is_failed(chapter, tokenizer):
     fake = FakeEngine(chapter, tokenizer)
     fake.gate.clear()

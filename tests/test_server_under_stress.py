@@ -9,7 +9,7 @@ import time
 import openai
 import pytest
 import torch
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from shared.verify.serving import serving, wait_until
 from shared.verify.soak_server import is_idle, leave
@@ -52,8 +52,8 @@ def test_a_slow_reader_slows_no_other_client(chapter, engine):
 
 def test_chunks_of_one_byte_are_parsed_few_at_a_time(chapter, tokenizer, monkeypatch):
     """The parser takes milliseconds for a few hundred of them, and nobody else is served meanwhile."""
-    parsed, data_received = [], AutoHTTPProtocol.data_received
-    monkeypatch.setattr(AutoHTTPProtocol, "data_received", lambda self, data: parsed.append(len(data)) or data_received(self, data))
+    parsed, data_received = [], H11Protocol.data_received
+    monkeypatch.setattr(H11Protocol, "data_received", lambda self, data: parsed.append(len(data)) or data_received(self, data))
     body = json.dumps({"model": "pocket", "prompt": "Once", "max_tokens": 1}).encode().ljust(10_000)
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -120,11 +120,16 @@ def test_requests_that_waited_outlive_a_fault(chapter, tokenizer):
         assert found == {"first": "failed", "second": "length"}
 
 
-def test_when_the_engine_dies_every_client_gets_an_error_and_the_server_ends(chapter, tokenizer, monkeypatch):
+class Panic(BaseException):
+    """As that of a library in Rust, which is no Exception."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic])
+def test_when_the_engine_dies_every_client_gets_an_error_and_the_server_ends(chapter, tokenizer, monkeypatch, kind):
     fake = FakeEngine(chapter, tokenizer)
     monkeypatch.setattr(fake, "fail_step", lambda: [])
     with serving(chapter, fake) as server, client_of(server) as client:
-        fake.fault = RuntimeError("the last one")
+        fake.fault = kind("the last one")
         with pytest.raises(openai.InternalServerError, match="the engine has stopped.*the last one") as caught:
             client.completions.create(model="pocket", prompt="Once upon")
         assert caught.value.status_code == 500

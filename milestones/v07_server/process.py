@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from . import completions, endpoints
 from .async_engine import EngineStopped
@@ -64,7 +64,7 @@ class HeadAsGet:
         await self.app(scope, receive, send)
 
 
-class Connection(asyncio.BufferedProtocol, AutoHTTPProtocol):
+class Connection(asyncio.BufferedProtocol, H11Protocol):
     """Reads little at a time, since parsing thousands of tiny chunks at once would keep all other clients waiting."""
 
     def __init__(self, *args, **options):

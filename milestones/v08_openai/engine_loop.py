@@ -117,7 +117,8 @@ class EngineLoop:
             while self.read_messages():
                 if self.engine.has_unfinished_requests():
                     self.step()
-        except Exception as error:
+        # A panic of a library in Rust is no Exception.
+        except BaseException as error:
             logger.exception("the engine has died")
             self.post(Died(f"the engine has stopped: {error!r}"))
         finally:

@@ -1,6 +1,6 @@
 """The model's configuration: what a checkpoint's config.json decides, under this book's names."""
 import json
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -222,7 +222,7 @@ def flag(raw: dict, key: str) -> bool:
 def number(raw: dict, key: str) -> float:
     """raw[key], a constant of the model; ValueError unless it is a finite number above 0."""
     value = raw[key]
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{key} in config.json must be a finite number above 0, got {value!r}")
     return value
 

@@ -143,9 +143,10 @@ class AsyncEngine:
             raise QueueFull(f"{message}; try again later")
         self.num_calls += 1
         generation = Generation(self, self.num_calls, len(requests))
+        # Before the call is counted: what cannot be sent is never answered.
+        self.runner.send(Add(generation.call_id, requests))
         self.unanswered[generation.call_id] = len(requests)
         self.active_generations[generation.call_id] = generation
-        self.runner.send(Add(generation.call_id, requests))
         try:
             await generation.added
         # If the caller is cancelled here, the engine may already have its requests.

@@ -65,9 +65,9 @@ class SamplingParams:
             raise RequestError(f"ignore_eos must be True or False, got {self.ignore_eos!r}", "ignore_eos")
         if not isinstance(self.new_text, bool):
             raise RequestError(f"new_text must be True or False, got {self.new_text!r}", "new_text")
-        if not is_number(self.temperature) or self.temperature < 0:
-            raise RequestError(f"temperature must be a number from 0 (greedy) up, got {self.temperature!r}", "temperature")
-        # Logits divided by less than this may overflow float32.
+        # Logits are divided by it in float32.
+        if not is_number(self.temperature) or not 0 <= self.temperature <= 1e30:
+            raise RequestError(f"temperature must be a number from 0 (greedy) to 1e30, got {self.temperature!r}", "temperature")
         if 0 < self.temperature < 1e-30:
             raise RequestError(f"temperature {self.temperature!r} is too small to divide by; use 0 for greedy", "temperature")
         if not is_number(self.top_p) or not 0 < self.top_p <= 1:

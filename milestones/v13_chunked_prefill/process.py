@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from . import chat, completions, dev, endpoints, responses, tokenizing
 from .async_engine import EngineStopped
@@ -75,7 +75,7 @@ class HeadAsGet:
         await self.app(scope, receive, send)
 
 
-class Connection(asyncio.BufferedProtocol, AutoHTTPProtocol):
+class Connection(asyncio.BufferedProtocol, H11Protocol):
     """Reads little at a time, since parsing thousands of tiny chunks at once would keep all other clients waiting."""
 
     def __init__(self, *args, **options):
@@ -122,7 +122,9 @@ class Server(uvicorn.Server):
             async_engine.fail_all(EngineStopped("the server was shut down before this request was done"))
         if async_engine.fatal_error is not None and time.monotonic() - async_engine.stopped_at > LAST_WORDS_S:
             self.should_exit = True
-        if self.service.draining and not self.service.num_active:
+        # What a slow client has not read yet is still in its connection's buffer.
+        is_unread = any(connection.transport.get_write_buffer_size() for connection in self.server_state.connections)
+        if self.service.draining and not self.service.num_active and not is_unread:
             self.should_exit = True
         return await super().on_tick(counter)
 

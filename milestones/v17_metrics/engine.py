@@ -1,6 +1,7 @@
 """The engine: feed tokens, choose the next ones, append them."""
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -195,7 +196,8 @@ class Engine:
         self.num_resets = 0
         self.num_positions = 0
 
-        print(f"{self.name}: {self.describe()}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"{self.name}: {self.describe()}", file=sys.stderr)
 
     def describe(self) -> str:
         """The settings in use, chosen by the caller or by default, in one line."""

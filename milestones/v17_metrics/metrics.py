@@ -244,7 +244,7 @@ class Metrics(Collector):
             lines.append("Streams wait for pieces of prompts: steps with prompts take more than four times as long. Lower --max-num-batched-tokens; prompts then take longer.")
         refused = sum(at >= time.monotonic() - 60 for at in list(self.refused))
         if refused:
-            lines.append(f"{number_of(refused, 'request', 'requests')} in the last minute got a 429, since too many waited. Raise --max-waiting, or add a server.")
+            lines.append(f"{number_of(refused, 'request', 'requests')} in the last minute got a 429, since too many waited. If they waited to run, raise --max-waiting, or add a server.")
         if num_unread > UNREAD:
             lines.append(f"{num_unread} tokens wait for clients to read them. The clients or the network are slow; no flag of the server helps.")
         return lines or ["Nothing that a flag would change."]
@@ -268,7 +268,7 @@ class Metrics(Collector):
         yield gauge("swap_blocks_used", "Blocks of the swap space in use.", stats.swapped_blocks)
         yield gauge("tokens_unread", "Tokens that wait for their clients to read them.", self.num_unread)
         yield counter("preemptions", "Requests that had to give their blocks back.", stats.preemptions)
-        yield counter("prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache.", stats.prompt_tokens)
+        yield counter("prefix_cache_queries", "Prompt tokens of the requests that have begun to run.", stats.prompt_tokens)
         yield counter("prefix_cache_hits", "Of these, tokens that were found.", stats.cached_tokens)
         yield counter("prompt_tokens", "Prompt tokens computed.", self.counters["prompt_tokens"])
         yield counter("generation_tokens", "Tokens generated.", self.counters["generation_tokens"])

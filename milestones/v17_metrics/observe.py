@@ -59,7 +59,8 @@ async def shared(service: Service, name: str, make: Callable[[], Awaitable[Respo
 def check_metrics_key(request: Request, metrics_key: str | None) -> None:
     scheme, _, sent = request.headers.get("authorization", "").partition(" ")
     if metrics_key is not None and not (scheme.lower() == "bearer" and hmac.compare_digest(sent.strip().encode(), metrics_key.encode())):
-        raise ApiError(401, "no valid metrics key; send Authorization: Bearer KEY (--metrics-key)", code="invalid_api_key")
+        message = "no valid metrics key; send Authorization: Bearer KEY (--metrics-key)"
+        raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def check_data_key(request: Request, service: Service) -> None:

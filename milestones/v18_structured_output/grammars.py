@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .automaton import START, Automaton
 from .compiler import NotNow, compile_apart, compile_here, try_library
-from .guidance import ESCAPES, Guidance, GuidanceGrammar
+from .guidance import ESCAPES, Guidance, GuidanceGrammar, most_properties
 from .json_schema import Unsupported
 from .masks import Masks, Vocabulary
 from .params import RequestError
@@ -133,11 +133,14 @@ class Grammars:
         """What all JSON from llguidance must match."""
         return OwnGrammar(compile_here("regex", ESCAPES), self)
 
+    def tokenizer_json(self) -> tuple[str, int]:
+        return self.tokenizer.backend_tokenizer.to_str(), self.vocab_size
+
     def compile_by_library(self, kind: str, source, compile_own: Callable) -> GuidanceGrammar:
         text = self.guidance.text(kind, source)
         if compile_own is compile_apart:
-            try_library(text, kind)
-        grammar = self.guidance.compile(text, kind)
+            try_library(text, kind, self.tokenizer_json)
+        grammar = self.guidance.compile(text, kind, most_properties(kind, source))
         return grammar._replace(guard=self.guard) if kind in ("json_schema", "json_object") else grammar
 
     def warm_up(self) -> None:
@@ -156,6 +159,9 @@ class Grammars:
                 future, is_new = self.find(constraint)
         if is_new:
             self.compile(future, constraint, compile_here)
+        if error := future.exception():
+            # Each raise adds its frames to a traceback, which would keep every prompt that the error has refused.
+            raise error.with_traceback(None)
         return future.result()
 
     def prepare(self, constraints: list[tuple], call: Callable[[], None], is_wanted: Callable[[], bool] = lambda: True) -> bool:

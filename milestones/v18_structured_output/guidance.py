@@ -18,7 +18,8 @@ from .regex import parse_regex
 # The library reads the numbers of a schema as floating-point numbers, which are exact up to here.
 LARGEST = 2**53
 # Where any property may come next, it has about four possibilities for each. Its own limit is 2,000, beyond which it gives up in the middle of a text.
-MOST_PROPERTIES, MOST_POSSIBILITIES = 2_000, 10_000
+# To walk many takes seconds per token, so only a list of properties that needs more gets more.
+MOST_PROPERTIES, MOST_POSSIBILITIES = 2_000, 2_000
 # Formats of strings that it obeys. The others that are supported are given to it as patterns.
 OTHER_FORMATS = ("duration", "email", "hostname", "ipv6", "uri")
 # It spells a name that is in no property's list in any way, so that "\\u0061" could give the property "a" a value that
@@ -62,15 +63,18 @@ class Guidance:
             case "json_schema":
                 return schema_grammar(exactly(json.loads(source)))
 
-    def compile(self, text: str, param: str) -> "GuidanceGrammar":
-        """Compile a grammar in the library's form. RequestError, for this parameter, if it refuses it."""
+    def compile(self, text: str, param: str, num_properties: int) -> "GuidanceGrammar":
+        """Compile a grammar in the library's form, whose longest list of properties is so long. RequestError, for this parameter, if it refuses it."""
         from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(self.tokenizer, text, limits=LLParserLimits(max_items_in_row=MOST_POSSIBILITIES))
+        matcher = LLMatcher(self.tokenizer, text, limits=LLParserLimits(max_items_in_row=max(MOST_POSSIBILITIES, 5 * num_properties)))
         if matcher.is_error():
             raise RequestError(f"{param} is refused: {brief(matcher.get_error())}", param)
         grammar = GuidanceGrammar(matcher, self)
-        if not grammar.start(is_new_text=False).mask().any():
+        start = grammar.start(is_new_text=False)
+        if not start.mask().any():
+            if start.matcher.is_error():
+                raise RequestError(f"{param} is refused: {brief(start.matcher.get_error())}", param)
             raise RequestError(f"{param} matches no text, or contains itself without an end", param)
         return grammar
 
@@ -87,12 +91,16 @@ def schema_grammar(schema: dict | bool) -> str:
 def exactly(schema: dict | bool) -> dict | bool:
     """The schema with patterns that mean the same to the library; RequestError for numbers that it would round."""
     check_schema(schema)
-    todo = [(schema, "")]
+    todo, bounds = [(schema, "")], {}
     while todo:
         each, path = todo.pop()
         if isinstance(each, bool):
             continue
         where = path or "the schema"
+        if each.get("type") != "integer":
+            for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+                bounds.setdefault(keyword, []).extend(numbers_in(each.get(keyword)))
+        each.pop("$schema", None)  # It would read the schema by this draft's rules, and our automaton does not.
         for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "const", "enum"):
             if any(abs(number) > LARGEST for number in numbers_in(each.get(keyword))):
                 raise RequestError(f"json_schema: {where}: {keyword} has a number beyond {LARGEST}, which is not supported here", "json_schema")
@@ -123,8 +131,31 @@ def exactly(schema: dict | bool) -> dict | bool:
             if len(set(names.values())) < len(names):
                 raise RequestError(f"json_schema: {where}: two names in patternProperties are the same pattern; leave one out", "json_schema")
             each["patternProperties"] = {names[name]: part for name, part in each["patternProperties"].items()}
+    check_excluded(bounds)
     # Only an object can say how its values are spelled.
     return {} if schema is True else schema
+
+
+def check_excluded(bounds: dict[str, list[float]]) -> None:
+    """Raise RequestError for a whole number that is excluded less than 1 away from the opposite bound: the library allows it."""
+    lows, highs = (bounds.get(name, []) + bounds.get(f"exclusive{name.capitalize()}", []) for name in ("minimum", "maximum"))
+    for keyword, others in (("exclusiveMinimum", highs), ("exclusiveMaximum", lows)):
+        for number in bounds.get(keyword, []):
+            if number == int(number) and any(abs(number - other) < 1 for other in others):
+                message = f"json_schema: {keyword} {number:g} with an opposite bound less than 1 away is not supported; allow {number:g}, or exclude a number beside it"
+                raise RequestError(message, "json_schema")
+
+
+def most_properties(kind: str, source) -> int:
+    """The size of the largest list of properties in the schemas of a grammar."""
+    todo = [json.loads(source)] if kind == "json_schema" else []
+    most = 0
+    while todo:
+        each = todo.pop()
+        if isinstance(each, dict):
+            most = max(most, len(each.get("properties", ())))
+            todo += [part for part, _ in parts_of(each, "")]
+    return most
 
 
 def numbers_in(value) -> Iterator[float]:

@@ -460,6 +460,8 @@ def check_schema(schema: object, param: str = "json_schema") -> None:
         if "$ref" in each:
             references.append((each["$ref"], where))
     for reference, where in references:
+        if "#/" in reference[1:]:
+            raise RequestError(f"{param}: {where}: $ref leads to {reference[:200]!r}, a path after an address, which is not supported; leave the address out", param)
         target = resolve(reference, schema) if reference.startswith("#/") else None
         if isinstance(target, dict) and id(target) not in checked:
             raise RequestError(f"{param}: {where}: $ref leads to {reference[:200]!r}, which is no schema there; move it to $defs", param)

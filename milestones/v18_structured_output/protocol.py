@@ -242,7 +242,7 @@ def closed(schema: Any, param: str) -> Any:
 
 def parsed(schema: Any) -> Any:
     """Return a schema that is given as a string with a JSON object; anything else, also what is no JSON, as it is."""
-    with suppress(ValueError, TypeError):
+    with suppress(ValueError, TypeError, RecursionError):
         value = json.loads(schema)
         return value if isinstance(value, dict) else schema
     return schema

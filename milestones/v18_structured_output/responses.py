@@ -11,6 +11,7 @@ from .params import SamplingParams
 from .responses_protocol import InputMessage, ResponseRequest
 from .responses_store import Run, Store
 from .streaming import ANSWERS, Events, unless_gone, while_connected
+from .writer import to_json
 
 # OpenAI's parameters for retrieving a response that are not implemented here.
 NOT_RETRIEVED = ("include", "include[]", "include_obfuscation", "starting_after")
@@ -41,6 +42,7 @@ async def create_response(request: Request, body: ResponseRequest):
             **body.shape(),
         )
         run = Run(service, api_key, body, messages, len(prompt_ids))
+        to_json(run.describe())  # what is nested too deeply to be written is refused before it is generated
         run.generation = await while_connected(request, service.async_engine.generate([(prompt_ids, params)], request.scope["arrived"]))
     if body.store and (body.background or body.stream):
         store.add(run)

@@ -14,9 +14,9 @@ from .config import ModelConfig
 from .model import CausalLM
 
 # The tokens that the sequence under test feeds in each pass: together more than a tile or a split has keys, in any kernel.
-PIECES = (1, 1, 2, 3, 5, 17, 100, 130, 33, 7, 1)
+PIECES = (1, 1, 2, 3, 5, 11, 13, 17, 100, 130, 33, 7, 1)
 # The tokens that each of the others feeds in the same pass.
-COMPANY = ((), (1,), (1,) * 5, (1,) * 11, (20, 7), (18, 2), (200, 1), (1, 31, 1), (40,), (1, 150), ())
+COMPANY = ((), (1,), (1,) * 5, (1,) * 11, (20, 7), (3,), (), (18, 2), (200, 1), (1, 31, 1), (40,), (1, 150), ())
 # Beginning and end of the rows for which the head is computed, to be compared with all of them at once.
 HEAD_ROWS = ((0, 1), (3, 5), (1, 8), (2, 16), (0, 32), (32, 33), (0, 100))
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from .automaton import START, Automaton, Either, Text, Then, TooLarge, both, compile_node
@@ -97,16 +98,19 @@ def compile_apart(kind: str, source) -> Automaton:
     return run_apart(kind, source, param_of(kind, source))
 
 
-def try_library(grammar: str, param: str) -> None:
-    """Let llguidance read a grammar in a process of its own; NotNow if it takes too long.
+def try_library(grammar: str, param: str, tokenizer: Callable[[], tuple[str, int]]) -> None:
+    """Let llguidance read a grammar in a process of its own; NotNow if it takes too long, RequestError if it refuses it.
 
-    It may go on for ever, whatever limits it is given, and nothing could end it in a thread.
+    It may go on for ever, whatever limits it is given, and nothing could end it in a thread. tokenizer: the model's as JSON,
+    with the size of its vocabulary. It takes a while to read, and is needed only if the grammar has tokens beside bytes.
     """
-    run_apart("library", grammar, param)
+    error = run_apart("library", (grammar, None), param) and run_apart("library", (grammar, tokenizer()), param)
+    if error:
+        raise RequestError(f"{param} is refused: {error}", param)
 
 
-def run_apart(kind: str, source, param: str) -> Automaton | None:
-    """Compile in a process of its own; None from the library, whose objects cannot be pickled. Waits without the interpreter's lock."""
+def run_apart(kind: str, source, param: str) -> Automaton | str | None:
+    """Compile in a process of its own; from the library, whose objects cannot be pickled, only an error. Waits without the interpreter's lock."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", __name__]
     try:
@@ -117,16 +121,19 @@ def run_apart(kind: str, source, param: str) -> Automaton | None:
         reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise NotNow(f"{param} could not be compiled: {reason[0]}; use a simpler one", param)
     result = pickle.loads(done.stdout)
-    if result is None or isinstance(result, Automaton):
+    if result is None or isinstance(result, (str, Automaton)):
         return result
     error, message, error_param = result
     raise error(message, error_param)
 
 
-def read_by_library(grammar: str) -> None:
+def read_by_library(grammar: str, tokenizer: tuple[str, int] | None) -> str | None:
+    """Why the library refuses a grammar, with a tokenizer or one of bytes; None if it does not."""
     from llguidance import LLMatcher, LLTokenizer
 
-    LLMatcher(LLTokenizer("byte"), grammar)
+    text, vocab_size = tokenizer or ("byte", None)
+    matcher = LLMatcher(LLTokenizer(text, n_vocab=vocab_size), grammar)
+    return matcher.get_error().strip().partition("\n")[0][:500] or "without a reason" if matcher.is_error() else None
 
 
 def leave_with(parent: int) -> None:
@@ -145,7 +152,7 @@ def main() -> None:
     parent, kind, source = pickle.load(sys.stdin.buffer)
     threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
     try:
-        result = read_by_library(source) if kind == "library" else compile_here(kind, source)
+        result = read_by_library(*source) if kind == "library" else compile_here(kind, source)
     except RequestError as error:
         result = type(error), str(error), error.param
     sys.stdout.buffer.write(pickle.dumps(result))

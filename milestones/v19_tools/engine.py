@@ -2,6 +2,7 @@
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -209,7 +210,8 @@ class Engine:
         self.num_resets = 0
         self.num_positions = 0
 
-        print(f"{self.name}: {self.describe()}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"{self.name}: {self.describe()}", file=sys.stderr)
 
     def describe(self) -> str:
         """The settings in use, chosen by the caller or by default, in one line."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .automaton import SPECIAL, START, Automaton, compile_node
 from .compiler import NotNow, compile_apart, compile_here, try_library
-from .guidance import ESCAPES, Guidance, GuidanceGrammar, guard_node
+from .guidance import ESCAPES, Guidance, GuidanceGrammar, guard_node, most_properties
 from .json_schema import Unsupported
 from .masks import Masks, Vocabulary
 from .params import RequestError, param_of
@@ -138,11 +138,14 @@ class Grammars:
         """What all JSON from llguidance must match."""
         return OwnGrammar(compile_here("regex", ESCAPES), self)
 
+    def tokenizer_json(self) -> tuple[str, int]:
+        return self.tokenizer.backend_tokenizer.to_str(), self.vocab_size
+
     def compile_by_library(self, kind: str, source, compile_own: Callable) -> GuidanceGrammar:
         text, param = self.guidance.text(kind, source), param_of(kind, source)
         if compile_own is compile_apart:
-            try_library(text, param)
-        grammar = self.guidance.compile(text, param)
+            try_library(text, param, self.tokenizer_json)
+        grammar = self.guidance.compile(text, param, most_properties(kind, source))
         if kind == "parts":
             return grammar._replace(guard=OwnGrammar(compile_node(guard_node(source)), self))
         return grammar._replace(guard=self.guard) if kind in ("json_schema", "json_object") else grammar
@@ -163,6 +166,9 @@ class Grammars:
                 future, is_new = self.find(constraint)
         if is_new:
             self.compile(future, constraint, compile_here)
+        if error := future.exception():
+            # Each raise adds its frames to a traceback, which would keep every prompt that the error has refused.
+            raise error.with_traceback(None)
         return future.result()
 
     def prepare(self, constraints: list[tuple], call: Callable[[], None], is_wanted: Callable[[], bool] = lambda: True) -> bool:

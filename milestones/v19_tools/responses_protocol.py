@@ -1,8 +1,10 @@
 """The bodies of requests to /v1/responses."""
+import json
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from .errors import ApiError
 from .parts import Tool
@@ -146,6 +148,16 @@ class ResponseTool(Strict):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(None, description="refuse a schema that cannot be obeyed exactly; otherwise, any object may be the arguments then")
+
+    @model_validator(mode="after")
+    def check_numbers(self):
+        """The response shows the tool, and JSON has neither NaN nor infinity, which Python's parser takes."""
+        for name, value in self.model_dump().items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except ValueError as error:
+                raise PydanticCustomError("refused", "must be JSON: {reason}", {"name": name, "reason": str(error)}) from None
+        return self
 
     def plain(self) -> dict[str, Any]:
         """The tool as chat templates expect it."""

@@ -54,11 +54,15 @@ def serve(chapter_name: str, lever: str) -> int:
         use_template(modules["completions"], modules["writer"])
     if "raw" in pulled:
         send_raw(modules["completions"])
+    if "httptools" in pulled:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+        modules["process"].Connection = HttpToolsProtocol
     uvicorn = modules["process"].uvicorn
     config = uvicorn.Config
 
     def config_with_choices(*args, **options):
-        options |= {"http": "httptools" if "httptools" in pulled else "h11", "loop": "uvloop" if "uvloop" in pulled else "asyncio"}
+        options |= {"loop": "uvloop" if "uvloop" in pulled else "asyncio"}
         return config(*args, **options)
 
     uvicorn.Config = config_with_choices

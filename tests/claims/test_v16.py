@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from shared.checkpoints import SHAPES, checkpoint
+from shared.checkpoints import RANDOM, SHAPES, checkpoint, random_checkpoint
 from shared.verify import product
 from shared.verify.pretend_gpu import dot_in_order, launches, pretend_gpu
 from shared.workloads import random_ids
@@ -306,6 +306,37 @@ def test_the_experiment_takes_less_than_a_second(new_engine, module):
                 parameter.normal_(std=0.02)
         exact.make_exact(model, config, module("backends").TORCH, "auto", 16, 512)
     assert len(seconds) >= 2 and max(seconds) < 1
+
+
+@pytest.mark.parametrize("group", [group for group in range(1, 21) if group % 8])
+def test_some_piece_of_the_experiment_ends_in_four_rows(module, group):
+    """Of a large head, the CPU's attention multiplies the last four rows in another way. Of six heads per KV head, no piece had four."""
+    assert any(-(-num_tokens * group // 4) * 4 % 32 == 4 for num_tokens in module("trial").PIECES)
+
+
+@pytest.mark.whole
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a CPU's attention")
+@pytest.mark.parametrize("num_heads", [12, 18, 20])
+def test_it_is_exact_for_every_number_of_query_heads(chapter, Params, rng, num_heads):
+    shape = dict(num_heads=num_heads, num_kv_heads=2, head_dim=128, hidden_size=192, num_layers=1)
+    path = random_checkpoint(replace(RANDOM["qwen2"], **shape))
+    try:
+        engine = chapter.load().Engine(path, dtype="float32", device="cpu", exact=True, num_blocks=40, block_size=16)
+    except ValueError as error:
+        pytest.skip(f"this processor has no exact form: {error}")
+
+    def ids(length):
+        return random_ids(length, 401, rng)
+
+    begin, params = ids(64), Params(max_tokens=1, logprobs=2)
+    for length in (6, 11, 13, 22, 27, 43, 54):
+        prompt = begin + ids(length)
+        engine.reset_prefix_cache()
+        [whole] = engine.generate([prompt], params)
+        engine.reset_prefix_cache()
+        engine.generate([begin + ids(1)], Params(max_tokens=1))
+        [found] = engine.generate([prompt], params)
+        assert found.num_cached == len(begin) and found.logprobs == whole.logprobs, length
 
 
 def small_trial(module, monkeypatch):

@@ -980,7 +980,7 @@ def test_a_metrics_key_closes_the_metrics(chapter, fake):
     with serving(chapter, fake, api_keys=("key-a",), metrics_key="key-m", log_format="none") as server:
         for sent, status in ((None, 401), ("Bearer key-a", 401), ("Basic key-m", 401), ("Bearer", 401), ("Bearer key-m", 200), ("bearer  key-m", 200)):
             response = HTTP.get(f"{server.url}/metrics", headers={"authorization": sent} if sent else {})
-            assert response.status_code == status, sent
+            assert response.status_code == status and (response.headers.get("www-authenticate") == "Bearer") == (status == 401), sent
         assert "--metrics-key" in HTTP.get(f"{server.url}/metrics").json()["error"]["message"]
         assert HTTP.get(f"{server.url}/dashboard/data", headers={"authorization": "Bearer key-m"}).status_code == 401
         assert HTTP.get(f"{server.url}/health").status_code == 200

@@ -1043,22 +1043,49 @@ def test_a_process_that_compiles_is_limited_and_says_what_it_makes(module, Reque
     assert time.monotonic() - began < 3 and caught.value.param == "regex"
 
 
+def test_a_grammar_that_names_a_token_is_read_with_the_models_tokenizer(make_engine, Params, monkeypatch):
+    engine = make_engine("pocket")
+    for grammar, said in (('start: "a" <[300]>', None), ('start: "a" <|user|>', None), ('start: "a" <|nobody|>', "grammar is refused")):
+        told = threading.Event()
+        assert not engine.compile_grammars([Params(grammar=grammar)], told.set, lambda: True) and told.wait(30)
+        if said is None:
+            engine.add_request("Once", Params(grammar=grammar, max_tokens=2))
+        else:
+            with pytest.raises(ValueError, match=said):
+                engine.add_request("Once", Params(grammar=grammar))
+    engine.close()
+
+
+def test_an_error_that_is_raised_again_and_again_keeps_nothing(make_engine, Params, ids):
+    """Each raise used to add its frames to the kept error, and with them the prompt."""
+    engine, params = make_engine("pocket"), Params(json_schema={"type": "object", "weird": 1})
+    for _ in range(5):
+        with pytest.raises(ValueError, match="the keyword 'weird' is not supported"):
+            engine.add_request(ids(4), params)
+    trace, num_frames = engine.grammars.kept[params.constraint].exception().__traceback__, 0
+    while trace is not None:
+        trace, num_frames = trace.tb_next, num_frames + 1
+    assert num_frames < 12
+
+
 # Nothing ends a thread in which the library reads this.
 ENDLESS = "start: X\nX: /(.*a.{100})*/ & ~/(.*c.{50}.*)/"
 
 
-def test_a_grammar_without_end_is_tried_in_a_process_first(make_engine, module, Params, monkeypatch):
+@pytest.mark.parametrize("beside", ["", " | <[300]>", " | <|user|>"])
+def test_a_grammar_without_end_is_tried_in_a_process_first(make_engine, module, Params, monkeypatch, beside):
+    """Also if it names a token, which a tokenizer of bytes does not have."""
     engine = make_engine("pocket")
-    monkeypatch.setattr(module("compiler"), "MOST_SECONDS", 0.5)
-    told, params = threading.Event(), Params(grammar=ENDLESS, max_tokens=2)
+    monkeypatch.setattr(module("compiler"), "MOST_SECONDS", 2 if beside else 0.5)
+    told, params = threading.Event(), Params(grammar=ENDLESS.replace("X\n", f"X{beside}\n"), max_tokens=2)
     before = psutil.Process().children()
     assert not engine.compile_grammars([params], told.set, lambda: True) and told.wait(20)
-    with pytest.raises(module("compiler").NotNow, match="grammar takes more than 0.5 s to compile; use a simpler one"):
+    with pytest.raises(module("compiler").NotNow, match=r"grammar takes more than (0.5|2) s to compile; use a simpler one"):
         engine.add_request("Once", params)
     assert psutil.Process().children() == before
     # What it can read is compiled as before, and what it refuses is refused.
     monkeypatch.undo()
-    for source, error in (('start: "a" start "b" | "x"', None), ("start: missing", "grammar is refused: .*missing")):
+    for source, error in ((f'start: "a" start "b" | "x{beside}"', None), (f"start: missing{beside}", "grammar is refused: .*missing")):
         told.clear()
         params = Params(grammar=source, max_tokens=2)
         assert not engine.compile_grammars([params], told.set, lambda: True) and told.wait(20)
@@ -1240,6 +1267,11 @@ def test_a_schema_that_says_nothing_of_other_members_gets_none(server):
         nested = '{"items": ' * depth + "{}" + "}" * depth
         for body in ('{"model": "pocket", "prompt": "a", "json_schema": %s}', '{"model": "pocket", "prompt": "a", "structured_outputs": {"json": %s}}'):
             assert post(server, "/v1/completions", (body % nested).encode()).status_code == 400, depth
+        response = '{"model": "pocket", "input": "a", "stream": true, "text": {"format": {"type": "json_schema", "name": "a", "schema": {"default": %s}}}}'
+        assert post(server, "/v1/responses", (response % nested).encode()).status_code in (200, 400), depth
+    body = {"messages": [{"role": "user", "content": "Hi"}], "structured_outputs": {"json": "[" * 100_000}}
+    error = refused(ask(server, "/v1/chat/completions", body))
+    assert error["param"] == "structured_outputs.json"
 
 
 KEYWORDS = ("contains", "if", "not", "allOf", "oneOf", "$ref", "dependentSchemas", "unevaluatedProperties", "const", "properties", "items")
@@ -1387,7 +1419,7 @@ def test_a_schema_that_takes_too_long_for_an_automaton_is_the_librarys(module, n
         raise module("compiler").NotNow(f"{kind} takes too long", kind)
 
     monkeypatch.setattr(module("grammars"), "compile_apart", slow)
-    monkeypatch.setattr(module("grammars"), "try_library", lambda grammar, param: None)
+    monkeypatch.setattr(module("grammars"), "try_library", lambda *_: None)
     schema = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 5}}, "required": ["a"], "additionalProperties": False}
     params = Params(json_schema=schema, max_tokens=60)
     assert not engine.compile_grammars([params], told.set, lambda: True) and told.wait(20)

@@ -1181,6 +1181,19 @@ def test_a_schema_that_allows_no_object_is_refused_or_any_object(server, schema)
     assert error["param"] == "tools[0].function.parameters"
 
 
+def test_a_response_is_json_whatever_its_tools_have(server):
+    for field in ({"x": float("nan")}, {"parameters": {"type": "object", "description": float("inf")}}):
+        body = {"model": "pocket", "input": "a", "tools": [{"type": "function", "name": "f"} | field]}
+        answer = post(server, "/v1/responses", json.dumps(body).encode())
+        assert answer.status_code == 400 and answer.json()["error"]["param"].startswith("tools[0]"), answer.text
+    for depth in (100, 300, 400, 450, 600):
+        nested = '{"x": ' * depth + "{}" + "}" * depth
+        for way in ("stream", "background"):
+            text = '{"model": "pocket", "input": "a", "max_output_tokens": 1, "%s": true, "tools": [{"type": "function", "name": "f", "parameters": {"properties": {"x": {"default": %s}}}}]}'
+            answer = post(server, "/v1/responses", (text % (way, nested)).encode())
+            assert answer.status_code == 400 or answer.status_code == 200 and answer.text, (depth, way)
+
+
 def test_the_values_of_all_calls_are_counted_together(server):
     """Each call's are parsed and written on the event loop."""
     calls = [{"id": f"c{number}", "type": "function", "function": {"name": "add", "arguments": '{"a": [' + "[]," * 9_000 + "[]]}"}} for number in range(3)]
