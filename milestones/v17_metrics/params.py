@@ -26,7 +26,7 @@ class SamplingParams:
     ...     SamplingParams(temperature=-1)
     ... except RequestError as error:
     ...     print(error)
-    temperature must be a number from 0 (greedy) up, got -1
+    temperature must be a number from 0 (greedy) to 1e30, got -1
     """
 
     max_tokens: int | None = 16  # the most tokens to generate; None: as many as fit

@@ -4,6 +4,7 @@ A fork inherits all imported modules, so a child starts its work at once. The fo
 but no chapter, because a child may have to import a changed copy of it.
 """
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -97,6 +98,7 @@ def start(work: Work, scratch: Path) -> int:
     if child:
         return child
     exit_code = FAILED
+    gc.disable()  # if it runs Python while Python 3.11 parses a large file, the parser fails
     try:
         os.setsid()
         output = os.open(scratch / "output", os.O_CREAT | os.O_WRONLY | os.O_APPEND)

@@ -776,16 +776,18 @@ def test_two_engines_have_a_pool_each_and_one_may_be_collected(new_engine, gpu, 
 
 @pytest.mark.whole
 @needs_triton
-def test_graphs_are_refused_where_they_are_impossible_and_on_where_they_are_possible(new_engine, gpu):
+def test_graphs_are_refused_where_they_are_impossible_and_on_where_they_are_possible(new_engine, gpu, monkeypatch):
     impossible = {
         "torch on cpu": {"device": "cpu"},
         "torch on cuda": {"attention": "torch"},
         "triton on cpu": {"device": "cpu", "attention": "triton"},
     }
     for place, options in impossible.items():
+        monkeypatch.setenv("TRITON_INTERPRET", "1" if place == "triton on cpu" else "0")
         with pytest.raises(ValueError, match=f"graphs is True, but steps are recorded only on a GPU with attention triton, not {place}"):
             new_engine(graphs=True, **options)
         assert "graphs off" in new_engine(**options).describe()
+    monkeypatch.undo()
     for graphs in (None, True):
         assert "graphs on" in new_engine(graphs=graphs).describe()
     assert "graphs off" in new_engine(graphs=False).describe()
