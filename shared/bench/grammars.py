@@ -15,6 +15,7 @@ import importlib
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -102,7 +103,8 @@ def timed_us(call: Callable) -> tuple[object, float]:
 
 def by(library):
     """Compile a grammar by the library, once it is known that this comes to an end."""
-    return lambda kind, source: library.compile(library.text(kind, source), kind)
+    most_properties = sys.modules[type(library).__module__].most_properties
+    return lambda kind, source: library.compile(library.text(kind, source), kind, most_properties(kind, source))
 
 
 def compile_ms(package: str, engine) -> dict:
