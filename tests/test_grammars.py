@@ -735,6 +735,17 @@ REFUSED_THERE = (
 )
 
 
+def test_bounds_of_different_numbers_are_not_compared(module):
+    """Only a number that has to keep both could be the excluded one."""
+    rate, share = {"type": "number", "exclusiveMinimum": 0}, {"type": "number", "minimum": 0, "maximum": 0.5}
+    exactly = module("guidance").exactly
+    exactly({"type": "object", "properties": {"rate": rate, "share": share, "loss": {"type": "number", "exclusiveMaximum": 0}}})
+    exactly({"anyOf": [rate, share]})
+    for schema in ({"allOf": [rate, share]}, rate | {"anyOf": [share]}, {"$ref": "#/$defs/a", "anyOf": [share], "$defs": {"a": rate}}):
+        with pytest.raises(ValueError, match="exclusiveMinimum 0 with an opposite bound less than 1 away"):
+            exactly(schema)
+
+
 @pytest.mark.parametrize(("schema", "said"), REFUSED_THERE, ids=str)
 def test_what_the_library_would_not_obey_is_refused_before(chapter, Params, RequestError, schema, said):
     with pytest.raises(RequestError) as caught:

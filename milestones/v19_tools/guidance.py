@@ -16,6 +16,7 @@ from .params import RequestError
 from .parts import ANY_TEXT, Parts, Tool, parts_node
 from .regex import parse_regex
 
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 # The library reads the numbers of a schema as floating-point numbers, which are exact up to here.
 LARGEST = 2**53
 # Where any property may come next, it has about four possibilities for each. Its own limit is 2,000, beyond which it gives up in the middle of a text.
@@ -97,17 +98,18 @@ def schema_grammar(schema: dict | bool) -> str:
 def exactly(schema: dict | bool) -> dict | bool:
     """The schema with patterns that mean the same to the library; RequestError for numbers that it would round."""
     check_schema(schema)
-    todo, bounds = [(schema, "")], {}
+    todo, all_bounds, is_joined = [(schema, "")], [], False
     while todo:
         each, path = todo.pop()
         if isinstance(each, bool):
             continue
         where = path or "the schema"
-        if each.get("type") != "integer":
-            for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
-                bounds.setdefault(keyword, []).extend(numbers_in(each.get(keyword)))
+        bounds = {keyword: each[keyword] for keyword in BOUNDS if keyword in each and each.get("type") != "integer"}
+        all_bounds.append(list(bounds.items()))
+        # Then a number may have to keep the bounds of several parts.
+        is_joined = is_joined or "allOf" in each or len({"$ref", "anyOf", "oneOf"} & set(each)) + bool(bounds) > 1
         each.pop("$schema", None)  # It would read the schema by this draft's rules, and our automaton does not.
-        for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "const", "enum"):
+        for keyword in (*BOUNDS, "multipleOf", "const", "enum"):
             if any(abs(number) > LARGEST for number in numbers_in(each.get(keyword))):
                 raise RequestError(f"json_schema: {where}: {keyword} has a number beyond {LARGEST}, which is not supported here", "json_schema")
         # It spells these in names in several ways, all of which are needed elsewhere.
@@ -137,19 +139,19 @@ def exactly(schema: dict | bool) -> dict | bool:
             if len(set(names.values())) < len(names):
                 raise RequestError(f"json_schema: {where}: two names in patternProperties are the same pattern; leave one out", "json_schema")
             each["patternProperties"] = {names[name]: part for name, part in each["patternProperties"].items()}
-    check_excluded(bounds)
+    for bounds in [list(chain(*all_bounds))] if is_joined else all_bounds:
+        check_excluded(bounds)
     # Only an object can say how its values are spelled.
     return {} if schema is True else schema
 
 
-def check_excluded(bounds: dict[str, list[float]]) -> None:
+def check_excluded(bounds: list[tuple[str, float]]) -> None:
     """Raise RequestError for a whole number that is excluded less than 1 away from the opposite bound: the library allows it."""
-    lows, highs = (bounds.get(name, []) + bounds.get(f"exclusive{name.capitalize()}", []) for name in ("minimum", "maximum"))
-    for keyword, others in (("exclusiveMinimum", highs), ("exclusiveMaximum", lows)):
-        for number in bounds.get(keyword, []):
-            if number == int(number) and any(abs(number - other) < 1 for other in others):
-                message = f"json_schema: {keyword} {number:g} with an opposite bound less than 1 away is not supported; allow {number:g}, or exclude a number beside it"
-                raise RequestError(message, "json_schema")
+    for keyword, number in bounds:
+        others = [other for name, other in bounds if ("min" in name.lower()) != ("min" in keyword.lower())]
+        if "exclusive" in keyword and number == int(number) and any(abs(number - other) < 1 for other in others):
+            message = f"json_schema: {keyword} {number:g} with an opposite bound less than 1 away is not supported; allow {number:g}, or exclude a number beside it"
+            raise RequestError(message, "json_schema")
 
 
 def most_properties(kind: str, source) -> int:
@@ -289,8 +291,8 @@ def may_be_object(schema, root: dict, known: dict[str, bool]) -> bool:
     types, values = schema.get("type", "object"), schema.get("enum", [schema.get("const", {})])
     if "object" not in ([types] if isinstance(types, str) else types) or not any(isinstance(value, dict) for value in values):
         return False
-    reference = schema.get("$ref")
-    if reference is not None:
+    reference = schema.get("$ref", "")
+    if reference == "#" or reference.startswith("#/"):
         if reference not in known:
             known[reference] = False  # where it refers to itself
             known[reference] = may_be_object(resolve(reference, root), root, known)

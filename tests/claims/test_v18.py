@@ -1268,7 +1268,8 @@ def test_a_schema_that_says_nothing_of_other_members_gets_none(server):
         for body in ('{"model": "pocket", "prompt": "a", "json_schema": %s}', '{"model": "pocket", "prompt": "a", "structured_outputs": {"json": %s}}'):
             assert post(server, "/v1/completions", (body % nested).encode()).status_code == 400, depth
         response = '{"model": "pocket", "input": "a", "stream": true, "text": {"format": {"type": "json_schema", "name": "a", "schema": {"default": %s}}}}'
-        assert post(server, "/v1/responses", (response % nested).encode()).status_code in (200, 400), depth
+        answer = post(server, "/v1/responses", (response % nested).encode())
+        assert answer.status_code == 400 or answer.status_code == 200 and answer.text, depth
     body = {"messages": [{"role": "user", "content": "Hi"}], "structured_outputs": {"json": "[" * 100_000}}
     error = refused(ask(server, "/v1/chat/completions", body))
     assert error["param"] == "structured_outputs.json"

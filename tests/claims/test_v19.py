@@ -1194,6 +1194,11 @@ def test_a_response_is_json_whatever_its_tools_have(server):
             assert answer.status_code == 400 or answer.status_code == 200 and answer.text, (depth, way)
 
 
+def test_a_schema_that_leads_to_an_anchor_may_be_an_object(module):
+    schema = {"$ref": "#a", "$defs": {"x": {"$anchor": "a", "type": "object"}}}
+    assert module("guidance").may_be_object(schema, schema, {})
+
+
 def test_the_values_of_all_calls_are_counted_together(server):
     """Each call's are parsed and written on the event loop."""
     calls = [{"id": f"c{number}", "type": "function", "function": {"name": "add", "arguments": '{"a": [' + "[]," * 9_000 + "[]]}"}} for number in range(3)]
