@@ -514,14 +514,14 @@ BUGS = {
     "a more important request waits": ("if other.rank < seq.rank", ""),
 }
 CACHE_BUGS = {
-    "nothing is found": ("scheduler", "if seq.swap_table or not self.enable_prefix_caching", "if True"),
+    "nothing is found": ("scheduler", "if not self.enable_prefix_caching:\n            return 0\n        return (seq", "if True:\n            return 0\n        return (seq"),
     "no token is left to compute": ("scheduler", "(seq.first_draw - 1) //", "seq.first_draw //"),
     "two tokens are computed": ("scheduler", "(seq.first_draw - 1) //", "(seq.first_draw - 2) //"),
     "no request waits for a block": ("scheduler", "if self.awaits(seq, len(found), ahead):", "if False:"),
     "all wait behind one that waits for a block": ("scheduler", "self.passed.append(seq)", "pass"),
     "a request waits for generated tokens": ("scheduler", "other.num_prompt // block_size", "other.num_tokens // block_size"),
     "a request waits for any block": ("scheduler", "other.block_key(num_found, block_size) == key", "True"),
-    "a request waits only for a prompt's first block": ("scheduler", "if num_found == self.most_cached(seq)", "if num_found or not self.most_cached(seq)"),
+    "a request waits only for a prompt's first block": ("scheduler", "num_found == self.most_cached(seq)", "num_found or not self.most_cached(seq)"),
     "a block can be found before it is computed": ("scheduler", "min(seq.num_computed //", "min(seq.num_tokens //"),
     "a shared block counts for each table": (
         "scheduler",
@@ -530,7 +530,7 @@ CACHE_BUGS = {
     ),
     "found blocks take no room": ("scheduler", " + sum(block_id in self.pool.free_ids for block_id in found)", ""),
     "no blocks are kept for those that wait for a block": ("scheduler", "[*others, *self.passed]", "others"),
-    "found positions are computed": ("scheduler", "seq.num_computed = len(found) * self.pool.block_size", "pass"),
+    "found positions are computed": ("scheduler", "seq.num_computed = max(seq.num_computed, len(found) * self.pool.block_size)", "pass"),
     "what a request leaves cannot be found": ("scheduler", "else:\n            self.publish(seq)", ""),
     "only what a request leaves can be found": ("scheduler", "for seq in self.running:\n            self.publish(seq)", ""),
     "a failed request is taken for another": ("scheduler", 'seq.finish_reason == "error"', 'seq.finish_reason != "error"'),

@@ -177,12 +177,12 @@ class SwapSpace:
         for copies, blocks in ((self.k, self.cache.k), (self.v, self.cache.v)):
             copies[:, swap_ids] = blocks[:, list(block_ids)].to(copies.device)
 
-    def load(self, swap_table: array, block_table: array) -> None:
-        """Copy a sequence's keys and values back into the first blocks of its table, and free the copies."""
-        if swap_table:
-            block_ids = list(block_table[: len(swap_table)])
+    def load(self, swap_table: array, block_table: array, num_found: int) -> None:
+        """Copy a sequence's keys and values back into the first blocks of its table, except the num_found that were found; free the copies."""
+        if num_found < len(swap_table):
+            block_ids = list(block_table[num_found : len(swap_table)])
             for copies, blocks in ((self.k, self.cache.k), (self.v, self.cache.v)):
-                blocks[:, block_ids] = copies[:, list(swap_table)].to(blocks.device)
+                blocks[:, block_ids] = copies[:, list(swap_table[num_found:])].to(blocks.device)
         self.free(swap_table)
 
     def free(self, swap_table: array) -> None:

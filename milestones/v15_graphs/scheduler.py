@@ -63,7 +63,7 @@ class Scheduler:
             del self.waiting[num_passed]
             insort(self.running, seq, key=lambda seq: seq.rank)
             seq.preempted = False
-            self.swap.load(seq.swap_table, seq.block_table)
+            self.swap.load(seq.swap_table, seq.block_table, seq.num_published)
         return list(self.running)
 
     def admit(self, seq: Sequence) -> bool:
@@ -84,7 +84,7 @@ class Scheduler:
 
     def most_cached(self, seq: Sequence) -> int:
         """The most blocks that seq may take from the prefix cache. Positions whose logits it needs are computed in any case."""
-        if seq.swap_table or not self.enable_prefix_caching:
+        if not self.enable_prefix_caching:
             return 0
         return (seq.first_draw - 1) // self.pool.block_size
 
@@ -94,7 +94,7 @@ class Scheduler:
 
     def awaits(self, seq: Sequence, num_found: int, ahead: list[Sequence]) -> bool:
         """Whether a sequence ahead computes, for its prompt, the block after those that seq has found; seq can find it in a later step."""
-        if num_found == self.most_cached(seq):
+        if seq.swap_table or num_found == self.most_cached(seq):
             return False
         block_size = self.pool.block_size
         key = seq.block_key(num_found, block_size)
@@ -109,8 +109,7 @@ class Scheduler:
         self.pool.share(found)
         seq.block_table.extend(found)
         seq.num_published = len(found)
-        if found:
-            seq.num_computed = len(found) * self.pool.block_size
+        seq.num_computed = max(seq.num_computed, len(found) * self.pool.block_size)
         if seq.num_cached is None:
             seq.num_cached = seq.num_computed
             self.num_prompt_tokens += seq.num_prompt

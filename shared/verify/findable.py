@@ -116,7 +116,7 @@ class Findable:
         was_swapped, num_computed, num_cached = bool(seq.swap_table), seq.num_computed, seq.num_cached
         most = self.most(seq)
         found = self.longest_beginning(seq, most)
-        awaits = found < most and self.is_being_computed(seq, found)
+        awaits = not was_swapped and found < most and self.is_being_computed(seq, found)
         admitted = admit(seq)
         name = f"request {seq.seq_id}"
         if not admitted:
@@ -124,14 +124,16 @@ class Findable:
             self.events["waited for a block that another request computed"] += awaits
             return False
         assert not awaits, f"{name} computes a block that another request computes in the same step"
-        if was_swapped:
-            assert seq.num_computed == num_computed, f"{name} was swapped in, and {num_computed} computed tokens became {seq.num_computed}"
-            return True
         num_found = found * self.engine.pool.block_size
-        assert seq.num_computed == num_found, f"{name} found {seq.num_computed} tokens; the longest beginning in the cache has {num_found}"
+        # What was swapped out is found where it can be, and copied back where it cannot.
+        had = f"; the longest beginning in the cache has {num_found}, and it had computed {num_computed}"
+        assert seq.num_computed == max(num_found, num_computed), f"{name} begins with {seq.num_computed} tokens{had}"
+        assert seq.num_published == found, f"{name} begins with {seq.num_published} published blocks{had}"
         for i, block_id in enumerate(seq.block_table[:found]):
             assert self.contents.get(block_id) == self.content(seq, i), f"{name} found block {block_id}, which holds something else"
-        if num_cached is None:
+        if was_swapped:
+            self.events["found what it had swapped out"] += found > 0
+        elif num_cached is None:
             self.num_prompt += seq.num_prompt
             self.num_cached += num_found
             self.events["found the beginning of a prompt"] += found > 0
@@ -149,11 +151,11 @@ class Findable:
         return self.resets_before[seq.seq_id], seq.params.cache_salt, tuple(seq.token_ids[:end])
 
     def most(self, seq) -> int:
-        """The most blocks that a sequence may find: a token is left to feed, and so is a prompt whose logprobs it owes."""
+        """The most blocks that a sequence may find: a token is left to feed, and so is what a prompt still owes logprobs for."""
         owes_prompt = seq.params.prompt_logprobs and seq.num_tokens == seq.num_prompt
-        if seq.swap_table or owes_prompt or not self.enabled:
+        if not self.enabled:
             return 0
-        return (len(seq.token_ids) - 1) // self.engine.pool.block_size
+        return (seq.num_computed if owes_prompt else len(seq.token_ids) - 1) // self.engine.pool.block_size
 
     def longest_beginning(self, seq, most: int) -> int:
         held = set(self.contents.values())

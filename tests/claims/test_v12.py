@@ -372,6 +372,45 @@ def test_shared_blocks_survive_the_preemption_of_one_owner(new_engine, Params, i
     assert [tokens[first], tokens[second]] == want
 
 
+def test_what_was_swapped_out_and_can_be_found_is_shared_again_and_not_copied(new_engine, Params, ids):
+    engine, prompt = new_engine(swap_bytes=WAYS["swap"]), ids(2 * BS + 1)
+    params = [Params(max_tokens=8, temperature=1.0, seed=seed, ignore_eos=True) for seed in (3, 4)]
+    want = [new_engine(enable_prefix_caching=False).generate([prompt], each)[0].token_ids for each in params]
+    tokens = {engine.add_request(prompt, each): [] for each in params}
+
+    def step():
+        for output in engine.step():
+            tokens[output.request_id].append(output.token_id)
+        audit(engine)
+
+    step()
+    step()
+    one, other = engine.scheduler.running
+    num_free = engine.pool.num_free
+    engine.scheduler.preempt(other)
+    # The copies of what both hold are of no use, so they may as well be wrong; the third block's copy is what is left of it.
+    engine.swap.k[:, list(other.swap_table[:2])] = float("nan")
+    unused = [block_id for block_id in range(60) if block_id not in one.block_table]
+    engine.cache.k[:, unused] = engine.cache.v[:, unused] = 1e4
+    step()
+    assert other.block_table[:2] == one.block_table[:2] and other.block_table[2] != one.block_table[2]
+    assert engine.pool.num_free == num_free and engine.stats().swapped_blocks == 0
+    while engine.seqs:
+        step()
+    assert list(tokens.values()) == want
+
+
+def test_what_was_swapped_out_does_not_wait_for_another_request_to_compute_it(new_engine, Params, ids):
+    engine, prompt = new_engine(swap_bytes=WAYS["swap"]), ids(2 * BS + 1)
+    swapped_id = engine.add_request(prompt, Params(max_tokens=8, ignore_eos=True, priority=1))
+    engine.step()
+    [seq] = engine.scheduler.running
+    engine.scheduler.preempt(seq)
+    engine.pool.forget(range(60))
+    engine.add_request(prompt, Params(max_tokens=8, ignore_eos=True))
+    assert swapped_id in [output.request_id for output in engine.step()]
+
+
 # ---- owners, and the order in which blocks are overwritten
 
 
