@@ -26,6 +26,8 @@ from .trial import is_exact
 TILE_KEYS = 128
 # The rows that a product without packed weights multiplies at a time.
 TILE_ROWS = 16
+# In 16 bits, PyTorch's attention multiplies heads of another length in a way that can depend on the number of rows.
+HEAD_MULTIPLE = 32
 # What scaled_dot_product_attention runs on a CPU, but it returns the sums too. PyTorch does not promise to keep it.
 flash_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
@@ -95,12 +97,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> Tensor:
     q = q.view(num_seqs, -1, num_kv_heads, q.shape[1] // num_kv_heads, head_dim)  # [S, Q, KV, G, D]
     num_queries, group = q.shape[1], q.shape[3]
     rows = q.transpose(1, 2).flatten(2, 3)  # [S, KV, Q * G, D]
-    rows = F.pad(rows, (0, 0, 0, num_rows - rows.shape[2]))  # [S, KV, R, D]
+    extra = 0 if q.dtype == torch.float32 else -head_dim % HEAD_MULTIPLE
+    rows = F.pad(rows, (0, extra, 0, num_rows - rows.shape[2]))  # [S, KV, R, D + extra]
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # [S, KV, n, D]
+    if extra:
+        k, v = F.pad(k, (0, extra)), F.pad(v, (0, extra))
     for start in range(0, num_keys, TILE_KEYS):
         keys = slice(start, start + TILE_KEYS)
-        # [S, KV, R, D], and the log of the sum of exponentials of the scores, [S, KV, R]
-        part, lse = flash_attention(rows, k[:, :, keys], v[:, :, keys], attn_mask=tiles.mask[..., keys])
+        # [S, KV, R, D + extra], and the log of the sum of exponentials of the scores, [S, KV, R]
+        part, lse = flash_attention(rows, k[:, :, keys], v[:, :, keys], attn_mask=tiles.mask[..., keys], scale=head_dim**-0.5)
         lse = lse[..., None]  # [S, KV, R, 1]
         if start == 0:  # each row attends to position 0
             out, top, total = part.float(), lse, torch.ones_like(lse)
@@ -112,7 +117,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> Tensor:
         out = out * old_weight + part * weight
         total = total * old_weight + weight
         top = new_top
-    out = (out / total).to(q.dtype)[:, :, : num_queries * group]
+    out = (out / total).to(q.dtype)[:, :, : num_queries * group, :head_dim]
     return out.unflatten(2, (num_queries, group)).transpose(1, 2).reshape(-1, num_kv_heads * group, head_dim)
 
 

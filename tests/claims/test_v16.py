@@ -316,12 +316,15 @@ def test_some_piece_of_the_experiment_ends_in_four_rows(module, group):
 
 @pytest.mark.whole
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a CPU's attention")
-@pytest.mark.parametrize("num_heads", [12, 18, 20])
-def test_it_is_exact_for_every_number_of_query_heads(chapter, Params, rng, num_heads):
-    shape = dict(num_heads=num_heads, num_kv_heads=2, head_dim=128, hidden_size=192, num_layers=1)
+@pytest.mark.parametrize(
+    ("num_heads", "head_dim", "dtype"),
+    [*((each, 128, "float32") for each in (12, 18, 20)), *((num_heads, each, "bfloat16") for num_heads in (8, 12) for each in (72, 80, 100, 104, 120))],
+)
+def test_it_is_exact_for_every_number_of_query_heads_and_each_of_their_lengths(chapter, Params, rng, num_heads, head_dim, dtype):
+    shape = dict(num_heads=num_heads, num_kv_heads=2, head_dim=head_dim, hidden_size=192, num_layers=1)
     path = random_checkpoint(replace(RANDOM["qwen2"], **shape))
     try:
-        engine = chapter.load().Engine(path, dtype="float32", device="cpu", exact=True, num_blocks=40, block_size=16)
+        engine = chapter.load().Engine(path, dtype=dtype, device="cpu", exact=True, num_blocks=40, block_size=16)
     except ValueError as error:
         pytest.skip(f"this processor has no exact form: {error}")
 
