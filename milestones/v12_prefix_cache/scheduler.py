@@ -60,7 +60,7 @@ class Scheduler:
     def admit(self, seq: Sequence) -> bool:
         """Allocate seq's first blocks, preempting sequences of a later rank if it then fits; else return False, with nothing changed."""
         ahead = [other for other in self.running if other.rank < seq.rank]
-        if len(ahead) + len(self.passed) == self.max_num_seqs:
+        if len(ahead) + len(self.passed) >= self.max_num_seqs:
             return False
         found = self.find(seq)
         if self.awaits(seq, len(found), ahead):

@@ -126,6 +126,18 @@ def test_no_more_wait_for_a_block_than_there_are_places(new_engine, Params, ids)
     finish(engine)
 
 
+def test_nor_do_more_wait_if_one_that_waits_is_more_important_than_one_that_runs(new_engine, Params, ids):
+    """The one that runs is ahead of all that come later, and is counted beside those that wait."""
+    engine, prompt = new_engine(max_num_seqs=2), ids(9)
+    engine.add_request(ids(5), Params(max_tokens=20, ignore_eos=True, priority=5))
+    engine.step()
+    for priority in (0, 1, *[9] * 20):
+        engine.add_request(prompt, Params(max_tokens=2, ignore_eos=True, priority=priority))
+    engine.step()
+    assert [seq.seq_id for seq in engine.scheduler.passed] == [3]
+    finish(engine)
+
+
 def test_a_place_for_one_that_waits_is_taken_from_a_later_one(new_engine, Params, ids):
     engine, prompt = new_engine(max_num_seqs=3), ids(9)
     for _ in range(2):
