@@ -524,3 +524,34 @@ def test_what_vllm_would_do_and_this_engine_does_not_is_refused_by_name(chapter,
         assert post(server, path, body | {"chat_template_kwargs": asked.pop("chat_template_kwargs"), "max_tokens": 2}).status_code == 200
     for name, value in asked.items():
         assert_names(post(server, path, body | {name: value}), name)
+
+
+LONG = 300_000
+LONGS = ("x" * LONG, {"k" * LONG: True}, {"type": "x" * LONG}, {"type": "text", "k" * LONG: 1}, ["x" * LONG], [{"k" * LONG: 1}])
+
+
+def strays(server, path, body, names):
+    """The parameters with which an answer is nearly as long as the body: the server repeats what has no limit."""
+    found = []
+    for name in names:
+        for value in LONGS:
+            response = post(server, path, body | {name: value}, timeout=60)
+            assert response.status_code < 500, (name, response.text[:200])
+            if len(response.text) > 30_000:
+                found.append((name, str(value)[:20], response.status_code, len(response.text)))
+    return found
+
+
+def test_no_answer_repeats_a_parameter_of_any_length(server, module):
+    """Neither an error nor a stored response: the memory of a server that keeps a thousand has to be bounded."""
+    protocol = module("protocol")
+    names = {field.alias or name for name, field in protocol.ChatRequest.model_fields.items()} - {"model", "messages"}
+    assert not strays(server, "/v1/chat/completions", {"model": "pocket", "messages": [TURN], "max_tokens": 1}, sorted(names | protocol.ChatRequest.refused.keys()))
+    names = {field.alias or name for name, field in protocol.CompletionRequest.model_fields.items()} - {"model", "prompt"}
+    assert not strays(server, "/v1/completions", {"model": "pocket", "prompt": "x", "max_tokens": 1}, sorted(names | protocol.CompletionRequest.refused.keys()))
+    if find_spec(f"{protocol.__package__}.responses_protocol"):
+        body = module("responses_protocol").ResponseRequest
+        names = {field.alias or name for name, field in body.model_fields.items()} - {"model", "input"}
+        assert not strays(server, "/v1/responses", {"model": "pocket", "input": "x", "max_output_tokens": 16}, sorted(names | body.refused.keys()))
+    for path, extra in (("/v1/chat/completions", {"model": "x" * LONG}), ("/v1/chat/completions", {"messages": [{"role": "x" * LONG, "content": "y"}]})):
+        assert len(post(server, path, {"model": "pocket", "messages": [TURN]} | extra).text) < 30_000

@@ -50,15 +50,24 @@ def error_response(error: ApiError) -> Response:
     return Response(json.dumps(error.body), error.status, media_type="application/json")
 
 
+def forget_frames(error: Exception) -> None:
+    """Forget where an error was raised. Frames hold the body and the future that holds the error: only a garbage collection would free them."""
+    while error is not None:
+        error.__traceback__, error = None, error.__context__
+
+
 async def on_api_error(_request: Request, error: ApiError) -> Response:
+    forget_frames(error)
     return error_response(error)
 
 
 async def on_request_error(_request: Request, error: RequestError) -> Response:
+    forget_frames(error)
     return error_response(ApiError(400, str(error), error.param, error.code))
 
 
 async def on_generation_failed(_request: Request, error: GenerationFailed) -> Response:
+    forget_frames(error)
     return error_response(failure(error))
 
 

@@ -69,19 +69,29 @@ def refusals(prompt_param: str, limit_param: str = "max_tokens") -> Iterator[Non
         raise RequestError(message, param, error.code) from None
 
 
+def forget_frames(error: Exception) -> None:
+    """Forget where an error was raised. Frames hold the body and the future that holds the error: only a garbage collection would free them."""
+    while error is not None:
+        error.__traceback__, error = None, error.__context__
+
+
 async def on_api_error(_request: Request, error: ApiError) -> Response:
+    forget_frames(error)
     return error_response(error)
 
 
 async def on_request_error(_request: Request, error: RequestError) -> Response:
+    forget_frames(error)
     return error_response(ApiError(400, str(error), error.param, error.code))
 
 
 async def on_queue_full(_request: Request, error: QueueFull) -> Response:
+    forget_frames(error)
     return error_response(ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"}))
 
 
 async def on_generation_failed(_request: Request, error: GenerationFailed) -> Response:
+    forget_frames(error)
     return error_response(failure(error))
 
 
@@ -114,7 +124,8 @@ async def on_invalid_body(request: Request, error: RequestValidationError) -> Re
         # Pydantic's name for the form that it tried, not the name of a parameter.
         if isinstance(part, str) and (not part.isidentifier() or part in ("str", "int")):
             continue
-        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
+        name = str(part)[:64]  # a client's key may be megabytes long
+        param += f"[{name}]" if isinstance(part, int) else f".{name}" if param else name
     if deepest[0]["type"] == "refused":
         name = deepest[0]["ctx"]["name"]
         param = f"{param}.{name}" if param else name

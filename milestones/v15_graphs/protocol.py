@@ -57,6 +57,7 @@ EXTENSIONS = {
     "vllm_xargs": [{}],
 }
 Text = Annotated[str, Field(min_length=1)]
+Key = Annotated[str, Field(max_length=64)]
 Note = Annotated[str, Field(max_length=512)]
 # fail_fast: validation stops at the first invalid item, so that a million of them give one error.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
@@ -160,9 +161,9 @@ def no_prewarm(value: dict) -> dict:
 class Labels(Body):
     """Parameters that do not affect the answer. They are accepted, and returned where OpenAI's API returns them."""
 
-    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Note], BeforeValidator(few)] = {}
+    metadata: Annotated[dict[Key, Note], BeforeValidator(few)] = {}
     prompt_cache_key: Note | None = None
-    prompt_cache_options: Annotated[dict[str, Note | bool | int | None], BeforeValidator(few), AfterValidator(no_prewarm)] | None = None
+    prompt_cache_options: Annotated[dict[Key, Note | bool | int | None], BeforeValidator(few), AfterValidator(no_prewarm)] | None = None
     prompt_cache_retention: Note | None = None
     request_id: Note | None = None
     safety_identifier: Note | None = None

@@ -56,6 +56,7 @@ EXTENSIONS = {
 MOST_ENTRIES = 1024
 Choices = Annotated[list[str], Field(min_length=1, max_length=MOST_ENTRIES, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
+Key = Annotated[str, Field(max_length=64)]
 Note = Annotated[str, Field(max_length=512)]
 # fail_fast: validation stops at the first invalid item, so that a million of them give one error.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
@@ -163,9 +164,9 @@ def no_prewarm(value: dict) -> dict:
 class Labels(Body):
     """Parameters that do not affect the answer. They are accepted, and returned where OpenAI's API returns them."""
 
-    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Note], BeforeValidator(few)] = {}
+    metadata: Annotated[dict[Key, Note], BeforeValidator(few)] = {}
     prompt_cache_key: Note | None = None
-    prompt_cache_options: Annotated[dict[str, Note | bool | int | None], BeforeValidator(few), AfterValidator(no_prewarm)] | None = None
+    prompt_cache_options: Annotated[dict[Key, Note | bool | int | None], BeforeValidator(few), AfterValidator(no_prewarm)] | None = None
     prompt_cache_retention: Note | None = None
     request_id: Note | None = None
     safety_identifier: Note | None = None
@@ -182,7 +183,7 @@ class JsonSchemaFormat(Closed):
     """A schema and its name, which is for the model's eyes in OpenAI's API, and has no effect here."""
 
     name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
-    description: str | None = None
+    description: str | None = Field(None, max_length=10_000)
     schema_: dict[str, Any] = Field({"type": "object"}, alias="schema")
     strict: bool | None = Field(None, description="has no effect: a schema is always obeyed")
 
@@ -212,7 +213,7 @@ class TextFormat(Closed):
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = Field(None, pattern="^[a-zA-Z0-9_-]{1,64}$")
-    description: str | None = None
+    description: str | None = Field(None, max_length=10_000)
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = Field(None, description="has no effect: a schema is always obeyed")
 
