@@ -1,6 +1,7 @@
 """The server under stress: faults, clients that leave or do not read, signals."""
 import importlib
 import json
+import os
 import signal
 import socket
 import threading
@@ -48,6 +49,42 @@ def test_a_slow_reader_slows_no_other_client(chapter, engine):
             # Its tokens are generated and wait for it; its blocks are free for other requests.
             wait_until(lambda: is_idle(server))
         wait_until(lambda: not server.service.async_engine.active_generations)
+
+
+def test_a_refused_request_leaves_no_memory_behind(chapter, process):
+    """An error that its own frames refer to, through a future, is freed by a garbage collection only, which may be thousands of requests away."""
+
+    def resident():
+        with open(f"/proc/{process.pid}/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    # Refused by the engine, and refused once they are tokenized.
+    bodies = {"/v1/completions": {"prompt": "d", "max_tokens": 10**6, "note": "d" * 3_000_000}}
+    if "openai" in chapter.capabilities:
+        bodies["/v1/chat/completions"] = {"messages": [{"role": "user", "content": "d" * 3_000_000}]}
+    for path, body in bodies.items():
+        for number in range(30):
+            if number == 8:
+                before = resident()
+            response = HTTP.post(f"{process.url}{path}", json={"model": "pocket"} | body)
+            assert response.status_code == 400 and len(response.text) < 1000
+        assert resident() - before < 50_000_000, path
+
+
+def test_a_large_answer_is_sent_at_once_to_a_client_that_reads(module):
+    """A small send buffer never fills a segment, so each time the sender would wait for an acknowledgment that the receiver delays."""
+    with module("process").bind("127.0.0.1", 0) as bound, socket.socket() as client:
+        bound.listen()
+        client.connect(bound.getsockname())
+        connection, _ = bound.accept()
+        start, num_bytes = time.monotonic(), 20_000_000
+        sender = threading.Thread(target=connection.sendall, args=(bytes(num_bytes),))
+        sender.start()
+        while num_bytes:
+            num_bytes -= len(client.recv(2**16))
+        sender.join()
+        connection.close()
+    assert time.monotonic() - start < 1
 
 
 def test_chunks_of_one_byte_are_parsed_few_at_a_time(chapter, tokenizer, monkeypatch):

@@ -39,7 +39,7 @@ LAST_WORDS_S = 1.0  # how long the server still answers requests, with an error,
 GARBAGE_OBJECTS = 50_000  # allocations between runs of the garbage collector; one large body makes more than this
 GOODBYE_S = 1.0  # how long connections may take to close when the server exits
 READ_BYTES = 4096  # how much of a connection is parsed before the other connections get their turn
-SEND_BYTES = 32 * 2**10  # the system's buffer of each connection; Linux doubles it
+SEND_BYTES = 32 * 2**10  # how much of a connection's data the system takes before it sends it
 
 
 def create_app(service: Service) -> FastAPI:
@@ -161,8 +161,9 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit it. By default, megabytes fit in there, and nobody would see a client that reads nothing.
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+        # Connections inherit it. By default, the system takes megabytes, and nobody would see a client that reads nothing.
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SEND_BYTES)
         bound.bind(address)
         return bound
     except (OSError, UnicodeError) as error:
