@@ -412,6 +412,10 @@ class Engine:
         """What these requests got in the last step is not sent, so those that ended in it are reported as failed."""
         self.recorder.fail(request_ids)
 
+    def report_nothing(self, request_ids: list[int]) -> None:
+        """These requests are not to be reported as ended, because the server counts them itself, or never accepted them."""
+        self.recorder.forget(request_ids)
+
     def take_report(self) -> Report | None:
         """What has happened since the last call; None if nothing has."""
         return self.recorder.take()

@@ -39,6 +39,7 @@ class EngineLike(Protocol):
     def close(self) -> None: ...
     def stats(self) -> Stats: ...
     def report_failed(self, request_ids: list[int]) -> None: ...
+    def report_nothing(self, request_ids: list[int]) -> None: ...
     def take_report(self) -> Report | None: ...
     def block_states(self) -> bytes: ...
 
@@ -152,6 +153,8 @@ class EngineLoop:
         # A panic of a library in Rust is no Exception.
         except BaseException as error:
             logger.exception("the engine has died")
+            # The server counts them, since it knows which requests had no last token.
+            self.engine.report_nothing(list(self.owners))
             self.post(Died(f"the engine has stopped: {error!r}"))
         finally:
             self.engine.close()
@@ -198,21 +201,22 @@ class EngineLoop:
                 request_id = self.engine.add_request(prompt_ids, params, arrived)
                 self.owners[request_id] = call_id, index
         except RequestError as error:
-            self.remove(call_id)
+            self.engine.report_nothing(self.remove(call_id))
             self.post(Refused(call_id, str(error), error.param, error.code))
         except Exception as error:
             logger.exception("a request could not be added")
-            self.remove(call_id)
+            self.engine.report_nothing(self.remove(call_id))
             self.post(Failed([call_id], f"the engine could not take this request: {error!r}"))
         else:
             self.post(Added(call_id))
 
-    def remove(self, call_id: int) -> None:
-        """Abort a call's unfinished requests."""
-        for request_id, (owner, _) in list(self.owners.items()):
-            if owner == call_id:
-                del self.owners[request_id]
-                self.engine.abort_request(request_id)
+    def remove(self, call_id: int) -> list[int]:
+        """Abort a call's unfinished requests; return their ids."""
+        request_ids = [request_id for request_id, (owner, _) in self.owners.items() if owner == call_id]
+        for request_id in request_ids:
+            del self.owners[request_id]
+            self.engine.abort_request(request_id)
+        return request_ids
 
     def step(self) -> None:
         """Take one step and post its tokens. If it raises, the calls that took part fail and the others continue."""

@@ -249,7 +249,8 @@ class Metrics(Collector):
             lines.append("Streams wait for pieces of prompts: steps with prompts take more than four times as long. Lower --max-num-batched-tokens; prompts then take longer.")
         refused = sum(at >= time.monotonic() - 60 for at in list(self.refused))
         if refused:
-            lines.append(f"{number_of(refused, 'request', 'requests')} in the last minute got a 429, since too many waited. If they waited to run, raise --max-waiting, or add a server.")
+            least = "at least " if refused == KEEP_REQUESTS else ""
+            lines.append(f"{least}{number_of(refused, 'request', 'requests')} in the last minute got a 429, since too many waited. If they waited to run, raise --max-waiting, or add a server.")
         if num_unread > UNREAD:
             lines.append(f"{num_unread} tokens wait for clients to read them. The clients or the network are slow; no flag of the server helps.")
         return lines or ["Nothing that a flag would change."]

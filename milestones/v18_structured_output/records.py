@@ -147,6 +147,12 @@ class Recorder:
             if ended.request_id in request_ids:
                 self.ended[index] = ended._replace(reason="error")
 
+    def forget(self, request_ids: list[int]) -> None:
+        """These requests have not ended, whatever was recorded since the last report."""
+        kept = [ended for ended in self.ended if ended.request_id not in request_ids]
+        self.ended.clear()
+        self.ended.extend(kept)
+
     def take(self) -> Report | None:
         """What was recorded since the last call; None if nothing was."""
         if not self.steps and not self.ended and not self.compiled:

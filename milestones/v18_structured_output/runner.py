@@ -5,6 +5,7 @@ S sequences   R rows, at least S   M most blocks of a sequence   BS block_size  
 import sys
 import time
 from array import array
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -168,6 +169,8 @@ class Runner:
             if size not in self.recorded:
                 self.record(size)
             if sys.stderr.isatty():
-                print(f"recorded {number} of {len(self.sizes)} batch sizes", end="\r", file=sys.stderr)
+                with suppress(OSError):
+                    print(f"recorded {number} of {len(self.sizes)} batch sizes", end="\r", file=sys.stderr)
         seconds, nbytes = time.perf_counter() - start, free - torch.cuda.mem_get_info(self.device)[0]
-        print(f"recorded {len(self.sizes)} batch sizes in {seconds:.1f} s, {nbytes / 2**20:.0f} MiB", file=sys.stderr)
+        with suppress(OSError):
+            print(f"recorded {len(self.sizes)} batch sizes in {seconds:.1f} s, {nbytes / 2**20:.0f} MiB", file=sys.stderr)

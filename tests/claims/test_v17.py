@@ -1,9 +1,11 @@
 """v17: what is counted is what happened, and a scraper, the page and a trace read the same records."""
 import asyncio
 import builtins
+import errno
 import fcntl
 import gc
 import http.client
+import io
 import json
 import os
 import pickle
@@ -18,7 +20,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from math import inf
 from types import SimpleNamespace
@@ -35,9 +37,11 @@ from shared.chapters import ROOT
 from shared.checkpoints import checkpoint
 from shared.verify.serving import serving, wait_until
 from shared.workloads import random_ids
+from tests.claims.test_v06 import DEVICE, needs_triton
 from tests.support.fake_engine import FakeEngine
 from tests.support.http import HTTP, post
 from tests.support.overflowing import BAD
+from tests.support.stand_ins import quick_gpu
 
 BS = 4
 
@@ -424,6 +428,62 @@ def test_what_ends_in_the_step_in_which_its_call_fails_has_failed(chapter, modul
     engine_loop.step()
     ended = {each.request_id: each.reason for report in sent if report for each in report.ended}
     assert ended == {1: "error", 2: "error", 3: "abort", 4: "length"}
+
+
+@pytest.mark.whole
+@pytest.mark.gpu
+@needs_triton
+def test_an_engine_on_a_gpu_starts_although_its_log_cannot_be_written(chapter, monkeypatch):
+    """Neither the line that describes it nor those of its recordings."""
+    class Full(io.TextIOBase):
+        """As a file on a full disk."""
+
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", Full())
+    with nullcontext() if DEVICE.type == "cuda" else quick_gpu():
+        engine = chapter.load().Engine(checkpoint("llama-two-layers"), dtype="float32", num_blocks=60, block_size=BS, max_num_seqs=3, max_model_len=64)
+        engine.warm_up()
+        assert engine.runner.recorded
+
+
+def test_a_refused_call_has_not_ended_since_it_never_began(new_engine, module, Params, ids):
+    """Its client gets a 400, and nobody gave up: not for a prompt that was queued before the one that is too long."""
+    engine, sent = new_engine(), []
+    engine_loop = module("engine_loop").EngineLoop(engine, queue.SimpleQueue(), lambda message, stats: sent.append((message, stats.report)))
+    params = Params(max_tokens=5, ignore_eos=True)
+    engine_loop.add(1, [(ids(4), params)], None)
+    engine_loop.add(2, [(ids(4), params), (ids(10**4), params)], None)
+    engine_loop.add(3, [(ids(4), params), None], None)
+    assert [type(message).__name__ for message, _ in sent] == ["Added", "Refused", "Failed"]
+    engine_loop.remove(1)
+    assert [each.request_id for each in engine.take_report().ended] == [1]
+    assert not any(report for _, report in sent)
+
+
+def test_an_engine_that_dies_in_a_step_has_ended_nobody(new_engine, module, Params, ids, monkeypatch):
+    """The server counts all requests without a last token itself, also one that the step had already finished."""
+    class Panic(BaseException):
+        """As of a library in Rust."""
+
+    engine, sent, inbox = new_engine(), [], queue.SimpleQueue()
+    accept = engine.accept
+
+    def panic(seq, *args):
+        if seq.max_tokens == 6 and seq.num_output == 2:
+            raise Panic
+        return accept(seq, *args)
+
+    monkeypatch.setattr(engine, "accept", panic)
+    for call_id, most in ((1, 1), (2, 3), (3, 6)):
+        inbox.put(module("engine_loop").Add(call_id, [(ids(4), Params(max_tokens=most, ignore_eos=True))]))
+    module("engine_loop").EngineLoop(engine, inbox, lambda message, stats: sent.append((message, stats.report))).run()
+    assert type(sent[-1][0]).__name__ == "Died"
+    assert [each.request_id for _, report in sent if report for each in report.ended] == [1]
 
 
 def test_reports_that_nobody_takes_are_bounded(new_engine, module, Params, ids, monkeypatch):

@@ -63,6 +63,9 @@ class FakeEngine:
     def report_failed(self, request_ids):
         pass
 
+    def report_nothing(self, request_ids):
+        pass
+
     def take_report(self):
         return None
 
