@@ -197,6 +197,14 @@ def test_special_tokens_and_unknown_ids_are_skipped_wherever_they_are(chapter, m
             assert "".join(pieces(module, tokenizer, token_ids)) == tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
+def test_all_special_tokens_are_looked_at_once(module, tokenizer, monkeypatch):
+    """A checkpoint may have a thousand, and each request a stream of its own."""
+    looked_at, added = [], type(tokenizer).added_tokens_decoder
+    monkeypatch.setattr(type(tokenizer), "added_tokens_decoder", property(lambda self: looked_at.append(self) or added.fget(self)))
+    streams = [module("text").TextStream(tokenizer) for _ in range(4)]
+    assert len(looked_at) == 1 and all(stream.special_ids >= set(tokenizer.all_special_ids) for stream in streams)
+
+
 def test_a_run_of_special_tokens_within_a_character_costs_the_same_per_token(chapter, module, tokenizer, monkeypatch):
     lengths = decoded_lengths(monkeypatch, module)
     first, *others = byte_ids(tokenizer, "🙂".encode())

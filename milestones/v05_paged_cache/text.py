@@ -2,6 +2,7 @@
 import codecs
 import re
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -63,9 +64,10 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids of all special tokens, which are not text, including those without a role such as BOS or EOS."""
-    return {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+@lru_cache(maxsize=4)
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The names of all special tokens by id. They are not text, also if they have no role such as BOS or EOS."""
+    return {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def byte_of(token: str) -> bytes:
@@ -79,7 +81,7 @@ class TextStream:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int] | None = None):
         self.tokenizer = tokenizer
-        self.special_ids = special_ids(tokenizer)
+        self.special_ids = special_tokens(tokenizer).keys()
         self.has_byte_tokens = "ByteFallback" in str(tokenizer.backend_tokenizer.decoder)
         self.text = ""
         # Some tokenizers drop the space before the first token that they decode. So each new token is decoded after

@@ -8,7 +8,7 @@ from .errors import ApiError
 from .names import TokenNames
 from .params import RequestError
 from .protocol import now
-from .text import drops_first_space, special_ids, vocabulary_bytes
+from .text import drops_first_space, special_tokens, vocabulary_bytes
 
 
 class Service:
@@ -28,7 +28,7 @@ class Service:
         self.async_engine = AsyncEngine(runner, max_waiting)
         self.models = [model_name]
         self.started = now()
-        vocabulary, special = vocabulary_bytes(runner.tokenizer), special_ids(runner.tokenizer)
+        vocabulary, special = vocabulary_bytes(runner.tokenizer), set(special_tokens(runner.tokenizer))
         self.names = TokenNames(vocabulary, special, drops_first_space(runner.tokenizer, vocabulary))
         self.api_keys = api_keys
         self.default_max_tokens = default_max_tokens

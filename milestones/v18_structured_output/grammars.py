@@ -18,7 +18,7 @@ from .json_schema import Unsupported
 from .masks import Masks, Vocabulary
 from .params import RequestError
 from .records import Compilation
-from .text import drops_first_space, special_ids, vocabulary_bytes
+from .text import drops_first_space, special_tokens, vocabulary_bytes
 
 BACKENDS = ("auto", "own", "llguidance")
 # The compiled grammars that are kept, and how many are compiled at a time.
@@ -115,14 +115,14 @@ class Grammars:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.spellings, special_ids(self.tokenizer), self.vocab_size)
+        return Vocabulary(self.spellings, set(special_tokens(self.tokenizer)), self.vocab_size)
 
     @cached_property
     def first_vocabulary(self) -> Vocabulary:
         """What tokens add to a text that they begin."""
         if not self.drops_space:
             return self.vocabulary
-        return Vocabulary([raw.removeprefix(b" ") for raw in self.spellings], special_ids(self.tokenizer), self.vocab_size, is_first=True)
+        return Vocabulary([raw.removeprefix(b" ") for raw in self.spellings], set(special_tokens(self.tokenizer)), self.vocab_size, is_first=True)
 
     @cached_property
     def guidance(self) -> Guidance:

@@ -18,7 +18,7 @@ from .json_schema import Unsupported
 from .masks import Masks, Vocabulary
 from .params import RequestError, param_of
 from .records import Compilation
-from .text import drops_first_space, special_ids, vocabulary_bytes
+from .text import drops_first_space, special_tokens, vocabulary_bytes
 
 BACKENDS = ("auto", "own", "llguidance")
 # The compiled grammars that are kept, and how many are compiled at a time.
@@ -108,7 +108,7 @@ class Grammars:
     @cached_property
     def spellings(self) -> list[bytes]:
         """The bytes of each token; those of a special token say so. Another token with the byte that says it can be part of no text."""
-        special = special_ids(self.tokenizer)
+        special = set(special_tokens(self.tokenizer))
         return [
             SPECIAL + raw if token_id in special else b"" if SPECIAL in raw else raw
             for token_id, raw in enumerate(vocabulary_bytes(self.tokenizer))

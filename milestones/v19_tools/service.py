@@ -10,7 +10,7 @@ from .metrics import Goal
 from .names import TokenNames
 from .params import RequestError
 from .protocol import now
-from .text import drops_first_space, special_ids, vocabulary_bytes
+from .text import drops_first_space, special_tokens, vocabulary_bytes
 from .tools import family_of
 
 
@@ -38,7 +38,7 @@ class Service:
         self.shared: dict[str, tuple[float, asyncio.Future]] = {}  # by name: what several readers share, and when it was begun
         self.models = [model_name]
         self.started = now()
-        vocabulary, special = vocabulary_bytes(runner.tokenizer), special_ids(runner.tokenizer)
+        vocabulary, special = vocabulary_bytes(runner.tokenizer), set(special_tokens(runner.tokenizer))
         self.names = TokenNames(vocabulary, special, drops_first_space(runner.tokenizer, vocabulary))
         self.family = family_of(runner.tokenizer)
         self.api_keys = api_keys

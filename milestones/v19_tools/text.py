@@ -3,6 +3,7 @@ import codecs
 import re
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -128,9 +129,10 @@ def encode_chat(
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids of all special tokens, which are not text, including those without a role such as BOS or EOS."""
-    return {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+@lru_cache(maxsize=4)
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The names of all special tokens by id. They are not text, also if they have no role such as BOS or EOS."""
+    return {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def byte_of(token: str) -> bytes:
@@ -151,15 +153,15 @@ class TextStream:
     ):
         self.tokenizer = tokenizer
         self.stop = stop
-        self.special_ids = special_ids(tokenizer)
+        self.special_ids = special_tokens(tokenizer).keys()
         self.has_byte_tokens = "ByteFallback" in str(tokenizer.backend_tokenizer.decoder)
         self.text = ""
         self.held = ""  # decoded text that may be the beginning of a stop string
         self.stopped_by = None  # the stop string that was found
         # A special token is usually no part of the text, so a stop string that names one is matched by id.
-        self.stop_ids = {token_id for token_id in self.special_ids if tokenizer.convert_ids_to_tokens(token_id) in stop}
+        self.stop_ids = {token_id for token_id, name in special_tokens(tokenizer).items() if name in stop}
         self.offset = 0  # the number of characters before the last token's, including those held back
-        self.skipped_ids = {token_id for token_id in self.special_ids if tokenizer.convert_ids_to_tokens(token_id) not in kept_special_tokens}
+        self.skipped_ids = {token_id for token_id, name in special_tokens(tokenizer).items() if name not in kept_special_tokens}
         # Some tokenizers drop the space before the first token that they decode. So each new token is decoded after
         # others whose text is already returned, of this text or of the prompt that it continues.
         self.window: list[int] = []
@@ -267,4 +269,4 @@ class TextStream:
         return []
 
     def decode(self, token_ids: list[int]) -> str:
-        return self.tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=self.skipped_ids == self.special_ids)
+        return self.tokenizer.backend_tokenizer.decode(token_ids, skip_special_tokens=len(self.skipped_ids) == len(self.special_ids))

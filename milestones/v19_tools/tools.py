@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .params import RequestError
 from .parts import Form, Parts
-from .text import chat_text, encode_chat, special_ids
+from .text import chat_text, encode_chat, special_tokens
 
 NAME, ARGUMENTS = '{"name": "', '", "arguments": '
 # The first form in which a template writes a call counts.
@@ -103,7 +103,7 @@ def family_of(tokenizer: PreTrainedTokenizerBase) -> Family:
     form = form if has_tools or form == FORMS["hermes"] else None
     thought = next((pair for pair in THOUGHTS if pair[1] in template), None)
     texts = [*(thought or ()), *(form.texts if form else ())]
-    special = tuple(name for name in map(tokenizer.convert_ids_to_tokens, sorted(special_ids(tokenizer))) if any(name in text for text in texts))
+    special = tuple(name for _, name in sorted(special_tokens(tokenizer).items()) if any(name in text for text in texts))
     return Family(form, has_tools, thought, frozenset(names - own - RESERVED), special)
 
 
