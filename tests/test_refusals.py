@@ -70,6 +70,16 @@ def test_weights_that_are_not_there(refused, copy_of):
     assert refused(path) == (
         f"{path} is not a complete checkpoint: it has no model.safetensors and no model.safetensors.index.json"
     )
+    (path / "model.safetensors").mkdir()
+    assert refused(path).endswith("it has no model.safetensors and no model.safetensors.index.json")
+
+
+def test_a_link_to_weights_that_are_gone(refused, copy_of):
+    """As an interrupted download leaves it. To convert the checkpoint, as other files have to be, would be no help."""
+    path = copy_of("llama")
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").symlink_to(path / "gone")
+    assert refused(path) == f"{path} is not a complete checkpoint: model.safetensors is a broken link; download it again"
 
 
 # The files of one checkpoint; each kind has a different norm, to tell which was read.
@@ -290,6 +300,19 @@ def test_a_tensor_stored_as_integers(refused, copy_of):
     assert "tensor model.norm.weight is stored as torch.int8" in refused(path)
 
 
+def test_a_tensor_of_a_type_that_pytorch_does_not_have(refused, copy_of, module):
+    path = copy_of("llama")
+    raw = (path / "model.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    begin, end = header["model.norm.weight"]["data_offsets"]
+    header["model.norm.weight"] |= {"dtype": "F6_E2M3", "shape": [(end - begin) * 8 // 6]}
+    text = json.dumps(header).encode()
+    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    with pytest.raises(ValueError, match=r"tensor model\.norm\.weight cannot be read \(.*F6_E2M3"):
+        module("loader").Checkpoint(path).read("model.norm.weight")
+
+
 def test_a_tied_head_that_differs_is_surplus_and_one_that_is_equal_is_accepted(refused, copy_of, chapter):
     path = copy_of("llama3")
     rewrite(path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
@@ -368,6 +391,8 @@ def test_rotary_frequencies_in_the_file_are_accepted(copy_of, chapter):
         ("llama3-hub", {"rope_scaling": "llama3"}, "must be objects, got 'llama3'"),
         ("qwen3", {"layer_types": [1] * 3}, "layer_types in config.json must be a list of 3 names, got [1, 1, 1]"),
         ("llama", {"num_hidden_layers": 0}, "num_hidden_layers in config.json must be an integer >= 1, got 0"),
+        ("llama", {"intermediate_size": 10**18}, "config.json has sizes that PyTorch cannot allocate (Storage size"),
+        ("llama", {"hidden_size": 6 * 10**30}, "config.json has sizes that PyTorch cannot allocate (empty()"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(refused, copy_of, name, changes, message):
@@ -389,6 +414,8 @@ def test_what_is_not_supported_is_refused_by_name(refused, copy_of, name, change
         ("llama", {"attention_bias": ..., "hidden_act": ..., "mlp_bias": ...}),
         ("llama", {"quantization_config": None, "num_experts": 0, "partial_rotary_factor": 1.0}),
         ("llama", {"a_key_of_a_later_release": [1, 2]}),
+        ("llama3-hub", {"rope_theta": 10**22}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": None}}),
     ],
 )
 def test_what_is_inert_is_accepted(copy_of, chapter, name, changes):
@@ -629,6 +656,8 @@ def test_devices_and_dtypes_that_are_not_supported(refused):
         "device mps is not supported: nothing here has been tested on it; use cpu or cuda"
     )
     assert "device must be cpu, cuda or cuda:N, got 'toaster'" in refused(path, device="toaster")
+    assert "device must be cpu, cuda or cuda:N, got 1.5" in refused(path, device=1.5)
+    assert "device is cpu:7, but PyTorch has one CPU; use cpu" in refused(path, device="cpu:7")
     assert "dtype must be one of float32, bfloat16, float16, got 'int8'" in refused(path, dtype="int8")
     assert "dtype must be one of" in refused(path, dtype=torch.int64)
     if not torch.cuda.is_available():

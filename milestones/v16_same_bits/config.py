@@ -224,7 +224,7 @@ def number(raw: dict, key: str) -> float:
     value = raw[key]
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{key} in config.json must be a finite number above 0, got {value!r}")
-    return value
+    return float(value)
 
 
 def load_rope(raw: dict) -> tuple[float, dict[str, float]]:
@@ -239,7 +239,7 @@ def load_rope(raw: dict) -> tuple[float, dict[str, float]]:
     if rope_type not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"rope_type is {rope_type!r} in {rope}; supported are default and llama3, one for all layers")
     share = rope.get("partial_rotary_factor", 1.0)
-    if share != 1.0:
+    if share not in (1.0, None):
         raise ValueError(f"partial_rotary_factor is {share}, which is not supported; only 1.0 is")
     theta = number(raw | rope, "rope_theta")
     if rope_type == "default":

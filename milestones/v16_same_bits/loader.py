@@ -38,8 +38,10 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}") from None
+    if chosen.type == "cpu" and chosen.index:
+        raise ValueError(f"device is {chosen}, but PyTorch has one CPU; use cpu")
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device {chosen.type} is not supported: nothing here has been tested on it; use cpu or cuda")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
@@ -54,11 +56,11 @@ class Checkpoint:
         self.files = {}
         single, index = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
         # As in transformers, an index beside the single file is ignored.
-        if single.is_file():
+        if single.is_file() or single.is_symlink():
             self.open(single)
             return
         if not index.is_file():
-            unread = [path.name for end in ("safetensors", "bin", "pth", "gguf") for path in model_dir.glob(f"*.{end}")]
+            unread = [path.name for end in ("safetensors", "bin", "pth", "gguf") for path in model_dir.glob(f"*.{end}") if path.is_file()]
             hint = f"; {', '.join(sorted(unread)[:4])} cannot be read: convert with save_pretrained" if unread else ""
             missing = f"it has no {single.name} and no {index.name}"
             raise ValueError(f"{model_dir} is not a complete checkpoint: {missing}{hint}")
@@ -72,8 +74,9 @@ class Checkpoint:
 
     def open(self, path: Path) -> None:
         """Open a file and register its tensors by name."""
-        if not path.is_file():
-            raise ValueError(f"{path.parent} is not a complete checkpoint: it has no {path.name}")
+        if not os.path.isfile(path):
+            what = f"{path.name} is a broken link; download it again" if path.is_symlink() else f"it has no {path.name}"
+            raise ValueError(f"{path.parent} is not a complete checkpoint: {what}")
         try:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
@@ -83,12 +86,19 @@ class Checkpoint:
                 raise ValueError(f"tensor {name} is in two files, the second of which is {path.name}; keep only one")
             self.files[name] = file
 
+    def stored(self, name: str) -> Tensor:
+        """One tensor, whatever it is; ValueError if PyTorch has no such type."""
+        try:
+            return self.files[name].get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"tensor {name} cannot be read ({error}); supported are {', '.join(DTYPES)}") from error
+
     def read(self, name: str, shape: torch.Size | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, as it is stored; ValueError if it has another shape (None: any is allowed) or is not finite.
 
         dtype: what the caller converts it to; ValueError too if a value would overflow there.
         """
-        tensor = self.files[name].get_tensor(name)
+        tensor = self.stored(name)
         if tensor.dtype not in DTYPES.values():
             raise ValueError(f"tensor {name} is stored as {tensor.dtype}; supported are {', '.join(DTYPES)}")
         if shape is not None and tensor.shape != shape:
@@ -109,7 +119,7 @@ class Checkpoint:
         """The checkpoint's dtype, taken from its embedding."""
         if EMBEDDING not in self.files:
             raise ValueError(f"the checkpoint has no tensor {EMBEDDING}")
-        return self.files[EMBEDDING].get_tensor(EMBEDDING).dtype
+        return self.stored(EMBEDDING).dtype
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
@@ -149,8 +159,12 @@ def load_model(
     if config.num_layers > len(checkpoint.files):
         raise ValueError(f"num_hidden_layers is {config.num_layers}; the checkpoint has {len(checkpoint.files)} tensors")
     # A parameter on the meta device has a shape but no memory, so each weight is allocated only once.
-    with torch.device("meta"):
-        model = CausalLM(config)
+    try:
+        with torch.device("meta"):
+            model = CausalLM(config)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"config.json has sizes that PyTorch cannot allocate ({reason}); check them against the checkpoint's tensors") from error
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     stored = {name for name in checkpoint.files if not name.endswith("rotary_emb.inv_freq")}
     if config.tied_head:
