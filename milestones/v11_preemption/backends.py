@@ -22,9 +22,9 @@ def choose_backend(attention: str, device: torch.device) -> Backend:
         return TORCH
     if importlib.util.find_spec("triton") is None:
         raise ValueError(f"attention is {attention!r} on {device}, but Triton is missing; install it or use torch")
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    is_interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
     if device.type == "cuda" and is_interpreted:
-        raise ValueError(f"attention is {attention!r} on {device}, but with TRITON_INTERPRET=1 kernels run on the CPU; unset it, or use torch")
+        raise ValueError(f"attention is {attention!r} on {device}, but with TRITON_INTERPRET set, kernels run on the CPU; unset it, or use torch")
     if device.type == "cpu" and not is_interpreted:
         # Triton reads the variable only when it is imported.
         if "triton" in sys.modules:

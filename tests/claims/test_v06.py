@@ -365,9 +365,10 @@ def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu(module):
 @pytest.mark.parametrize("attention", ["auto", "triton"])
 def test_kernels_that_are_interpreted_are_not_for_a_gpu(module, monkeypatch, attention):
     """They would copy every tensor to the CPU and back, and their bfloat16 products are wrong."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(ValueError, match=f"attention is '{attention}' on cuda:0, but with TRITON_INTERPRET=1 .* unset it, or use torch"):
-        module("backends").choose_backend(attention, torch.device("cuda", 0))
+    for value in ("1", "true", "YES", "on", "y"):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        with pytest.raises(ValueError, match=f"attention is '{attention}' on cuda:0, but with TRITON_INTERPRET set, .* unset it, or use torch"):
+            module("backends").choose_backend(attention, torch.device("cuda", 0))
     assert module("backends").choose_backend("torch", torch.device("cuda", 0)).name == "torch"
 
 
