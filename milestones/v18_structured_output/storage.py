@@ -176,7 +176,9 @@ def choose_form(model: CausalLM) -> str:
         names.append(name)
     shapes = sorted({tuple(layer.weight.shape) for group in groups_of(model) for layer in group})
     dtype, threads = model.lm_head.weight.dtype, torch.get_num_threads()
-    key = f"{processor()}; torch {torch.__version__}; {threads} threads; {dtype}; {shapes}; {names}"
+    # A model that fits into the processor's caches may have another fastest form than one with more layers of the same shapes.
+    nbytes = min(sum(layer.nbytes for group in groups_of(model) for layer in group), SAMPLE_BYTES)
+    key = f"{processor()}; torch {torch.__version__}; {threads} threads; {dtype}; {shapes}; {nbytes} bytes; {names}"
     form = read_choices().get(key)
     if form not in names:
         form = fastest(measure(model, names))

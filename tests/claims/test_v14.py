@@ -384,7 +384,7 @@ def test_the_choice_is_measured_once_and_kept(chapter, storage, kept):
 
 
 @pytest.mark.chooses_form
-@pytest.mark.parametrize("other", ["threads", "version", "processor", "instructions", "dtype", "shapes", "no blocks", "halves"])
+@pytest.mark.parametrize("other", ["threads", "version", "processor", "instructions", "dtype", "shapes", "layers", "no blocks", "halves"])
 def test_a_choice_holds_only_for_what_it_was_measured_for(storage, kept, load, monkeypatch, other):
     monkeypatch.setattr(storage, "HAS_BLOCKS", other != "dtype")
     monkeypatch.setattr(storage, "HAS_HALVES", other == "halves")
@@ -405,6 +405,8 @@ def test_a_choice_holds_only_for_what_it_was_measured_for(storage, kept, load, m
             model = load("llama3", torch.bfloat16)
         case "shapes":
             model = load("mistral")
+        case "layers":
+            del model.model.layers[1:]  # it fits into caches that the whole model does not
         case "no blocks":
             monkeypatch.setattr(storage, "HAS_BLOCKS", False)
         case "halves":
