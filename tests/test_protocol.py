@@ -555,3 +555,40 @@ def test_no_answer_repeats_a_parameter_of_any_length(server, module):
         assert not strays(server, "/v1/responses", {"model": "pocket", "input": "x", "max_output_tokens": 16}, sorted(names | body.refused.keys()))
     for path, extra in (("/v1/chat/completions", {"model": "x" * LONG}), ("/v1/chat/completions", {"messages": [{"role": "x" * LONG, "content": "y"}]})):
         assert len(post(server, path, {"model": "pocket", "messages": [TURN]} | extra).text) < 30_000
+
+
+def test_of_two_wrong_fields_the_first_is_named(server):
+    """Together they would name neither: a part with an image has a type that is not known and no text."""
+    image = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+    error = assert_names(post(server, "/v1/chat/completions", {"model": "pocket", "messages": [{"role": "user", "content": [image]}]}), "messages[0].content[0].type")
+    assert error["message"].startswith("messages[0].content[0].type: Input should be 'text'")
+    assert_names(post(server, "/v1/chat/completions", {"model": "pocket", "messages": [{}]}), "messages[0].role")
+
+
+@pytest.mark.parametrize("asked", [{}, {"max_tokens": None}, {"max_tokens": 0, "echo": True, "logprobs": 1}])
+def test_a_prompt_that_leaves_no_room_is_refused_for_what_it_is(server, asked):
+    """Nobody who asked for no number of tokens can lower it."""
+    error = assert_names(post(server, "/v1/completions", {"model": "pocket", "prompt": [5] * 512} | asked), "prompt")
+    assert error["message"] == "prompt has 512 tokens, which leave no room for another: together they have at most 512; shorten it"
+    assert error["code"] == "context_length_exceeded"
+    assert post(server, "/v1/completions", {"model": "pocket", "prompt": [5] * 511} | asked).status_code == 200
+
+
+@pytest.mark.needs("grammars")
+def test_min_tokens_is_compared_with_each_prompts_room(server):
+    """Whichever of the prompts is the first one."""
+    body = {"model": "pocket", "min_tokens": 12}
+    for prompts in ([[5], [5] * 505], [[5] * 505, [5]]):
+        error = assert_names(post(server, "/v1/completions", body | {"prompt": prompts}), "min_tokens")
+        assert error["message"] == "min_tokens must be at most max_tokens = 7, got 12"
+    error = assert_names(post(server, "/v1/chat/completions", body | {"messages": [TURN], "max_completion_tokens": 3}), "min_tokens")
+    assert error["message"] == "min_tokens must be at most max_completion_tokens = 3, got 12"
+
+
+@pytest.mark.needs("grammars")
+def test_what_describes_a_form_is_bounded(server):
+    """A stored response repeats it, and the model never sees it."""
+    form = {"type": "json_schema", "name": "x", "schema": {"type": "object"}, "description": "d" * 20_000}
+    assert_names(post(server, "/v1/responses", {"model": "pocket", "input": "x", "text": {"format": form}}), "text.format.description")
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}, "description": "d" * 20_000}}
+    assert_names(post(server, "/v1/chat/completions", {"model": "pocket", "messages": [TURN], "response_format": form}), "response_format.json_schema.description")

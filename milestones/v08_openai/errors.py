@@ -102,6 +102,11 @@ def failure(error: GenerationFailed) -> ApiError:
     return ApiError(500, str(error), code="generation_failed")
 
 
+def is_form(part: str | int) -> bool:
+    """Whether part of an error's path is Pydantic's name for the form that it tried, and not the name of a parameter."""
+    return isinstance(part, str) and (not part.isidentifier() or part in ("str", "int"))
+
+
 async def on_invalid_body(request: Request, error: RequestValidationError) -> Response:
     """Return a 400 that names the first invalid parameter."""
     errors = error.errors()
@@ -117,12 +122,16 @@ async def on_invalid_body(request: Request, error: RequestValidationError) -> Re
     depth = max(len(complaint["loc"]) for complaint in complaints)
     deepest = [complaint for complaint in complaints if len(complaint["loc"]) == depth]
     path = first["loc"][:2]
-    while len({complaint["loc"][: len(path) + 1] for complaint in deepest}) == 1 and len(path) < depth:
+    while len(path) < depth:
+        parts = [complaint["loc"][len(path)] for complaint in deepest]
+        # Of several wrong parameters, the first; but a value that fits none of its forms is wrong in all of them.
+        if len(set(parts)) > 1 and any(map(is_form, parts)):
+            break
+        deepest = [complaint for complaint, part in zip(deepest, parts) if part == parts[0]]
         path, complaints = deepest[0]["loc"][: len(path) + 1], deepest
     param = ""
     for part in path[1:]:
-        # Pydantic's name for the form that it tried, not the name of a parameter.
-        if isinstance(part, str) and (not part.isidentifier() or part in ("str", "int")):
+        if is_form(part):
             continue
         name = str(part)[:64]  # a client's key may be megabytes long
         param += f"[{name}]" if isinstance(part, int) else f".{name}" if param else name

@@ -78,7 +78,13 @@ class Service:
 
     def max_tokens(self, asked: int | None, default: int | None, num_prompt: int) -> int:
         """Return what the request asked for, or else the smallest of the defaults and the room left in context and cache."""
-        if asked is not None:
+        if asked:
             return asked
-        room = max(1, self.async_engine.max_request_len - num_prompt)
+        room = self.async_engine.max_request_len - num_prompt
+        if room < 1:
+            message = f"prompt has {num_prompt} tokens, which leave no room for another: together they have at most {num_prompt + room}; shorten it"
+            raise RequestError(message, "prompt", "context_length_exceeded")
+        # The engine generates at least one token per request; of those for which none was asked, Answer discards it.
+        if asked == 0:
+            return 1
         return min(limit for limit in (default, self.default_max_tokens, room) if limit is not None)

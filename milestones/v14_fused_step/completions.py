@@ -123,12 +123,10 @@ async def create_completion(request: Request, body: CompletionRequest):
     service.check_priority(body.priority)
     service.check_count(len(body.prompts), body.n)
     prompts = await service.async_engine.tokenize(encode_prompts, body, service)
-    # The engine generates at least one token per request; for max_tokens=0, Answer discards it.
-    max_tokens = 1 if body.max_tokens == 0 else body.max_tokens
     requests = []
     for prompt in prompts:
         params = body.sampling_params(
-            service.max_tokens(max_tokens, 16, len(prompt.token_ids)),
+            service.max_tokens(body.max_tokens, 16, len(prompt.token_ids)),
             logprobs=body.logprobs,
             prompt_logprobs=body.echo and body.logprobs is not None,
             cache_salt=service.cache_salt(request.scope["api_key"], body.cache_salt),
