@@ -4,18 +4,20 @@ ifdef PYTHON
 PY := $(PYTHON)
 READY :=
 BOOK :=
+SAY_AS_IT_IS = @:$(info setup: nothing is installed, since PYTHON=$(PYTHON) is used as it is; leave PYTHON out to set up .venv)
 else
 PY := .venv/bin/python
 READY := .venv/.ready
 BOOK := .venv/.ready-book
 endif
 
-CHAPTERS := $(shell python3 shared/chapters.py names)
+CHAPTERS := $(shell $(or $(PYTHON),$(wildcard .venv/bin/python),python3) shared/chapters.py names)
 MODEL ?= pocket
 PROMPT ?= Explain KV cache in one sentence.
-# Passed through the environment, a prompt reaches the program as typed: neither make nor the shell interprets it.
+# Passed through the environment, words reach the program as typed: neither make nor the shell interprets them.
 export PROMPT_AS_TYPED = $(value PROMPT)
 export ASK_AS_TYPED = $(value ASK)
+export NAME_AS_TYPED = $(value NAME)
 export TOKENIZERS_PARALLELISM := false
 # Keep compiled modules beside their sources: otherwise each of many processes compiles them again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -80,12 +82,14 @@ help:
 	@echo "chapters: $(CHAPTERS)"
 
 setup: $(READY)
+	$(SAY_AS_IT_IS)
 
 .venv/.ready: constraints.txt pyproject.toml shared/commands/install.py
 	@python3 shared/commands/install.py
 
 # What notebooks and the site need in addition.
 setup-book: $(BOOK)
+	$(SAY_AS_IT_IS)
 
 .venv/.ready-book: .venv/.ready
 	@python3 shared/commands/install.py book
@@ -202,7 +206,7 @@ propagate: $(READY)
 	@$(PY) -m shared.book.propagate $(FROM) $(ARGS)
 
 new-%: $(READY)
-	@$(PY) -m shared.book.new $* "$(NAME)"
+	@$(PY) -m shared.book.new $* "$$NAME_AS_TYPED"
 
 $(CHAPTERS:%=test-%): test-%: $(READY)
 	@$(PYTEST) --full $*

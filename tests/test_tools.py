@@ -3,6 +3,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def test_with_gpu_what_is_for_one_is_run_and_nothing_else(harness):
     ):
         assert chosen(harness, file, test, "--gpu", chapter=last) == wanted, test
     for target, wanted in ((f"test-{last.id}", f"-m pytest --gpu --chapter {last.id};"), ("test", "-m pytest --gpu ;")):
-        planned = subprocess.run(["make", "-n", "PYTHON=python", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        planned = subprocess.run(["make", "-n", f"PYTHON={sys.executable}", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert "if nvidia-smi -L > /dev/null 2>&1; then" in planned.stdout and wanted in planned.stdout
 
 
@@ -383,6 +384,21 @@ def test_setup_refuses_what_it_does_not_know(capsys):
     assert "must be book, here or none, got there" in capsys.readouterr().err
 
 
+def test_setup_tells_an_older_python_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    monkeypatch.setattr(sys, "argv", ["install.py", "book"])
+    with pytest.raises(SystemExit, match=r"Python must be 3\.11 or later, got .*; run .*`python3\.12 shared/commands/install\.py book`, then `make`"):
+        runpy.run_path(str(ROOT / "shared" / "commands" / "install.py"), run_name="__main__")
+
+
+def test_with_an_interpreter_of_ones_own_setup_says_that_it_does_nothing_and_chapters_are_listed_by_it():
+    for target in ("setup", "setup-book"):
+        assert f"nothing is installed, since PYTHON={sys.executable} is used as it is" in make(f"PYTHON={sys.executable}", target).stdout
+    done = make("PYTHON=no-such-python", "help")
+    assert "no-such-python" in done.stderr and "chapters: \n" in done.stdout
+
+
 def test_setup_here_takes_what_the_engines_need_and_nothing_of_the_tests(monkeypatch):
     commands = []
     monkeypatch.setattr(install, "run", commands.append)
@@ -448,10 +464,14 @@ def make(*arguments):
 
 
 @pytest.mark.parametrize("words", ['what does "paged" mean?', "$5, `x` or $(HOME)?", "it's", "--help", "a\\b"])
-def test_words_reach_the_program_as_they_were_typed(words):
-    show = r"PYTHON=printf '<%s>\n'"
+def test_words_reach_the_program_as_they_were_typed(words, tmp_path):
+    program = tmp_path / "show"
+    program.write_text(f"""#!/bin/sh\n[ "$1" = shared/chapters.py ] && exec '{sys.executable}' "$@"\nprintf '<%s>\\n' "$@"\n""")
+    program.chmod(0o755)
+    show = f"PYTHON={program}"
     assert f"<{words}>" in make(show, "run-v01", f"PROMPT={words}").stdout.splitlines()
     assert f"<--ask={words}>" in make(show, "hunt", f"ASK={words}").stdout.splitlines()
+    assert f"<{words}>" in make(show, "new-v99", f"NAME={words}").stdout.splitlines()
 
 
 def test_a_chapter_that_is_not_there_is_reported_with_those_that_are():

@@ -9,11 +9,12 @@ builds, because the default index would add gigabytes of CUDA libraries. Set TOR
 
 Reads: pyproject.toml, constraints.txt. Writes: .venv.
 """
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess
 import sys
-import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -101,11 +102,15 @@ def in_reach(index: str) -> bool:
 
 def requirements(*extras: str) -> list[str]:
     """The requirements in pyproject.toml, with these extras."""
+    import tomllib  # not above: an older Python, which lacks it, has to get as far as the check of its version
+
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return project["dependencies"] + [name for extra in extras for name in project["optional-dependencies"][extra]]
 
 
 if __name__ == "__main__":
     if sys.version_info < (3, 11):
-        sys.exit(f"setup: Python 3.11 or later is required, this is {sys.version.split()[0]}; try `make PYTHON=python3.12`")
+        again = " ".join(["python3.12 shared/commands/install.py", *sys.argv[1:]])
+        remedy = f"run this file with a later one, for example `{again}`, then `make`"
+        sys.exit(f"setup: Python must be 3.11 or later, got {sys.version.split()[0]}; {remedy}")
     sys.exit(main(sys.argv[1:]))
