@@ -188,6 +188,9 @@ def diff(chapter: Chapter) -> int:
     if previous is None:
         raise ValueError(f"{chapter.id} is the first chapter, so there is no notebook to compare with")
     paths = [f"notebooks/{each.name}.ipynb" for each in (previous, chapter)]
+    missing = [path for path in paths if not (chapter.root / path).is_file()]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} is not written yet; run `make notebooks`")
     return subprocess.run([Path(sys.executable).with_name("nbdiff"), "--sources", *paths], cwd=chapter.root).returncode
 
 

@@ -27,3 +27,9 @@ def test_lines_in_another_order_are_other_lines(differences):
 def test_two_streams_may_interleave_in_any_order(differences):
     shown = [("stdout", "a\n"), ("stderr", "b\n"), ("stdout", "c\n")]
     assert not differences(shown, "b\na\nc\n") and differences(shown, "b\na\n")
+
+
+def test_a_notebook_that_is_not_written_yet_is_named_with_the_remedy(make_book, first):
+    book = make_book(first, first, beside={"notebooks/v01_a.ipynb": "{}"})
+    with pytest.raises(ValueError, match="^notebooks/v02_b.ipynb is not written yet; run `make notebooks`$"):
+        notebooks.diff(book.chapters[1])
