@@ -1,5 +1,6 @@
 """How every program in this repository starts and exits, and how it reads a server's URL."""
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -8,8 +9,11 @@ from typing import NoReturn
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Call main with the command line's arguments and exit with the status it returns.
 
-    Ctrl-C exits with 130 and a closed output pipe with 1, both without a message; an OSError is printed, and exits with 2.
+    Ctrl-C exits with 130, SIGTERM with 143 and a closed output pipe with 1, all without a message; an OSError is printed,
+    and exits with 2.
     """
+    # By default, SIGTERM would end this process without its `finally`, and leave the servers behind that it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         # A character that the terminal cannot show must not end the program.
         for stream in (sys.stdin, sys.stdout):

@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from shared import checkpoints, workloads
 from shared.bench import __main__ as bench
 from shared.bench import batches, growth, staircase, timing
+from shared.bench.served import Served, processes_of
 from shared.book import diff
 from shared.book.doctests import check_package
 from shared.chapters import CHAPTERS, CONTENTS, ROOT, Book, Row, find, first_with
@@ -228,6 +230,44 @@ def test_a_hub_that_does_not_give_a_model_is_explained(monkeypatch, error, messa
     with pytest.raises(ValueError) as raised:
         checkpoint("owner/name")
     assert message in str(raised.value)
+
+
+# ---- how programs end
+
+
+def test_a_program_that_is_told_to_end_ends_what_it_has_started():
+    code = """
+import time
+from shared.programs import run
+
+def main(argv):
+    print("started", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        print("ended")
+
+run(main)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "started\n"
+        process.terminate()
+        assert process.stdout.read() == "ended\n"
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the processes are read from /proc")
+def test_a_server_that_is_interrupted_while_it_starts_is_ended(monkeypatch):
+    started = []
+
+    def interrupted(served):
+        started.append(served)
+        raise SystemExit
+
+    monkeypatch.setattr(Served, "wait_until_it_serves", interrupted)
+    with pytest.raises(SystemExit):
+        Served(first_with("serve"))
+    assert started[0].process.returncode == -signal.SIGKILL and processes_of(started[0]) == []
 
 
 # ---- the commands behind make

@@ -27,7 +27,11 @@ class Served:
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=self.log, start_new_session=True)
         self.pids = {"server": self.process.pid}
         if wait:
-            self.wait_until_it_serves()
+            try:
+                self.wait_until_it_serves()
+            except BaseException:  # SystemExit and KeyboardInterrupt, too: `__exit__` is not called for what was not entered
+                self.__exit__()
+                raise
 
     def wait_until_it_serves(self) -> None:
         while "  curl " not in self.said():

@@ -9,12 +9,14 @@ that the site's tests use.
 Reads: the first chapter that has a dashboard. Writes: two pictures.
 """
 import argparse
+import contextlib
 import random
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from shared.chapters import ROOT, first_with
@@ -28,15 +30,20 @@ REQUESTS, SECONDS = 300, 25
 VIEWS = {"v17_dashboard": (1280, 1050, False), "v17_dashboard_phone": (390, 1560, True)}
 
 
-def start(chapter) -> tuple[subprocess.Popen, str]:
-    """The chapter's server, ready, and its address."""
+@contextlib.contextmanager
+def served(chapter) -> Iterator[str]:
+    """Start the chapter's server; yields its address when it is ready. Leaving the context ends it."""
     command = [sys.executable, "-m", f"milestones.{chapter.name}", "serve", *FLAGS]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if "curl http" in line:
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            return process, line.split()[1].removesuffix("/v1/completions")
-    raise RuntimeError(f"the server has ended with exit code {process.wait()}")
+    try:
+        line = next((line for line in process.stderr if "curl http" in line), None)
+        if line is None:
+            raise RuntimeError(f"the server has ended with exit code {process.wait()}")
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield line.split()[1].removesuffix("/v1/completions")
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
 
 
 def ask(url: str, number: int) -> None:
@@ -83,13 +90,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     directory = PICTURES if args.write else args.to
     directory.mkdir(parents=True, exist_ok=True)
-    process, url = start(first_with("metrics"))
-    try:
+    with served(first_with("metrics")) as url:
         for path in photograph(url, directory):
             print(f"wrote {path}")
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
     return 0
 
 
