@@ -1,4 +1,5 @@
-"""`make agent`: a model that calls functions of ours, through a server that it starts and ends."""
+"""`make agent`: a model that calls functions of ours, through a server that it starts and ends; and how `make chat` shows an answer's parts."""
+import builtins
 import os
 import re
 import signal
@@ -7,11 +8,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from shared.chapters import ROOT, last_with
 from shared.checkpoints import checkpoint
-from shared.commands import agent
+from shared.commands import agent, chat
 from shared.verify.serving import serving, wait_until
 
 
@@ -86,29 +88,22 @@ def url():
         yield server.url
 
 
-@pytest.fixture
-def main(monkeypatch):
-    """The command in this process, without its handler of SIGTERM."""
-    monkeypatch.setattr(agent.signal, "signal", lambda *_: None)
-    return agent.main
-
-
-def test_the_arguments_reach_the_function_and_its_result_the_model(url, main, monkeypatch, capsys):
+def test_the_arguments_reach_the_function_and_its_result_the_model(url, monkeypatch, capsys):
     heard = []
     monkeypatch.setitem(agent.FUNCTIONS, "time", lambda **arguments: heard.append(arguments) or "half past nine")
-    assert main(["--url", url, "--tool-choice", "time", "--max-tokens", "200", "--ask", "How are you?"]) == 0
+    assert agent.main(["--url", url, "--tool-choice", "time", "--max-tokens", "200", "--ask", "How are you?"]) == 0
     assert heard == [{}] and "call: time {}\nresult: half past nine\npocket: " in capsys.readouterr().out
 
 
-def test_a_call_that_is_cut_off_is_not_run(url, main, monkeypatch, capsys):
+def test_a_call_that_is_cut_off_is_not_run(url, monkeypatch, capsys):
     monkeypatch.setitem(agent.FUNCTIONS, "add", lambda **_: pytest.fail("it was called"))
-    assert main(["--url", url, "--tool-choice", "add", "--max-tokens", "60", "--ask", "What is 17 plus 25?"]) == 1
+    assert agent.main(["--url", url, "--tool-choice", "add", "--max-tokens", "60", "--ask", "What is 17 plus 25?"]) == 1
     out = capsys.readouterr().out
     assert 'call: add {"a": ' in out and out.endswith("\n(cut off by max_tokens)\n")
 
 
-def test_a_url_where_nothing_listens_is_an_error(main, capsys):
-    assert main(["--url", "http://127.0.0.1:9"]) == 2
+def test_a_url_where_nothing_listens_is_an_error(capsys):
+    assert agent.main(["--url", "http://127.0.0.1:9"]) == 2
     assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err
 
 
@@ -186,3 +181,41 @@ def test_make_passes_a_question_as_it_was_typed_and_a_model_only_if_one_is_named
 
     assert made(f"ASK={words}") == ["<-m>", "<shared.commands.agent>", f"<--ask={words}>"]
     assert made("MODEL=pocket")[2:] == ["<--model>", "<pocket>"]
+
+
+def dies(*chunks):
+    """A stream whose server dies after these chunks."""
+    yield from chunks
+    raise httpx.RemoteProtocolError("peer closed connection")
+
+
+def test_an_answer_that_breaks_off_ends_its_line_before_the_error(capsys):
+    with pytest.raises(httpx.RemoteProtocolError):
+        agent.Asker(Scripted(dies(chunk(content="Hel"))), "m", "auto", 50).ask("Hi")
+    assert capsys.readouterr().out == "\nyou: Hi\nm: Hel\n"
+
+
+def test_with_a_url_the_model_is_the_one_that_is_asked_for(url, capsys):
+    assert agent.main(["--url", url, "--model", "another", "--ask", "Hi"]) == 2
+    assert "'another'" in capsys.readouterr().err
+
+
+def test_a_chat_shows_thoughts_and_cuts_and_keeps_only_answers(monkeypatch, capsys):
+    said = iter(["one", "two", "three", "four", "/quit"])
+    monkeypatch.setattr(builtins, "input", lambda _prompt: next(said))
+    client = Scripted(
+        [chunk(reasoning_content="Hm"), chunk(reasoning_content=", one."), chunk(content="Fi"), chunk(content="rst."), chunk("stop")],
+        [chunk(reasoning_content="Hm, two"), chunk("length")],
+        dies(chunk(content="Th")),
+        [chunk(content="Fourth"), chunk("length")],
+    )
+    chat.talk(client, "m", 0.0, 50)
+    undone = "your last message is removed from the conversation"
+    assert capsys.readouterr().out.splitlines() == [
+        *("thought: Hm, one.", "m: First."),
+        *("thought: Hm, two", "(cut off by max_tokens)", f"(nothing is said; {undone})"),
+        *("m: Th", f"error: peer closed connection; {undone}"),
+        *("m: Fourth", "(cut off by max_tokens)"),
+    ]
+    asked = [[message["content"] for message in body["messages"]] for body in client.bodies]
+    assert asked == [["one"], ["one", "First.", "two"], ["one", "First.", "three"], ["one", "First.", "four"]]

@@ -29,6 +29,7 @@ from shared.checkpoints import POCKET
 from shared.programs import run, server_url
 
 QUESTIONS = ("What is 17 plus 25?", "How is the weather in Oslo and in Lima?", "What time is it?")
+TOOLS_MODEL = str(POCKET.with_name("pocket-tools"))
 MOST_ROUNDS = 5
 START_S = 600.0  # a model may have to be downloaded first
 
@@ -111,9 +112,8 @@ class Asker(NamedTuple):
     def listen(self, messages: list[dict], tool_choice: str | dict) -> tuple[dict, str | None]:
         """Print an answer as it arrives; return it as a message to send back, and its finish reason."""
         message, calls, finish_reason = {"role": "assistant", "content": None}, [], None
-        printer = Printer()
         body = dict(model=self.model, messages=messages, tools=TOOLS, tool_choice=tool_choice)
-        with self.client.chat.completions.create(**body, temperature=0, max_tokens=self.max_tokens, stream=True) as stream:
+        with Printer() as printer, self.client.chat.completions.create(**body, temperature=0, max_tokens=self.max_tokens, stream=True) as stream:
             for chunk in stream:
                 choice = chunk.choices[0]
                 finish_reason = choice.finish_reason or finish_reason
@@ -128,15 +128,20 @@ class Asker(NamedTuple):
                         printer.begin("call", f"{piece.function.name} ")
                     calls[piece.index]["function"]["arguments"] += piece.function.arguments
                     printer.add("call", piece.function.arguments)
-        printer.end()
         return message | ({"tool_calls": calls} if calls else {}), finish_reason
 
 
 class Printer:
-    """Prints the parts of an answer, each on lines of its own."""
+    """Prints the parts of an answer, each on lines of its own; leaving the context ends the last line."""
 
     def __init__(self):
         self.label: str | None = None
+
+    def __enter__(self) -> "Printer":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.end()
 
     def begin(self, label: str, text: str = "") -> None:
         self.end()
@@ -192,24 +197,24 @@ def served(model: str, patience_s: float = START_S) -> Iterator[str]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.commands.agent", description="Ask a model that may call functions.")
     parser.add_argument("--ask", metavar="QUESTION", action="append", help="repeatable (default: three questions)")
-    parser.add_argument("--model", default=str(POCKET.with_name("pocket-tools")), metavar="DIR", help="or a hub id (default: pocket-tools)")
+    parser.add_argument("--model", metavar="DIR", help="or a hub id (default: pocket-tools); with --url, a model that the server lists (default: the first)")
     parser.add_argument("--url", help="of a server that runs already (default: start one)")
     choices = ("auto", "required", "none", *FUNCTIONS)
     parser.add_argument("--tool-choice", choices=choices, default="auto", help="in a question's first request (default: auto)")
     parser.add_argument("--max-tokens", type=int, default=500, help="per answer (default: 500)")
     args = parser.parse_args(argv)
     named = {"type": "function", "function": {"name": args.tool_choice}}
-    # By default, SIGTERM would end this process without its `finally`, and leave the server behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        with contextlib.nullcontext(server_url(args.url)) if args.url else served(args.model) as url:
+        with contextlib.nullcontext(server_url(args.url)) if args.url else served(args.model or TOOLS_MODEL) as url:
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-            asker = Asker(client, client.models.list().data[0].id, named if args.tool_choice in FUNCTIONS else args.tool_choice, args.max_tokens)
+            # A server of our own has one model, under a name that it derives.
+            model = args.url and args.model or client.models.list().data[0].id
+            asker = Asker(client, model, named if args.tool_choice in FUNCTIONS else args.tool_choice, args.max_tokens)
             answered = [asker.ask(question) for question in args.ask or QUESTIONS]
     except openai.APIConnectionError:
         print(f"error: no server answers at {url}", file=sys.stderr)
         return 2
-    except (openai.APIError, httpx.InvalidURL, ValueError) as error:
+    except (openai.APIError, httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if all(answered) else 1

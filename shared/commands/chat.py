@@ -11,6 +11,7 @@ import sys
 import httpx
 import openai
 
+from shared.commands.agent import Printer
 from shared.programs import run, server_url
 
 
@@ -56,26 +57,36 @@ def talk(client: openai.OpenAI, model: str, temperature: float, max_tokens: int 
             messages.append({"role": "user", "content": text})
             try:
                 answer = listen(client, model, messages, temperature, max_tokens)
+            except (openai.APIError, httpx.HTTPError, ValueError) as error:
+                print(f"error: {error}; your last message is removed from the conversation")
+                messages.pop()
+                continue
+            if answer:
                 messages.append({"role": "assistant", "content": answer})
-            except (openai.APIError, ValueError) as error:
-                print(f"\nerror: {error}; your last message is removed from the conversation")
+            else:
+                print("(nothing is said; your last message is removed from the conversation)")
                 messages.pop()
 
 
 def listen(client: openai.OpenAI, model: str, messages: list[dict], temperature: float, max_tokens: int | None) -> str:
-    """Print an answer as it arrives and return it, or the part that had arrived at Ctrl-C."""
-    answer = ""
-    print(f"{model}: ", end="", flush=True)
+    """Print an answer and its thought as they arrive; return the answer, or the part that had arrived at Ctrl-C."""
+    answer, finish_reason = "", None
     body = dict(model=model, messages=messages, temperature=temperature, max_tokens=max_tokens)
-    with client.chat.completions.create(**body, stream=True) as stream:
+    with Printer() as printer, client.chat.completions.create(**body, stream=True) as stream:
         try:
             for chunk in stream:
-                piece = chunk.choices[0].delta.content or ""
-                answer += piece
-                print(piece, end="", flush=True)
+                choice = chunk.choices[0]
+                finish_reason = choice.finish_reason or finish_reason
+                # OpenAI's client knows no reasoning_content, but keeps what it does not know.
+                if thought := getattr(choice.delta, "reasoning_content", None):
+                    printer.add("thought", thought)
+                if piece := choice.delta.content:
+                    answer += piece
+                    printer.add(model, piece)
         except KeyboardInterrupt:
             pass
-    print()
+    if finish_reason == "length":
+        print("(cut off by max_tokens)")
     return answer
 
 
