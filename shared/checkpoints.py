@@ -9,6 +9,7 @@ the random ones, so they are stored just like its users' checkpoints.
 
 Reads: shared/models, the hub. Writes: .cache/checkpoints.
 """
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -297,8 +298,11 @@ def make_tokenizer(kind: str) -> "PreTrainedTokenizerFast":
 
 
 def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shared.checkpoints", description="Find or create a checkpoint, and print its directory.")
+    parser.add_argument("name", help=f"a directory, a hub id (owner/name), or one of {', '.join([*BUNDLED, *RANDOM, *SHAPES])}")
+    args = parser.parse_args(argv)
     try:
-        print(checkpoint(*argv))
+        print(checkpoint(args.name))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

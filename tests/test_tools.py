@@ -241,8 +241,8 @@ import time
 from shared.programs import run
 
 def main(argv):
-    print("started", flush=True)
     try:
+        print("started", flush=True)
         time.sleep(60)
     finally:
         print("ended")
@@ -292,6 +292,40 @@ def test_run_answers_a_mistake_with_one_sentence(argv, capsys):
     assert run.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: there is no ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "words"),
+    [
+        ("shared.verify.soak", "v05 v01", "this audits blocks, and v01 has none; name v05 or later chapters"),
+        ("shared.verify.soak", "--requests 0", "--requests must be at least 1, got 0"),
+        ("shared.verify.killing", "--count 0", "--count must be at least 1, got 0"),
+        ("shared.verify.killing", "--chapter v99", "there is no chapter 'v99'; the chapters are v01"),
+        ("shared.verify.killing", "--chapter v07", "v07 has no process of the engine; name v10 or a later chapter"),
+        ("shared.verify.killing", "--chapter v01 --what server", "v01 has no process of the server; name v07 or a later chapter"),
+        ("shared.verify.operate", "--minutes -1", "--minutes must be above 0 and finite, got -1.0"),
+        ("shared.verify.operate", "--minutes nan", "--minutes must be above 0 and finite, got nan"),
+        ("shared.bench.admission", "--repeats 0", "--repeats must be at least 1, got 0"),
+        ("shared.bench.pieces", "--repeats 0", "--repeats must be at least 1, got 0"),
+        ("shared.bench.kernels", "v99", "there is no chapter 'v99'; the chapters are v01"),
+        ("shared.bench.kernels", "v01", "v01 has no kernels; name v06 or a later chapter"),
+        ("shared.bench.load", "--write", "add `chapter`, or write the result with --json FILE"),
+        ("shared.bench.load", "chapter --rate 4", "--rate is for a server that runs already, and `chapter` starts its own"),
+        ("shared.checkpoints", "a b", "unrecognized arguments: b"),
+        ("shared.checkpoints", "", "the following arguments are required: name"),
+        ("shared.book.doctests", "--bogus", "unrecognized arguments: --bogus"),
+        ("shared.book.doctests", "shared shared.nothing", "there is no package shared.nothing; name some such as shared"),
+        ("shared.book.notebooks", "check v05", "check is for all notebooks; leave out v05"),
+        ("shared.book.traps.hunt", "hunt v03", "hunt is about the bug that is planted; leave v03 out, or plant another one with `break v03`"),
+        ("shared.book.traps.hunt", "reveal --ask Hm?", "--ask is for hunt, not for reveal"),
+        ("shared.book.traps.hunt", "hunt --seed 3", "--seed is for break, not for hunt"),
+        ("shared.book.traps.mutants", "v05 --count 0", "--count must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_anything_runs(module, argv, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(module).main(argv.split())
+    assert ended.value.code == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from shared.chapters import CHAPTERS, Chapter, find
+from shared.chapters import CHAPTERS, Chapter, find, first_with
 from shared.programs import run
 from shared.results import write
 
@@ -128,17 +128,20 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.bench.kernels", description="Compile the kernels and report their resource usage.")
-    parser.add_argument("chapter", nargs="?", metavar="vNN", type=find, help="default: of each kernel, the first that has it")
+    parser.add_argument("chapter", nargs="?", metavar="vNN", help="default: of each kernel, the first that has it")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
     args = parser.parse_args(argv)
     if args.write and argv != ["--write"]:
         parser.error("--write allows no other argument, since the texts show the default chapters and all targets")
-    chapters = [args.chapter] if args.chapter else CHAPTERS
+    try:
+        chapters = [find(args.chapter)] if args.chapter else CHAPTERS
+    except ValueError as error:
+        parser.error(str(error))
     # From the last chapter to the first, so that the first one with a kernel stays.
     chapter_of = {name: chapter for chapter in reversed(chapters) for name in kernels_of(chapter)}
     if not chapter_of:
-        parser.error(f"{args.chapter.id} has no kernels")
+        parser.error(f"{chapters[0].id} has no kernels; name {first_with('attention').id} or a later chapter")
     # Interpreted functions cannot be compiled.
     os.environ["TRITON_INTERPRET"] = "0"
     usage = {

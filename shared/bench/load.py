@@ -267,6 +267,11 @@ def main(argv: list[str]) -> int:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
     if args.json and not Path(args.json).resolve().parent.is_dir():
         parser.error(f"--json {args.json}: the directory does not exist")
+    if args.write and args.what != "chapter":
+        parser.error("--write is for the last chapter's server, which `chapter` starts; add `chapter`, or write the result with --json FILE")
+    for name in ("url", "model", "api_key", "connections", "rate", "json") if args.what == "chapter" else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is for a server that runs already, and `chapter` starts its own; leave one of them out")
     if args.what == "chapter":
         results = measure_chapter(args.requests, args.seed)
         if args.write:

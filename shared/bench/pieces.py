@@ -151,6 +151,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--write", action="store_true", help="write docs/results/pieces.json")
     parser.add_argument("--peak", nargs=3, metavar=("vNN", "BUDGET", "COUNT"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {args.repeats}")
     import torch
 
     torch.set_num_threads(1)

@@ -256,4 +256,7 @@ def run_alone(engine, requests: list[tuple], streams: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit({"serve": serve, "alone": alone}[sys.argv[1]](*sys.argv[2:]))
+    what = {"serve": serve, "alone": alone}.get("".join(sys.argv[1:2]))
+    if what is None or len(sys.argv) < 3:
+        sys.exit("usage: python -m shared.bench.serving_child serve|alone vNN_NAME [flags of serve]")
+    sys.exit(what(*sys.argv[2:]))

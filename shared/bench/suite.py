@@ -228,7 +228,8 @@ def arrivals(chapters: list[Chapter]) -> dict:
 
 def peak_mib(name: str) -> float:
     """A contestant's peak memory on pocket's 32 ragged requests, above that of a process with everything imported."""
-    command = [sys.executable, "-m", "shared.bench.suite", name]
+    code = "import sys; from shared.bench.suite import measure_memory; measure_memory(sys.argv[1])"
+    command = [sys.executable, "-c", code, name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
@@ -326,7 +327,3 @@ def print_arrivals(rows: dict) -> None:
     print(f"\npocket, {ARRIVALS} requests that arrive at random, {RATE:g} per second on average: ms to the first token")
     for name, row in rows.items():
         print(f"{name:16}p50 {row['ttft_ms_p50']:10,.0f}   p95 {row['ttft_ms_p95']:10,.0f}   all done after {row['seconds']:.1f} s")
-
-
-if __name__ == "__main__":
-    measure_memory(sys.argv[1])

@@ -3,9 +3,10 @@
     python -m shared.book.doctests                        # of shared and every chapter
     python -m shared.book.doctests milestones.v05_paged_cache
 """
+import argparse
 import contextlib
 import doctest
-import importlib
+import importlib.util
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,26 @@ def check_package(name: str) -> Report:
     return Report(attempted, tuple(failures))
 
 
+def is_package(name: str) -> bool:
+    """Whether there is such a package below the current directory, or an installed one.
+
+    >>> is_package("shared.book"), is_package("shared.chapters"), is_package("shared.nothing.at_all")
+    (True, False, False)
+    """
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.submodule_search_locations is not None
+
+
 def main(argv: list[str]) -> int:
-    names = argv or ["shared", *(f"milestones.{chapter.name}" for chapter in BOOK.chapters)]
+    parser = argparse.ArgumentParser(prog="python -m shared.book.doctests", description="Run the examples in docstrings.")
+    parser.add_argument("packages", nargs="*", metavar="PACKAGE", help="such as milestones.v05_paged_cache (default: shared and every chapter)")
+    names = parser.parse_args(argv).packages
+    if wrong := [name for name in names if not is_package(name)]:
+        parser.error(f"there is no package {', '.join(wrong)}; name some such as shared or milestones.v05_paged_cache")
+    names = names or ["shared", *(f"milestones.{chapter.name}" for chapter in BOOK.chapters)]
     failed = 0
     for name in names:
         report = check_package(name)

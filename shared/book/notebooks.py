@@ -216,6 +216,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     command = args.what[0] if args.what else ""
     try:
+        if command in ("check", "nbdime") and len(args.what) > 1:
+            parser.error(f"{command} is for all notebooks; leave out {' '.join(args.what[1:])}")
         if command == "check":
             return 0 if check(BOOK) else 1
         if command == "nbdime":

@@ -24,7 +24,7 @@ import httpx
 
 from shared.bench.served import Served, processes_of
 from shared.bench.timing import progress
-from shared.chapters import Chapter, find, last_with
+from shared.chapters import Chapter, find, first_with, last_with
 from shared.programs import run
 from shared.results import write_row
 
@@ -139,8 +139,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="write the result under docs/results/")
     args = parser.parse_args(argv)
-    chapter, results = find(args.chapter), {}
-    for what in args.what or ["engine", "server"]:
+    if args.count < 1:
+        parser.error(f"--count must be at least 1, got {args.count}")
+    try:
+        chapter = find(args.chapter)
+    except ValueError as error:
+        parser.error(str(error))
+    whats, results = args.what or ["engine", "server"], {}
+    most, needed = ("engine", "engine_process") if "engine" in whats else ("server", "serve")
+    if needed not in chapter.capabilities:
+        parser.error(f"{chapter.id} has no process of the {most}; name {first_with(needed).id} or a later chapter")
+    for what in whats:
         results[what] = kill_often(chapter, what, args.count, args.seed)
         print(f"{chapter.id}: {what} killed {args.count} times with {STREAMS} clients: {results[what]}")
     if args.write:

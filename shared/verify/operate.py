@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -511,6 +512,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="record the totals in docs/results/operate.json")
     args = parser.parse_args(argv)
+    if not 0 < args.minutes < math.inf:
+        parser.error(f"--minutes must be above 0 and finite, got {args.minutes}")
     chapter = last_with("tools")
     num_lives = len(ENDS) * max(1, round(args.minutes / 7.5 / len(ENDS)))
     seconds = 60 * args.minutes / num_lives

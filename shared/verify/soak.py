@@ -10,7 +10,7 @@ import random
 from collections import Counter
 
 from shared.bench.timing import progress
-from shared.chapters import CHAPTERS, find
+from shared.chapters import CHAPTERS, find, first_with
 from shared.checkpoints import checkpoint
 from shared.programs import run
 from shared.verify.findable import forget, watch
@@ -197,6 +197,10 @@ def main(argv: list[str]) -> int:
         chapters = [find(text) for text in args.chapters]
     except ValueError as error:
         parser.error(str(error))
+    if unable := [chapter.id for chapter in chapters if "num_blocks" not in chapter.capabilities]:
+        parser.error(f"this audits blocks, and {', '.join(unable)} has none; name {first_with('num_blocks').id} or later chapters")
+    if args.requests < 1:
+        parser.error(f"--requests must be at least 1, got {args.requests}")
     for chapter in chapters or [chapter for chapter in CHAPTERS if "num_blocks" in chapter.capabilities]:
         for options in PREEMPTING if "preemption" in chapter.capabilities else ({"num_blocks": 97},):
             with contextlib.redirect_stderr(io.StringIO()):

@@ -135,6 +135,12 @@ def main(argv: list[str], book: Book | None = None) -> int:
     parser.add_argument("--ask", metavar="QUESTION", help="with hunt: ask the copy instead of testing it")
     parser.add_argument("--seed", type=int, help="with break: the same seed plants the same bug")
     args = parser.parse_args(argv)
+    if args.chapter and args.what != "break":
+        parser.error(f"{args.what} is about the bug that is planted; leave {args.chapter} out, or plant another one with `break {args.chapter}`")
+    if args.ask is not None and args.what != "hunt":
+        parser.error(f"--ask is for hunt, not for {args.what}; leave it out")
+    if args.seed is not None and args.what != "break":
+        parser.error(f"--seed is for break, not for {args.what}; leave it out")
     book = book or BOOK
     try:
         if args.what == "break":

@@ -221,6 +221,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--new", action="store_true", help="only what the chapter changed")
     parser.add_argument("--record", action="store_true", help=f"record the results in docs/results/{FILE}")
     args = parser.parse_args(argv)
+    if args.count < 1:
+        parser.error(f"--count must be at least 1, got {args.count}")
     try:
         chapter = BOOK.find(args.chapter)
     except ValueError as error:
