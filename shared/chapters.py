@@ -254,7 +254,10 @@ def python_files(directory: Path) -> list[Path]:
 
 
 def main(argv: list[str]) -> int:
-    if argv == ["names"]:
+    if argv not in ([], ["names"]):
+        print("usage: python -m shared.chapters [names]", file=sys.stderr)
+        return 2
+    if argv:
         print(*(chapter.id for chapter in CHAPTERS))
         return 0
     for chapter in CHAPTERS:

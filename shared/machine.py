@@ -5,11 +5,12 @@
 import datetime
 import os
 import platform
-import sys
 from pathlib import Path
 
 import torch
 import transformers
+
+from shared.programs import run, take_no_arguments
 
 
 def cpu_name() -> str:
@@ -44,7 +45,12 @@ def today() -> str:
     return datetime.date.today().isoformat()
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> int:
+    take_no_arguments(argv, "shared.machine", __doc__)
     print(machine(gpu=torch.cuda.is_available()))
     print(*[kind(), *["gpu"] * torch.cuda.is_available()], sep=", ")
-    sys.exit(0)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

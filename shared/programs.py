@@ -1,8 +1,9 @@
-"""How every program in this repository starts and exits, and how it reads a server's URL."""
+"""How every program in this repository starts and exits, and how it refuses arguments and reads a server's URL."""
+import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 
@@ -31,6 +32,11 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)
+
+
+def take_no_arguments(argv: Sequence[str], module: str, doc: str) -> None:
+    """Exit with the docstring if -h is given, and with an error if anything else is: for a program without arguments."""
+    argparse.ArgumentParser(prog=f"python -m {module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
 
 
 def server_url(url: str) -> str:

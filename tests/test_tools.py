@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from shared import chapters as contents
 from shared import checkpoints, workloads
 from shared.bench import __main__ as bench
 from shared.bench import batches, growth, staircase, timing
@@ -328,6 +329,22 @@ def test_a_wrong_argument_is_refused_before_anything_runs(module, argv, words, c
     assert ended.value.code == 2 and words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("module", ["commands.demo", "commands.doctor", "verify.soak_server", "book.promtool", "machine"])
+def test_a_program_without_arguments_refuses_them_and_explains_itself(module, capsys):
+    program = importlib.import_module(f"shared.{module}")
+    for argv, status in ((["v05"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as ended:
+            program.main(argv)
+        assert ended.value.code == status
+    captured = capsys.readouterr()
+    assert "unrecognized arguments: v05" in captured.err and program.__doc__.strip() in captured.out
+
+
+def test_the_table_of_contents_refuses_what_it_does_not_know(capsys):
+    assert contents.main(["--help"]) == 2
+    assert "usage: python -m shared.chapters [names]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("triton", "numpy", "fault"),
     [
@@ -344,19 +361,19 @@ def test_doctor_knows_where_the_interpreter_cannot_run(monkeypatch, triton, nump
 
 
 def test_doctor_reports_and_fails_when_something_is_missing(capsys, monkeypatch):
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     report = capsys.readouterr().out
     for word in ("python", "torch", "transformers", "device", "triton runs", "memory"):
         assert word in report
     monkeypatch.setattr(doctor, "REQUIRED", (*doctor.REQUIRED, "no-such-package"))
-    assert doctor.main() == 1
+    assert doctor.main([]) == 1
     assert "MISSING: run make setup" in capsys.readouterr().out
 
 
 def test_demo_races_shows_an_answer_and_that_all_agree(capsys, monkeypatch):
     monkeypatch.setattr(demo, "RACE", demo.RACE[:1])
     monkeypatch.setattr(demo, "CROWD", demo.CROWD[8:10])
-    assert demo.main() == 0
+    assert demo.main([]) == 0
     out = capsys.readouterr().out
     assert "A KV cache keeps the keys and values" in out
     assert f"{len(CHAPTERS)} chapters, 1 answer each, all identical to Hugging Face's" in out
@@ -389,7 +406,7 @@ def test_demo_fails_when_a_chapter_differs(capsys, monkeypatch, number, name):
     monkeypatch.setattr(demo, "RACE", demo.RACE[:1])
     monkeypatch.setattr(demo, "CROWD", demo.CROWD[:1])
     monkeypatch.setattr(demo, "race", lie)
-    assert demo.main() == 1
+    assert demo.main([]) == 1
     captured = capsys.readouterr()
     assert f"\n{name}: tokens differ from Hugging Face's; `make test-{name}` shows where" in captured.err
     assert "identical" not in captured.out

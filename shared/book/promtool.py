@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 from shared.chapters import ROOT
-from shared.programs import run
+from shared.programs import run, take_no_arguments
 
 FOLDER = ROOT / "build" / "promtool"
 PROGRAM = FOLDER / "usr" / "bin" / "promtool"
@@ -41,6 +41,7 @@ def put_on_path() -> str:
 
 
 def main(argv: list[str]) -> int:
+    take_no_arguments(argv, "shared.book.promtool", __doc__)
     print(put_on_path())
     return 0 if find() else 1
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 from shared.chapters import CHAPTERS, Chapter
-from shared.programs import run
+from shared.programs import run, take_no_arguments
 from shared.workloads import CROWD, CROWD_BLOCKS, CROWD_MAX_TOKENS, RACE, SYSTEM_PROMPT, chat_ids
 
 MAX_TOKENS = 160
@@ -113,8 +113,9 @@ class Screen:
         self.next_frame = time.perf_counter() + 1 / FRAMES_PER_S
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """Run both races, then compare every answer with Hugging Face's; returns 1 if one differs."""
+    take_no_arguments(argv, "shared.commands.demo", __doc__)
     print("loading PyTorch and the bundled model ...", file=sys.stderr)
     import torch
 
@@ -206,4 +207,4 @@ def count(number: int, noun: str) -> str:
 
 
 if __name__ == "__main__":
-    run(lambda _argv: main())
+    run(main)

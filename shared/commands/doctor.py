@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from shared.programs import run
+from shared.programs import run, take_no_arguments
 
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "huggingface_hub", "jinja2", "tqdm")
 OPTIONAL = {
@@ -79,8 +79,9 @@ def triton_mode() -> str:
     return "compiled for the GPU" if torch.cuda.is_available() else "no GPU: interpreter, in tests"
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """Print the report; 1 if a required package is missing."""
+    take_no_arguments(argv, "shared.commands.doctor", __doc__)
     missing = [package for package in REQUIRED if version(package) is None]
     row("python", f"{platform.python_version()}, {sys.executable}")
     row("system", f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} cores")
@@ -104,4 +105,4 @@ def row(name: str, value: str) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda _argv: main())
+    run(main)

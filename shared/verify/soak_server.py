@@ -5,13 +5,13 @@
 import asyncio
 import gc
 import random
-import sys
 import time
 
 import httpx
 
 from shared.chapters import last_with
 from shared.checkpoints import checkpoint
+from shared.programs import run, take_no_arguments
 from shared.verify.serving import serving, wait_until
 
 NAMES = ("Rosa", "Otto", "Mia", "Kim", "Ada", "Nino", "Lea", "Tom")
@@ -137,7 +137,8 @@ def keep_coming(chapter, engine, count: int) -> list[float]:
     return memory
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
+    take_no_arguments(argv, "shared.verify.soak_server", __doc__)
     chapter = last_with("serve")
     engine = chapter.load().Engine(checkpoint("pocket"), device="cpu", max_num_seqs=64, max_model_len=512)
     start = time.perf_counter()
@@ -152,4 +153,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)
