@@ -493,7 +493,7 @@ def test_a_run_that_is_longer_or_shorter_is_a_difference_without_a_name(change):
 
 
 GROW = "else:\n                self.preempt(self.running[-1])"
-MAKE_ROOM = "while not self.fits(seq, self.running):\n            self.preempt(self.running[-1])"
+MAKE_ROOM = "while len(ahead) < len(self.running) and not self.fits(seq, self.running):\n            self.preempt(self.running[-1])"
 BUGS = {
     "the first is preempted, not the last": (GROW, GROW.replace("-1", "0")),
     "a more important request preempts the first": (MAKE_ROOM, MAKE_ROOM.replace("-1", "0")),
@@ -511,7 +511,7 @@ BUGS = {
     "the last block stays empty": ("<= self.pool.num_blocks", "< self.pool.num_blocks"),
     "one admission per step": ("while self.waiting and self.admit", "if self.waiting and self.admit"),
     "the last in the queue is admitted first": ("self.admit(self.waiting[0]):", "self.admit(self.waiting[-1]):\n            self.waiting.rotate()"),
-    "a more important request waits": ("if other.rank < seq.rank", ""),
+    "a more important request waits": ("[: bisect_left(self.running, seq.rank, key=lambda other: other.rank)]", "[:]"),
 }
 CACHE_BUGS = {
     "nothing is found": ("scheduler", "if not self.enable_prefix_caching:\n            return 0\n        return (seq", "if True:\n            return 0\n        return (seq"),

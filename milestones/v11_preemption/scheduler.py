@@ -1,5 +1,5 @@
 """Chooses the sequences of the next step."""
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
 
 from .cache import BlockPool, SwapSpace
@@ -45,10 +45,10 @@ class Scheduler:
 
     def admit(self, seq: Sequence) -> bool:
         """Allocate seq's first blocks, preempting sequences of a later rank if it then fits; else return False, with nothing changed."""
-        ahead = [other for other in self.running if other.rank < seq.rank]
+        ahead = self.running[: bisect_left(self.running, seq.rank, key=lambda other: other.rank)]
         if not self.fits(seq, ahead):
             return False
-        while not self.fits(seq, self.running):
+        while len(ahead) < len(self.running) and not self.fits(seq, self.running):
             self.preempt(self.running[-1])
         return self.grow(seq)
 

@@ -61,6 +61,7 @@ class EngineProcess:
 
     def __init__(self, make_engine: Callable[[], EngineLike]):
         """Start a process that calls make_engine, which must be picklable. Call `wait_until_ready` next."""
+        fill_standard_files()
         self.socket, engine_end = socket.socketpair()
         self.process = self.start_process(engine_end, make_engine)
         # Only the engine process may hold its end, so that its death closes the connection and is noticed here.
@@ -153,6 +154,13 @@ class EngineProcess:
         # A process that waits in a driver ends only later, and until then the socket stays open.
         await asyncio.sleep(END_S)
         self.reader.feed_eof()
+
+
+def fill_standard_files() -> None:
+    """Open /dev/null as stdin, stdout or stderr if they are closed: a socket with their number would get what is printed."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
 
 
 def how_it_ended(exit_code: int | None) -> str:

@@ -1,6 +1,6 @@
 """Chooses the sequences of the next step."""
 from array import array
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
 
 from .cache import BlockPool, SwapSpace
@@ -68,7 +68,7 @@ class Scheduler:
 
     def admit(self, seq: Sequence) -> bool:
         """Allocate seq's first blocks, preempting sequences of a later rank if it then fits; else return False, with nothing changed."""
-        ahead = [other for other in self.running if other.rank < seq.rank]
+        ahead = self.running[: bisect_left(self.running, seq.rank, key=lambda other: other.rank)]
         if len(ahead) + len(self.passed) >= self.max_num_seqs:
             return False
         found = self.find(seq)
@@ -77,7 +77,7 @@ class Scheduler:
             return False
         if not self.fits(seq, found, ahead):
             return False
-        while not self.fits(seq, found, self.running):
+        while len(ahead) < len(self.running) and not self.fits(seq, found, self.running):
             self.preempt(self.running[-1])
         self.share(seq, found)
         return self.grow(seq)

@@ -555,6 +555,15 @@ def test_a_script_that_never_stops_its_engine_exits(chapter):
 
 
 @pytest.mark.whole
+def test_what_the_engine_prints_is_no_message_although_stderr_is_closed(chapter):
+    """As a daemon may start it. The socket to the engine must not get stderr's number."""
+    module = f"milestones.{chapter.name}.engine_process"
+    code = f"import os\nos.close(0)\nos.close(2)\nfrom {module} import EngineProcess, load_engine\nfrom functools import partial\n"
+    code += f"print(EngineProcess(partial(load_engine, {str(POCKET)!r})).wait_until_ready().name)"
+    assert run(chapter, code).stdout == "pocket\n"
+
+
+@pytest.mark.whole
 def test_a_server_that_cannot_begin_takes_its_engine_with_it(chapter):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
