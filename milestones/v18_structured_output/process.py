@@ -8,7 +8,7 @@ import os
 import shlex
 import socket
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import NoReturn
 
 import uvicorn
@@ -162,7 +162,7 @@ def bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Connections inherit it. By default, the system takes megabytes, and nobody would see a client that reads nothing.
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        with suppress(AttributeError, OSError):  # not every system has this
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SEND_BYTES)
         bound.bind(address)
         return bound
