@@ -1,4 +1,5 @@
 """The service's protocol, tested without a model: the engine behind it computes nothing."""
+import gzip
 import importlib
 import json
 import socket
@@ -592,3 +593,11 @@ def test_what_describes_a_form_is_bounded(server):
     assert_names(post(server, "/v1/responses", {"model": "pocket", "input": "x", "text": {"format": form}}), "text.format.description")
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}, "description": "d" * 20_000}}
     assert_names(post(server, "/v1/chat/completions", {"model": "pocket", "messages": [TURN], "response_format": form}), "response_format.json_schema.description")
+
+
+def test_a_compressed_body_is_refused_as_such(server):
+    body = gzip.compress(json.dumps({"model": "pocket", "prompt": "x"}).encode())
+    response = post(server, "/v1/completions", body, headers={"content-encoding": "gzip"})
+    assert response.status_code == 415
+    assert response.json()["error"]["message"] == "Content-Encoding is 'gzip', which is not supported; send the body uncompressed"
+    assert post(server, "/v1/completions", {"model": "pocket", "prompt": "x", "max_tokens": 1}, headers={"content-encoding": "identity"}).status_code == 200

@@ -51,6 +51,9 @@ class Gate:
         if self.service.api_keys and self.key_of(headers) is None:
             message = "no valid API key; send Authorization: Bearer KEY"
             return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
+        if encoding.lower() != "identity":
+            return ApiError(415, f"Content-Encoding is {encoding[:40]!r}, which is not supported; send the body uncompressed")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > MAX_BODY_BYTES:
             return too_large()
