@@ -224,6 +224,7 @@ def test_swapped_out_and_in_again_as_many_blocks_but_others_are_read(new_engine,
             victim = engine.scheduler.running[step % 3]
             victims.append((victim, list(victim.block_table)))
             engine.scheduler.preempt(victim)
+            engine.pool.forget(victims[-1][1])
             for block_id in victims[-1][1]:
                 engine.pool.free_ids.move_to_end(block_id)
         if step in (4, 6, 8):
