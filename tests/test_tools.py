@@ -483,11 +483,23 @@ def test_setup_tells_an_older_python_what_to_do(monkeypatch):
         runpy.run_path(str(ROOT / "shared" / "commands" / "install.py"), run_name="__main__")
 
 
-def test_with_an_interpreter_of_ones_own_setup_says_that_it_does_nothing_and_chapters_are_listed_by_it():
+def test_with_an_interpreter_of_ones_own_setup_says_that_it_does_nothing():
     for target in ("setup", "setup-book"):
         assert f"nothing is installed, since PYTHON={sys.executable} is used as it is" in make(f"PYTHON={sys.executable}", target).stdout
-    done = make("PYTHON=no-such-python", "help")
-    assert "no-such-python" in done.stderr and "chapters: \n" in done.stdout
+
+
+@pytest.mark.parametrize("python", [sys.executable, "no-such-python", "/a path/with spaces/python"])
+def test_chapters_are_listed_by_the_named_interpreter_or_else_by_python3(python, tmp_path):
+    assert " ".join(each.id for each in CHAPTERS) in make(f"PYTHON={python}", "help").stdout
+    if python == sys.executable:
+        # Also where there is no other.
+        path = os.pathsep.join(each for each in os.environ["PATH"].split(os.pathsep) if not os.path.exists(os.path.join(each, "python3")))
+        tools = tmp_path / "bin"
+        tools.mkdir()
+        for name in ("make", "sh", "echo"):
+            (tools / name).symlink_to(shutil.which(name))
+        done = subprocess.run([tools / "make", f"PYTHON={python}", "help"], cwd=ROOT, capture_output=True, text=True, env={"PATH": f"{tools}{os.pathsep}{path}"})
+        assert " ".join(each.id for each in CHAPTERS) in done.stdout, done.stderr
 
 
 def test_setup_here_takes_what_the_engines_need_and_nothing_of_the_tests(monkeypatch):
