@@ -11,7 +11,8 @@ READY := .venv/.ready
 BOOK := .venv/.ready-book
 endif
 
-CHAPTERS := $(shell $(or $(PYTHON),$(wildcard .venv/bin/python),python3) shared/chapters.py names 2>/dev/null || python3 shared/chapters.py names)
+LISTS = $(or $(PYTHON),$(wildcard .venv/bin/python),python3)
+CHAPTERS := $(shell "$(LISTS)" shared/chapters.py names 2>/dev/null || python3 shared/chapters.py names)
 MODEL ?= pocket
 PROMPT ?= Explain KV cache in one sentence.
 # Passed through the environment, words reach the program as typed: neither make nor the shell interprets them.
