@@ -451,6 +451,14 @@ def test_an_engine_on_a_gpu_starts_although_its_log_cannot_be_written(chapter, m
         assert engine.runner.recorded
 
 
+def test_more_refusals_than_are_kept_are_said_to_be_more(new_metrics, module):
+    metrics, most = new_metrics(), module("metrics").KEEP_REQUESTS
+    for count, said in ((most - 1, f"{most - 1} requests"), (1, f"at least {most} requests"), (5, f"at least {most} requests")):
+        metrics.refused.extend([time.monotonic()] * count)
+        [advice] = metrics.advice([], num_unread=0, silent_s=0.0)
+        assert advice.startswith(f"{said} in the last minute got a 429")
+
+
 def test_a_refused_call_has_not_ended_since_it_never_began(new_engine, module, Params, ids):
     """Its client gets a 400, and nobody gave up: not for a prompt that was queued before the one that is too long."""
     engine, sent = new_engine(), []
