@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 
@@ -32,6 +33,25 @@ def test_a_client_that_hangs_up_ends_its_request(chapter, engine, stream):
 def test_50_clients_that_leave_at_random_moments_leave_nothing_behind(chapter, engine):
     how = leave(chapter, engine, 50, seed=1)
     assert min(how.values()) > 0, how
+
+
+@pytest.mark.needs("openai")
+def test_clients_that_reset_their_connections_leave_no_warnings_in_the_log(chapter, process):
+    """Many answers to one call are written at once, of which all but the first find the connection gone."""
+    raw = json.dumps({"model": "pocket", "prompt": ["Once"] * 32, "max_tokens": 100, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    for number in range(40):
+        with socket.create_connection(("127.0.0.1", int(process.url.split(":")[-1]))) as connection:
+            connection.sendall(head.encode() + raw)
+            assert connection.recv(1000)
+            time.sleep(0.03 * (number % 7))
+            # What is not sent or read yet is thrown away, and the server gets a reset.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_until(lambda: not HTTP.get(f"{process.url}/health").json()["running"])
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=20)[1]
+    assert "POST" in told or "metrics" not in chapter.capabilities, told
+    assert "socket.send() raised exception" not in told, told
 
 
 def test_a_slow_reader_slows_no_other_client(chapter, engine):

@@ -2,6 +2,7 @@
 import asyncio
 import gc
 import json
+import logging
 import multiprocessing
 import os
 import shlex
@@ -156,6 +157,8 @@ def serve(service: Service, bound: socket.socket, keep_alive_s: int) -> NoReturn
     app.openapi()  # build the schema now rather than on the first request for it; it is cached
     times = dict(timeout_keep_alive=keep_alive_s, timeout_graceful_shutdown=GOODBYE_S)
     config = uvicorn.Config(app, log_level="warning", ws="none", **times)
+    # asyncio warns of what is written to a client that has just left, and the server learns of that a moment later.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     # A collection would scan everything loaded so far, which takes 0.1 s or more. None of it ever becomes garbage.
     gc.collect()
     gc.freeze()
