@@ -57,11 +57,11 @@ class Service:
         """Return what the request asked for, or else the smallest of the defaults and the room left in context and cache."""
         if asked:
             return asked
-        room = self.async_engine.max_request_len - num_prompt
-        if room < 1:
-            message = f"prompt has {num_prompt} tokens, which leave no room for another: together they have at most {num_prompt + room}; shorten it"
+        most = self.async_engine.max_request_len
+        if num_prompt >= most:
+            message = f"prompt has {num_prompt} tokens, which leave no room for another: together they have at most {most}; shorten it"
             raise RequestError(message, "prompt", "context_length_exceeded")
         # The engine generates at least one token per request; of those for which none was asked, Answer discards it.
         if asked == 0:
             return 1
-        return min(limit for limit in (default, self.default_max_tokens, room) if limit is not None)
+        return min(limit for limit in (default, self.default_max_tokens, most - num_prompt) if limit is not None)

@@ -166,10 +166,10 @@ class EngineLoop:
 
     def remove(self, call_id: int) -> None:
         """Abort a call's unfinished requests."""
-        for request_id, (owner, _) in list(self.owners.items()):
-            if owner == call_id:
-                del self.owners[request_id]
-                self.engine.abort_request(request_id)
+        request_ids = [request_id for request_id, (owner, _) in self.owners.items() if owner == call_id]
+        for request_id in request_ids:
+            del self.owners[request_id]
+            self.engine.abort_request(request_id)
 
     def step(self) -> None:
         """Take one step and post its tokens. If it raises, the calls that took part fail and the others continue."""
