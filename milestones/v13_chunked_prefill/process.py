@@ -155,6 +155,11 @@ def unavailable(host: str, port: int, error: Exception) -> ValueError:
 
 def serve(service: Service, bound: socket.socket, keep_alive_s: int) -> NoReturn:
     """Serve until a signal or the engine's death, then end the process: exit code 1 if the engine died, otherwise 0."""
+    # If two servers start on one port at the same time, the second one to listen fails here.
+    try:
+        bound.listen()
+    except OSError as error:
+        raise unavailable(*bound.getsockname()[:2], error) from None
     app = create_app(service)
     app.openapi()  # build the schema now rather than on the first request for it; it is cached
     times = dict(timeout_keep_alive=keep_alive_s, timeout_graceful_shutdown=GOODBYE_S)
@@ -165,11 +170,7 @@ def serve(service: Service, bound: socket.socket, keep_alive_s: int) -> NoReturn
     gc.collect()
     gc.freeze()
     gc.set_threshold(GARBAGE_OBJECTS)
-    try:
-        Server(config, service).run([bound])
-    # If two servers start on one port at the same time, the second one to listen fails here.
-    except OSError as error:
-        raise unavailable(*bound.getsockname()[:2], error) from None
+    Server(config, service).run([bound])
     # A thread may be in the middle of a step or a long text. Python's own exit would wait for it, or crash.
     sys.stderr.flush()
     os._exit(1 if service.async_engine.died else 0)

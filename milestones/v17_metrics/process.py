@@ -176,6 +176,11 @@ def unavailable(host: str, port: int, error: Exception) -> ValueError:
 
 def serve(service: Service, bound: socket.socket, keep_alive_s: int) -> NoReturn:
     """Serve until a signal or the engine's death, then end the process: exit code 1 if the engine died or the server failed, otherwise 0."""
+    # If two servers start on one port at the same time, the second one to listen fails here.
+    try:
+        bound.listen()
+    except OSError as error:
+        raise unavailable(*bound.getsockname()[:2], error) from None
     app = create_app(service)
     log_to(app.state.log)
     app.openapi()  # build the schema now rather than on the first request for it; it is cached
@@ -190,10 +195,6 @@ def serve(service: Service, bound: socket.socket, keep_alive_s: int) -> NoReturn
     has_failed = False
     try:
         Server(config, service).run([bound])
-    # If two servers start on one port at the same time, the second one to listen fails here.
-    except OSError as error:
-        app.state.log.close()
-        raise unavailable(*bound.getsockname()[:2], error) from None
     except Exception:
         has_failed = True
         logger.exception("the server has failed")
