@@ -208,7 +208,7 @@ def test_a_drain_waits_for_what_a_client_has_not_read_yet(chapter, tokenizer):
 
 
 def test_a_call_that_cannot_be_sent_is_not_counted_as_waiting(chapter, tokenizer, monkeypatch):
-    """A value that is nested too deep to be pickled, say; after enough of them the queue was full for ever."""
+    """A value that is nested too deep to be pickled, say; after enough of them the queue was full forever."""
     with serving(chapter, FakeEngine(chapter, tokenizer)) as server:
         async_engine = server.service.async_engine
         body = {"model": "pocket", "prompt": [20], "max_tokens": 1}

@@ -27,7 +27,7 @@ ENGINE_FLAGS = {
     "block_size": dict(type=int, default=16, metavar="N", help="tokens per block (default: 16)"),
     "kv_bytes": dict(type=int, metavar="N", help="cache size (default: at most 1 GiB; on a GPU, 60 %% of free memory)"),
     "attention": dict(choices=("auto", "torch", "triton"), default="auto", help="(default: triton on a GPU, torch on a CPU)"),
-    "linear": dict(choices=("auto", "plain", "joined", "blocks", "halves"), default="auto", help="how weights are stored (default: measured)"),
+    "linear": dict(choices=("auto", "plain", "joined", "blocks", "halves"), default="auto", help="how weights are stored (default: measured on a CPU, joined on a GPU)"),
     "graphs": dict(action=argparse.BooleanOptionalAction, help="record decode steps (default: on a GPU with attention by triton)"),
     "exact": dict(action="store_true", help="the same bits for a request whatever else runs (default: the same up to rounding)"),
     "reserve_tokens": dict(type=int, default=16, metavar="N", help="tokens reserved for each request's growth; 0: none (default: 16)"),

@@ -48,5 +48,5 @@ class Stats(NamedTuple):
     cached_tokens: int = 0  # of these, the ones found in the prefix cache
     max_num_seqs: int = 0
     findable_blocks: int = 0  # blocks that the prefix cache can find
-    waits_for: str | None = None  # what the first waiting request lacked in the last step: places, blocks, tokens, or a prefix that is being computed
+    waits_for: str | None = None  # why waiting requests were left out of the last step: places, blocks, tokens, or a prefix that is being computed
     report: Report | None = None  # what has happened since the last message

@@ -59,7 +59,7 @@ def compile_apart(kind: str, source) -> Automaton:
 def try_library(grammar: str, param: str, tokenizer: Callable[[], tuple[str, int]]) -> None:
     """Let llguidance read a grammar in a process of its own; NotNow if it takes too long, RequestError if it refuses it.
 
-    It may go on for ever, whatever limits it is given, and nothing could end it in a thread. tokenizer: the model's as JSON,
+    It may go on forever, whatever limits it is given, and nothing could end it in a thread. tokenizer: the model's as JSON,
     with the size of its vocabulary. It takes a while to read, and is needed only if the grammar has tokens beside bytes.
     """
     error = run_apart("library", (grammar, None), param) and run_apart("library", (grammar, tokenizer()), param)

@@ -86,11 +86,12 @@ def brief(error: str) -> str:
 
 
 def schema_grammar(schema: dict | bool) -> str:
+    """The library's grammar of a schema, with JSON spelled as our automata spell it."""
     return json.dumps({"grammars": [{"json_schema": schema | {"x-guidance": SPELLING} if isinstance(schema, dict) else schema}]})
 
 
 def exactly(schema: dict | bool) -> dict | bool:
-    """The schema with patterns that mean the same to the library; RequestError for numbers that it would round."""
+    """The schema with patterns that mean the same to the library; RequestError for what it would not obey exactly."""
     check_schema(schema)
     todo, all_bounds, is_joined = [(schema, "")], [], False
     while todo:

@@ -28,7 +28,7 @@ SORT = 1_000
 # Seconds without a message after which the page says so. An engine's process sends one each second.
 SILENT_S = 3.0
 REASONS = "stop", "length", "abort", "error"
-# What the first waiting request lacks, and what would help. Nothing does if it waits for a prefix that another one computes.
+# Why requests wait, and what would help. Nothing does if they wait for a prefix that another one computes.
 LACKS = {
     "places": "because all places are taken. Raise --max-num-seqs.",
     "blocks": "for blocks of the cache. Raise --kv-bytes or --num-blocks.",

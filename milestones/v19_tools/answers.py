@@ -80,7 +80,7 @@ class PartedAnswer(Answer):
         end = float("inf") if parts.content_end is None else parts.content_end
         self.undecided = [token for token in tokens if token[0] >= known]
         said = [token for token in tokens if token[0] < known and begin <= token[0] < end]
-        # Those that end before it begins are empty lines. All tokens of one character have its offset.
+        # Those that end before it begins are line breaks. All tokens of one character have its offset.
         while any(said[0][0] < offset <= parts.content_begin for offset, *_ in said):
             said.pop(0)
         return said

@@ -101,7 +101,7 @@ def compile_apart(kind: str, source) -> Automaton:
 def try_library(grammar: str, param: str, tokenizer: Callable[[], tuple[str, int]]) -> None:
     """Let llguidance read a grammar in a process of its own; NotNow if it takes too long, RequestError if it refuses it.
 
-    It may go on for ever, whatever limits it is given, and nothing could end it in a thread. tokenizer: the model's as JSON,
+    It may go on forever, whatever limits it is given, and nothing could end it in a thread. tokenizer: the model's as JSON,
     with the size of its vocabulary. It takes a while to read, and is needed only if the grammar has tokens beside bytes.
     """
     error = run_apart("library", (grammar, None), param) and run_apart("library", (grammar, tokenizer()), param)
@@ -144,7 +144,7 @@ def leave_with(parent: int) -> None:
 
 
 def main() -> None:
-    """Compile what is on standard input, and write the automaton, or the error's class, message and param, to standard output."""
+    """Compile what is on standard input, and write to standard output the automaton, or the error's class, message and param; of the library, an error or None."""
     # Where the system has no such limits, the parent's timeout still holds.
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS + 1))

@@ -73,7 +73,7 @@ def choose_swap_blocks(swap_bytes: int, block_bytes: int, kv_bytes: int) -> int:
 
 
 def choose_budget(max_num_batched_tokens: int | None, max_num_seqs: int, device: torch.device) -> int:
-    """The most tokens in a step, by default 2048 on a GPU and 512 on a CPU; ValueError if it is less than max_num_seqs."""
+    """The most tokens in a step, by default 2048 on a GPU and 512 on a CPU, or max_num_seqs if that is more; ValueError if it is less than max_num_seqs."""
     if max_num_batched_tokens is None:
         return max(max_num_seqs, 2048 if device.type == "cuda" else 512)
     if max_num_batched_tokens < max_num_seqs:

@@ -92,11 +92,12 @@ def brief(error: str) -> str:
 
 
 def schema_grammar(schema: dict | bool) -> str:
+    """The library's grammar of a schema, with JSON spelled as our automata spell it."""
     return json.dumps({"grammars": [{"json_schema": schema | {"x-guidance": SPELLING} if isinstance(schema, dict) else schema}]})
 
 
 def exactly(schema: dict | bool) -> dict | bool:
-    """The schema with patterns that mean the same to the library; RequestError for numbers that it would round."""
+    """The schema with patterns that mean the same to the library; RequestError for what it would not obey exactly."""
     check_schema(schema)
     todo, all_bounds, is_joined = [(schema, "")], [], False
     while todo:
@@ -205,7 +206,10 @@ ANYTHING, EMPTY_LINES = "/(?s:.*)/", "/\\n{1,2}/"
 
 
 def parts_grammar(parts: Parts, symbols: dict[str, int]) -> str:
-    """The library's grammar of all answers. symbols: the ids of tokens that it reads as one symbol only, by name."""
+    """The library's grammar of all answers; RequestError for a schema that it would not obey exactly.
+
+    symbols: the ids of tokens that it reads as one symbol only, by name.
+    """
 
     def spelled(text: str) -> str:
         """The symbols of a text in which the names of tokens stand for these tokens."""
@@ -239,7 +243,7 @@ def parts_grammar(parts: Parts, symbols: dict[str, int]) -> str:
         kind, source = parts.content
         symbol = content_symbol(kind, source)
         if parts.thought and kind in ("regex", "choice"):
-            # The splitter would take it for the empty lines after a thought.
+            # The splitter would take it for the line breaks after a thought.
             rules.append(f"CONTENT: {symbol} & ~/\\n(?s:.*)/")
             symbol = "CONTENT"
         rules.append(f"content: {symbol}")
@@ -268,7 +272,7 @@ def parts_grammar(parts: Parts, symbols: dict[str, int]) -> str:
 
 
 def arguments_schema(tool: Tool) -> dict:
-    """The schema of a tool's arguments, as the library obeys it; any object, if it does not, and the tool is not strict."""
+    """The schema of a tool's arguments, as the library obeys it; if it does not, any object, or RequestError for a strict tool."""
     from llguidance import LLMatcher
 
     try:

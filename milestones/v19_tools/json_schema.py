@@ -488,6 +488,7 @@ def close(schema):
 
 
 def closed(schema):
+    """As `close`, for a schema that puts no others together."""
     match schema:
         case list():
             return [closed(each) for each in schema]

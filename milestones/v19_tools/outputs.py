@@ -12,7 +12,7 @@ class RequestOutput:
     prompt_ids: list[int]
     token_ids: list[int]  # including the token that ended it
     text: str  # without that token
-    finish_reason: str  # stop, length, or error: the next token's logits were not finite numbers
+    finish_reason: str  # stop, length, or error: the next token's logits were not finite numbers, or its grammar allows no token
     logprobs: list[dict[int, float]] | None  # one dict per token
     seed: int
     prompt_logprobs: list[dict[int, float] | None] | None = None  # one per prompt token; the first is None
@@ -48,5 +48,5 @@ class Stats(NamedTuple):
     cached_tokens: int = 0  # of these, the ones found in the prefix cache
     max_num_seqs: int = 0
     findable_blocks: int = 0  # blocks that the prefix cache can find
-    waits_for: str | None = None  # what the first waiting request lacked in the last step: places, blocks, tokens, or a prefix that is being computed
+    waits_for: str | None = None  # why waiting requests were left out of the last step: places, blocks, tokens, or a prefix that is being computed
     report: Report | None = None  # what has happened since the last message

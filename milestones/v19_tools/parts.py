@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .automaton import LAST_CODE, Chars, Either, Joined, Repeat, Special, Text, Then, compile_node, without
 
 ANY_TEXT = Repeat(Chars(((0, LAST_CODE),)))
-# Templates put empty lines between the parts. They belong to none.
+# Templates put line breaks between the parts. They belong to none.
 GAP = Repeat(Text("\n"), 0, 2)
 
 
@@ -36,6 +36,7 @@ class Form:
     @property
     def texts(self) -> tuple[str, ...]:
         return self.marker, self.opening, self.middle, self.closing, self.between, self.after
+
 
 class Tool(NamedTuple):
     """A function that may be called."""
@@ -83,7 +84,7 @@ def marked(text: str, special: tuple[str, ...]):
 
 
 def excluding(node, marker: str, beginning: tuple[str, ...] = ()):
-    """The node's texts, except those that contain the marker (if it is not "") or begin with one of `beginning`, perhaps after empty lines."""
+    """The node's texts, except those that contain the marker (if it is not "") or begin with one of `beginning`, perhaps after line breaks."""
     found = [Then((ANY_TEXT, Text(marker), ANY_TEXT))] if marker else []
     found += [Then((Repeat(Text("\n")), Text(text), ANY_TEXT)) for text in beginning]
     return without(compile_node(node), compile_node(Either(tuple(found)))) if found else node
@@ -105,7 +106,7 @@ def parts_node(parts: Parts, content, functions: list[tuple]):
     marker, beginning = (form.marker, () if form.marker else (form.opening,)) if form else ("", ())
 
     def said(*beginning: str):
-        """What may be said, without what would look like a call or a thought, and what the splitter would take for empty lines."""
+        """What may be said, without what would look like a call or a thought, and what the splitter would take for line breaks."""
         if content is None:
             node = ANY_TEXT
         elif parts.thought is None:
@@ -190,10 +191,10 @@ class Splitter:
         self.held = ""  # text that no part has yet
         self.num_read = 0  # characters
         self.thought_end: int | None = None  # how many of them the thought takes, its marker included, once it has ended
-        # Where what is said begins and ends, without empty lines around it; the end is known once something is called.
+        # Where what is said begins and ends, without line breaks around it; the end is known once something is called.
         self.content_begin: int | None = None
         self.content_end: int | None = None
-        self.at_begin = True  # of a part, whose empty lines are left out
+        self.at_begin = True  # of a part, whose line breaks are left out
         self.taken_from = 0  # where the text begins that was taken last
         self.read = self.read_thought if parts.thought and parts.is_open else self.read_begin if parts.thought else self.read_content
         if self.read == self.read_thought:
@@ -280,9 +281,9 @@ class Splitter:
             self.held, self.read = self.held.removeprefix(following), self.read_name
 
     def take(self, marker: str, last: bool) -> tuple[str, bool]:
-        """The text before the marker, and whether that was found; without empty lines around it.
+        """The text before the marker, and whether that was found; without line breaks around it.
 
-        What may be the beginning of the marker is held back, and so are empty lines, which may come before it.
+        What may be the beginning of the marker is held back, and so are line breaks, which may come before it.
         """
         if self.at_begin and self.parts.thought:
             self.held = self.held.lstrip("\n")

@@ -74,7 +74,7 @@ class Scheduler:
         return list(self.running)
 
     def admit(self, seq: Sequence) -> bool:
-        """Allocate seq's first blocks, preempting sequences of a later rank if it then fits; else return False, with nothing changed."""
+        """Allocate seq's first blocks, preempting sequences of a later rank if it then fits; else return False, with no block taken and nobody preempted."""
         ahead = self.running[: bisect_left(self.running, seq.rank, key=lambda other: other.rank)]
         if len(ahead) + len(self.passed) >= self.max_num_seqs:
             return False

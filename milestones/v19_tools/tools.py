@@ -78,6 +78,7 @@ class Family(NamedTuple):
         return Parts(thought=thought, is_open=bool(is_open), special=special, **others)
 
     def new_call_id(self) -> str:
+        """A random id, as long as the form wants it; else OpenAI's prefix and 24 digits."""
         size = self.form.id_size if self.form else 24
         return uuid4().hex[:size] if size < 24 else f"call_{uuid4().hex[:size]}"
 

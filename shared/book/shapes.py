@@ -253,7 +253,7 @@ class Follower:
 
 @contextmanager
 def tracing(package_dir: Path):
-    """Check the package's shape comments while the block runs; yields the report, which is complete afterwards."""
+    """Check the package's shape comments while the block runs; yields the report, which is complete afterward."""
     tracer = Tracer(Path(package_dir))
     before, before_threads = sys.gettrace(), threading.gettrace()
     sys.settrace(tracer.on_call)

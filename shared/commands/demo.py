@@ -2,7 +2,7 @@
 
     make demo
 
-Only the chapters that do this work differently from the one before race, and the last one; the others run afterwards.
+Only the chapters that do this work differently from the one before race, and the last one; the others run afterward.
 Then there is a second race, for those that differ only when the cache is too small: some of the questions, with a
 system prompt, and max_tokens far above what is generated.
 

@@ -70,7 +70,7 @@ def leave(chapter, engine, count: int, seed: int) -> dict[str, int]:
     """Run `count` clients with different kinds of requests, many of which disconnect at a random moment; how many left and stayed.
 
     Raises:
-        AssertionError: if server or engine still hold any of their requests afterwards.
+        AssertionError: if server or engine still hold any of their requests afterward.
     """
     rng, how, doors = random.Random(seed), {"left": 0, "stayed": 0}, asyncio.Semaphore(12)
 

@@ -343,7 +343,7 @@ def levers(book: Book, chapter: Chapter | None) -> list[str]:
 
 ADMISSION = "python -m shared.bench.admission --write"
 # The names of ways that are rules of other engines, as a table shows them.
-RULES = {"reserve 0, as vLLM": "0, and no admission in a step that preempted", "reserve 0, watermark": "0, with a watermark of 1 %"}
+RULES = {"reserve 0, as vLLM": "0, and no admission in a step that preempted", "reserve 0, watermark": "0, with a watermark of 1%"}
 
 
 def admission(book: Book, chapter: Chapter | None) -> list[str]:
