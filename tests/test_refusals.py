@@ -3,11 +3,12 @@ import json
 import os
 import shutil
 from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from shared.checkpoints import checkpoint
 
@@ -204,6 +205,15 @@ def test_a_tokenizer_that_is_not_there_or_broken(refused, copy_of):
     assert "Field 'use_cache' expected bool" in refused(copy_of("qwen3", use_cache=None))
     (path / "tokenizer.json").unlink()
     assert f"{path} has no tokenizer" in refused(path)
+
+
+def test_a_tokenizer_of_another_library_is_refused_with_a_remedy(module, copy_of, monkeypatch):
+    """With mistral-common installed, transformers reads tekken.json with it, even if there is a tokenizer.json."""
+    path = copy_of("mistral")
+    (path / "tekken.json").write_text("{}")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: SimpleNamespace())
+    with pytest.raises(ValueError, match="is a SimpleNamespace, which is not supported; remove tekken.json, or uninstall mistral-common"):
+        module("text").load_tokenizer(path)
 
 
 # ---- tensors

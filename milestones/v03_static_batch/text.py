@@ -24,6 +24,9 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     # The tokenizers library raises plain Exception for a file that it cannot parse.
     except Exception as error:
         raise ValueError(f"the tokenizer of {model_dir} cannot be read: {' '.join(str(error).split())}") from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        hint = "; remove tekken.json, or uninstall mistral-common" if (model_dir / "tekken.json").is_file() else ""
+        raise ValueError(f"the tokenizer of {model_dir} is a {type(tokenizer).__name__}, which is not supported{hint}")
     # transformers uses it only to warn about long prompts, which the engine itself rejects.
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
