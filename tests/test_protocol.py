@@ -231,6 +231,7 @@ def test_half_a_character_is_refused_where_it_would_be_used_and_ignored_where_th
 def test_other_paths_and_methods_have_the_same_body(server):
     for response, status in (
         (HTTP.get(f"{server.url}/v1/nothing"), 404),
+        (HTTP.post(f"{server.url}/v1/completions/", json={}), 404),
         (HTTP.get(f"{server.url}/nothing"), 404),
         (HTTP.get(f"{server.url}/v1/completions"), 405),
         (HTTP.delete(f"{server.url}/v1/models"), 405),
@@ -409,11 +410,12 @@ def test_the_spelling_of_more_tokens_than_the_context_has_is_refused(server):
     assert_names(post(server, "/tokenize", {"prompt": "x " * 600, "return_token_strs": True}), "return_token_strs")
 
 
-def test_a_cache_option_that_is_no_note_is_refused(server):
+def test_a_cache_option_that_would_change_something_is_refused(server):
     body = {"model": "pocket", "messages": [TURN], "max_tokens": 1}
     assert post(server, "/v1/chat/completions", body | {"prompt_cache_options": {"mode": "explicit", "prewarm": False, "comparison_response_id": None}}).status_code == 200
     error = post(server, "/v1/chat/completions", body | {"prompt_cache_options": {"prewarm": True}}).json()["error"]
-    assert error["param"] == "prompt_cache_options" and "prewarm is not supported here; leave it out" in error["message"]
+    assert error["param"] == "prompt_cache_options.prewarm" and "prewarm is not supported here; leave it out" in error["message"]
+    assert_names(post(server, "/v1/chat/completions", body | {"prompt_cache_options": {"mode": "bogus"}}), "prompt_cache_options.mode")
     assert_names(post(server, "/v1/chat/completions", body | {"best_of": 4}), "best_of")
 
 

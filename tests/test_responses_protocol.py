@@ -5,7 +5,8 @@ import typing
 import openai
 import pydantic
 import pytest
-from openai.types.responses import response_create_params
+from openai.types.responses import FunctionToolParam, response_create_params
+from openai.types.shared_params import Reasoning
 from transformers import AutoTokenizer
 
 from shared.checkpoints import POCKET
@@ -40,6 +41,16 @@ def test_every_parameter_that_the_official_client_knows_works_or_is_refused(mode
     assert not set(model.model_fields) & set(model.refused)
 
 
+def test_so_does_every_field_of_a_parameter(chapter):
+    protocol = importlib.import_module(f"milestones.{chapter.name}.responses_protocol")
+    parts = [(protocol.Reasoning, Reasoning), (protocol.ResponseRequest.model_fields["prompt_cache_options"].annotation, response_create_params.PromptCacheOptions)]
+    if "tools" in chapter.capabilities:
+        parts.append((protocol.ResponseTool, FunctionToolParam))
+    for part, documented in parts:
+        fields, [part] = set(typing.get_type_hints(documented)), [each for each in (part, *typing.get_args(part)) if hasattr(each, "model_fields")]
+        assert fields <= set(part.model_fields) | set(part.refused), part
+
+
 def test_a_refused_parameter_is_named_and_its_inert_values_are_let_through(server, model):
     inert = {}
     for name, values in model.refused.items():
@@ -60,6 +71,11 @@ def test_a_refused_parameter_is_named_and_its_inert_values_are_let_through(serve
         ({"include": ["reasoning.encrypted_content", "everything"]}, "include[1]"),
         ({"include": ["reasoning.encrypted_content"], "top_logprobs": 1}, "top_logprobs"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
+        ({"reasoning": {"context": "all_turns"}}, "reasoning.context"),
+        ({"prompt_cache_options": {"ttl": "1h"}}, "prompt_cache_options.ttl"),
+        ({"prompt_cache_retention": "long"}, "prompt_cache_retention"),
+        ({"max_tokens": 5}, "max_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"background": True, "stream": True}, "background"),
         ({"background": True, "store": False}, "background"),

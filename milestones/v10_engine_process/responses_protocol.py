@@ -26,6 +26,8 @@ Includable = Literal[
 class Reasoning(Strict):
     """Options for reasoning, which is not implemented. A summary may be requested, but is never produced."""
 
+    refused: ClassVar = {"context": ["auto"], "mode": ["standard"]}
+
     effort: Literal["none"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = Field(None, description="older name of summary")
@@ -61,11 +63,16 @@ class ResponseRequest(Labels):
         "ignore_eos": [False],
         "conversation": [],
         "image": [],
+        "logprobs": [False],
+        "max_completion_tokens": [],
+        "max_tokens": [],
         "max_tool_calls": [],
         "moderation": [],
+        "n": [1],
         "parallel_tool_calls": [True, False],
         "prompt": [],
         "previous_input_messages": [[]],
+        "reasoning_effort": ["none"],
         "seed": [],
         "service_tier": ["auto", "default"],
         "stop": [[]],
@@ -76,6 +83,7 @@ class ResponseRequest(Labels):
         "tools": [[]],
         "top_k": [0, -1],
         "truncation": ["disabled"],
+        "verbosity": ["medium"],
     }
     counted: ClassVar = "input"
 

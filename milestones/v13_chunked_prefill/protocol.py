@@ -8,7 +8,7 @@ import time
 import uuid
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from .errors import ApiError
@@ -151,20 +151,22 @@ def few(value: Any) -> Any:
     return value
 
 
-def no_prewarm(value: dict) -> dict:
-    """Return value; ValueError if it asks for a prompt to be computed without an answer."""
-    if value.get("prewarm"):
-        raise ValueError("prewarm is not supported here; leave it out")
-    return value
+class CacheOptions(Strict):
+    """Wishes for a cache, which change nothing here."""
+
+    refused = {"comparison_response_id": [], "prewarm": [False]}
+
+    mode: Literal["implicit", "explicit"] = "implicit"
+    ttl: Literal["30m", "12h"] = "30m"
 
 
 class Labels(Body):
-    """Parameters that do not affect the answer. They are accepted, and returned where OpenAI's API returns them."""
+    """Parameters that do not affect the answer, and are accepted."""
 
     metadata: Annotated[dict[Key, Note], BeforeValidator(few)] = {}
     prompt_cache_key: Note | None = None
-    prompt_cache_options: Annotated[dict[Key, Note | bool | int | None], BeforeValidator(few), AfterValidator(no_prewarm)] | None = None
-    prompt_cache_retention: Note | None = None
+    prompt_cache_options: CacheOptions | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     request_id: Note | None = None
     safety_identifier: Note | None = None
     user: Note | None = None
@@ -225,7 +227,7 @@ class GenerationRequest(Labels):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions"""
 
-    refused = PENALTIES | EXTENSIONS | {"add_special_tokens": [True], "prompt_embeds": [], "suffix": [""]}
+    refused = PENALTIES | EXTENSIONS | {"add_special_tokens": [True], "max_completion_tokens": [], "max_output_tokens": [], "prompt_embeds": [], "suffix": [""], "top_logprobs": [0]}
     counted = "prompt"
 
     prompt: Text | TokenIds | Texts | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)] = Field(
@@ -289,6 +291,7 @@ class ChatRequest(GenerationRequest):
         "echo": [False],
         "function_call": ["none", "auto"],
         "functions": [[]],
+        "max_output_tokens": [],
         "modalities": [["text"]],
         "moderation": [],
         "parallel_tool_calls": [True, False],
@@ -341,7 +344,7 @@ class TokenizeRequest(Body):
     @model_validator(mode="after")
     def check_pairs(self):
         if (self.prompt is None) == (self.messages is None):
-            raise ApiError(400, "send either prompt or messages, not both", "prompt")
+            raise ApiError(400, "send a prompt or messages, and only one of them", "prompt")
         if self.messages and "add_special_tokens" in self.model_fields_set and self.add_special_tokens:
             raise ApiError(400, "add_special_tokens is not supported for messages, whose template adds its own; leave it out", "add_special_tokens")
         return self

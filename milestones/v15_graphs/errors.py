@@ -139,7 +139,7 @@ async def on_invalid_body(request: Request, error: RequestValidationError) -> Re
         name = deepest[0]["ctx"]["name"]
         param = f"{param}.{name}" if param else name
         return error_response(ApiError(400, f"{param} {deepest[0]['msg']}", param))
-    messages = dict.fromkeys(complaint["msg"] for complaint in complaints)
+    messages = dict.fromkeys(complaint["msg"].removeprefix("Value error, ") for complaint in complaints)
     return error_response(ApiError(400, f"{param or 'the body'}: {', or '.join(messages)}", param or None, "invalid_value"))
 
 

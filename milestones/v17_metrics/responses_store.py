@@ -105,7 +105,7 @@ class Run:
             "reasoning": {"effort": body.reasoning.effort, "summary": body.reasoning.summary or body.reasoning.generate_summary},
             "safety_identifier": body.safety_identifier,
             "prompt_cache_key": body.prompt_cache_key,
-            "prompt_cache_options": body.prompt_cache_options,
+            "prompt_cache_options": body.prompt_cache_options and body.prompt_cache_options.model_dump(),
             "prompt_cache_retention": body.prompt_cache_retention,
             "service_tier": "default",
             "store": body.store,

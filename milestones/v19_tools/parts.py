@@ -305,6 +305,6 @@ def arguments_of(text: str) -> dict:
     """The arguments that a client sends back, as a dict; "" is none. ValueError if they are no JSON object."""
     arguments = json.loads(text or "{}")
     if not isinstance(arguments, dict):
-        raise ValueError(f"it must be a JSON object, got {text[:40]}")
+        raise ValueError(f"got {text[:40]}")
     json.dumps(arguments, allow_nan=False)  # fails for NaN and infinity, which Python's parser takes
     return arguments

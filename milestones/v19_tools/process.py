@@ -55,6 +55,7 @@ def create_app(service: Service) -> FastAPI:
         title="stepserve",
         lifespan=lifespan,
         exception_handlers=HANDLERS,
+        redirect_slashes=False,  # a proxy's clients cannot follow to the address that this server knows
     )
     app.state.service = service
     app.state.responses = Store()

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from .bodies import MAX_PARTS, count_parts
@@ -154,20 +154,22 @@ Options = Annotated[dict[str, Any], BeforeValidator(few)]  # of the chat templat
 ReasoningEffort = Annotated[Literal["none"] | None, Field(description="none: without a thought, if the checkpoint can do that")]
 
 
-def no_prewarm(value: dict) -> dict:
-    """Return value; ValueError if it asks for a prompt to be computed without an answer."""
-    if value.get("prewarm"):
-        raise ValueError("prewarm is not supported here; leave it out")
-    return value
+class CacheOptions(Strict):
+    """Wishes for a cache, which change nothing here."""
+
+    refused = {"comparison_response_id": [], "prewarm": [False]}
+
+    mode: Literal["implicit", "explicit"] = "implicit"
+    ttl: Literal["30m", "12h"] = "30m"
 
 
 class Labels(Body):
-    """Parameters that do not affect the answer. They are accepted, and returned where OpenAI's API returns them."""
+    """Parameters that do not affect the answer, and are accepted."""
 
     metadata: Annotated[dict[Key, Note], BeforeValidator(few)] = {}
     prompt_cache_key: Note | None = None
-    prompt_cache_options: Annotated[dict[Key, Note | bool | int | None], BeforeValidator(few), AfterValidator(no_prewarm)] | None = None
-    prompt_cache_retention: Note | None = None
+    prompt_cache_options: CacheOptions | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     request_id: Note | None = None
     safety_identifier: Note | None = None
     user: Note | None = None
@@ -432,7 +434,7 @@ class GenerationRequest(Shaped):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions"""
 
-    refused = EXTENSIONS | {"add_special_tokens": [True], "prompt_embeds": [], "suffix": [""]}
+    refused = EXTENSIONS | {"add_special_tokens": [True], "max_completion_tokens": [], "max_output_tokens": [], "prompt_embeds": [], "suffix": [""], "top_logprobs": [0]}
     counted = "prompt"
 
     prompt: Text | TokenIds | Texts | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)] = Field(
@@ -570,7 +572,9 @@ def plain_call(call_id: str, name: str, arguments: str, param: str) -> dict[str,
     """A call as chat templates expect it; ApiError if its arguments are no JSON object."""
     try:
         plain = arguments_of(arguments)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ApiError(400, f"{param} is nested too deeply; send fewer levels", param) from None
+    except ValueError as error:
         raise ApiError(400, f"{param} must be a JSON object: {str(error).partition(';')[0]}; if the answer was cut off, leave the call out", param) from None
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": plain}}
 
@@ -601,7 +605,8 @@ class Message(Strict):
     def check_role(self):
         missing = "is missing; a message with the role {role} needs it"
         misplaced = "is not for a message with the role {role}; leave it out"
-        if self.content is None and not (self.role == "assistant" and (self.tool_calls or (self.model_extra or {}).get("reasoning_content"))):
+        # An answer that was cut off may have no part at all.
+        if self.content is None and self.role != "assistant":
             raise PydanticCustomError("refused", missing, {"name": "content", "role": self.role})
         if self.tool_calls and self.role != "assistant":
             raise PydanticCustomError("refused", misplaced, {"name": "tool_calls", "role": self.role})
@@ -657,6 +662,7 @@ class ChatRequest(GenerationRequest):
         "echo": [False],
         "function_call": ["none", "auto"],
         "functions": [[]],
+        "max_output_tokens": [],
         "modalities": [["text"]],
         "moderation": [],
         "prediction": [],
@@ -726,7 +732,7 @@ class TokenizeRequest(Body):
     @model_validator(mode="after")
     def check_pairs(self):
         if (self.prompt is None) == (self.messages is None):
-            raise ApiError(400, "send either prompt or messages, not both", "prompt")
+            raise ApiError(400, "send a prompt or messages, and only one of them", "prompt")
         for name in ("tools", "chat_template_kwargs", "reasoning_effort"):
             if self.prompt is not None and getattr(self, name):
                 raise ApiError(400, f"{name} needs messages, not a prompt; leave it out", name)

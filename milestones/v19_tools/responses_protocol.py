@@ -28,6 +28,8 @@ Includable = Literal[
 class Reasoning(Strict):
     """Options for thoughts. A summary may be requested, but is never produced."""
 
+    refused: ClassVar = {"context": ["auto"], "mode": ["standard"]}
+
     effort: Literal["none"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = Field(None, description="older name of summary")
@@ -142,6 +144,7 @@ class ResponseTool(Strict):
     """A function that may be called. Other fields are passed to the chat template."""
 
     model_config = ConfigDict(extra="allow")
+    refused: ClassVar = {"allowed_callers": [["direct"]], "async": [False], "defer_loading": [False], "output_schema": []}
 
     type: Literal["function"]
     name: FunctionName
@@ -193,10 +196,15 @@ class ResponseRequest(Shaped):
         "ignore_eos": [False],
         "conversation": [],
         "image": [],
+        "logprobs": [False],
+        "max_completion_tokens": [],
+        "max_tokens": [],
         "max_tool_calls": [],
         "moderation": [],
+        "n": [1],
         "prompt": [],
         "previous_input_messages": [[]],
+        "reasoning_effort": ["none"],
         "seed": [],
         "service_tier": ["auto", "default"],
         "stop": [[]],
@@ -205,6 +213,7 @@ class ResponseRequest(Shaped):
         "response_format": [{"type": "text"}],
         "top_k": [0, -1],
         "truncation": ["disabled"],
+        "verbosity": ["medium"],
     }
     counted: ClassVar = "input"
 

@@ -159,7 +159,11 @@ def encode_turns(
 
 def without_thought(family: Family, options: dict[str, Any], effort: str | None, param: str) -> dict[str, Any]:
     """The options of the chat template for this reasoning effort, which may be "none". param: where the request has it."""
-    if effort is None or family.thought is None or "enable_thinking" in options:
+    if effort is None or family.thought is None:
+        return options
+    if "enable_thinking" in options:
+        if options["enable_thinking"]:
+            raise RequestError(f"{param} is {effort}, but enable_thinking in chat_template_kwargs is not false; send only one of them", param)
         return options
     if "enable_thinking" not in family.options:
         raise RequestError(f"{param} is none, but this checkpoint always thinks; leave it out", param)

@@ -1049,6 +1049,11 @@ def test_a_response_chooses_tools_as_chat_does(server):
     assert [item["type"] for item in answer["output"]] == ["message"]
 
 
+def test_an_answer_without_any_part_can_be_sent_back(server):
+    """It is cut off before its thought has begun. Clients append the message to the conversation, whatever it holds."""
+    ask(server, messages=[*ASKED, {"role": "assistant", "content": None, "refusal": None}, *ASKED], max_tokens=1)
+
+
 # ---- what is refused
 
 USED = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
@@ -1064,9 +1069,9 @@ REFUSED = (
     ({"messages": [{"role": "user", "content": "a", "tool_call_id": "c1"}]}, "messages[0].tool_call_id", "is not for a message with the role user"),
     ({"messages": [{"role": "user", "content": "a", "tool_calls": [USED]}]}, "messages[0].tool_calls", "is not for a message with the role user"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "is missing"),
-    ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content", "is missing"),
+    ({"messages": [{"role": "system", "content": None}]}, "messages[0].content", "is missing"),
     (called_with(function={"name": "add", "arguments": '{"a": 1'}), "messages[1].tool_calls[0].function.arguments", "if the answer was cut off"),
-    (called_with(function={"name": "add", "arguments": "[1]"}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
+    (called_with(function={"name": "add", "arguments": "[1]"}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object: got [1]; if"),
     (called_with(function={"name": "add", "arguments": "{" * 3000}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
     (called_with(function={"name": "add", "arguments": '{"a": NaN}'}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
     (called_with(function={"name": "add", "arguments": '{"a": 1e400}'}), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
@@ -1282,7 +1287,9 @@ def test_no_effort_is_no_thought_or_refused(module):
     form = tools.FORMS["hermes"]
     thinks = tools.Family(form, True, ("<think>", "</think>"), frozenset({"enable_thinking"}), ())
     assert tools.without_thought(thinks, {}, "none", "reasoning_effort") == {"enable_thinking": False}
-    assert tools.without_thought(thinks, {"enable_thinking": True}, "none", "reasoning_effort") == {"enable_thinking": True}
+    assert tools.without_thought(thinks, {"enable_thinking": False}, "none", "reasoning_effort") == {"enable_thinking": False}
+    with pytest.raises(module("params").RequestError, match="reasoning_effort is none, but enable_thinking in chat_template_kwargs is not false; send only one of them"):
+        tools.without_thought(thinks, {"enable_thinking": True}, "none", "reasoning_effort")
     assert tools.without_thought(thinks, {}, None, "reasoning_effort") == {}
     assert tools.without_thought(thinks._replace(thought=None), {}, "none", "reasoning_effort") == {}
     with pytest.raises(module("params").RequestError, match="reasoning.effort is none, but this checkpoint always thinks; leave it out") as caught:
