@@ -67,16 +67,15 @@ class Scheduler:
             self.swap.load(seq.swap_table, seq.block_table, seq.num_published)
         if not self.waiting:
             self.waits_for = None
-        elif len(self.running) == self.max_num_seqs:
-            self.waits_for = "places"
         elif not self.budget:
-            self.waits_for = "tokens"
+            self.waits_for = "places" if len(self.running) == self.max_num_seqs else "tokens"
         return list(self.running)
 
     def admit(self, seq: Sequence) -> bool:
         """Allocate seq's first blocks, preempting sequences of a later rank if it then fits; else return False, with no block taken and nobody preempted."""
         ahead = self.running[: bisect_left(self.running, seq.rank, key=lambda other: other.rank)]
         if len(ahead) + len(self.passed) >= self.max_num_seqs:
+            self.waits_for = "places"
             return False
         found = self.find(seq)
         if self.awaits(seq, len(found), ahead):

@@ -643,6 +643,17 @@ def test_the_scheduler_says_why_the_first_of_the_queue_waits(new_engine, Params,
         assert engine.stats().waits_for is None
 
 
+def test_a_request_that_could_take_anothers_place_waits_for_blocks(new_engine, Params, ids):
+    """More places would not help it."""
+    engine = new_engine(num_blocks=12, block_size=4, max_num_seqs=2, reserve_tokens=0)
+    engine.add_request(ids(30), Params(max_tokens=8, priority=-1, ignore_eos=True))
+    engine.add_request(ids(3), Params(max_tokens=6, priority=5, ignore_eos=True))
+    engine.step()
+    engine.add_request(ids(30), Params(max_tokens=2, ignore_eos=True))
+    engine.step()
+    assert len(engine.scheduler.running) == 2 and engine.stats().waits_for == "blocks"
+
+
 def test_the_page_says_when_the_engine_is_silent_or_dead(new_metrics):
     metrics = new_metrics()
     assert metrics.picture(0, 2.9)["advice"] == ["Nothing that a flag would change."]
