@@ -23,8 +23,8 @@ from .text import drops_first_space, special_tokens, vocabulary_bytes
 BACKENDS = ("auto", "own", "llguidance")
 # The compiled grammars that are kept, and how many are compiled at a time.
 MOST_GRAMMARS, MOST_BYTES, COMPILERS = 256, 64 * 2**20, 2
-# How many may wait for their turn, and how long a failure is kept that may be none in a while.
-MOST_PENDING, RETRY_S = 32, 5.0
+# How many may wait for their turn, and how long a failure is kept that may be none in a while: for calls that wait, and once one has read it.
+MOST_PENDING, UNREAD_S, RETRY_S = 32, 60.0, 5.0
 NUMBERS = itertools.count()
 
 
@@ -134,7 +134,7 @@ class Grammars:
         return OwnGrammar(compile_here("regex", ESCAPES), self)
 
     def tokenizer_json(self) -> tuple[str, int]:
-        return self.tokenizer.backend_tokenizer.to_str(), self.vocab_size
+        return self.tokenizer.backend_tokenizer.to_str(), self.guidance.num_ids
 
     def compile_by_library(self, kind: str, source, compile_own: Callable) -> GuidanceGrammar:
         text = self.guidance.text(kind, source)
@@ -160,6 +160,8 @@ class Grammars:
         if is_new:
             self.compile(future, constraint, compile_here)
         if error := future.exception():
+            if future.until < float("inf"):
+                future.until = min(future.until, time.monotonic() + RETRY_S)
             # Each raise adds its frames to a traceback, which would keep every prompt that the error has refused.
             raise error.with_traceback(None)
         return future.result()
@@ -210,9 +212,9 @@ class Grammars:
         return future, True
 
     def end(self, future: Promise, error: BaseException) -> None:
-        """Give a future an error. What may be other in a while is kept only for RETRY_S."""
+        """Give a future an error. What may be other in a while is kept only until it has been read; a call reads it after a step, which may be long."""
         if isinstance(error, NotNow) or not isinstance(error, RequestError):
-            future.until = time.monotonic() + RETRY_S
+            future.until = time.monotonic() + UNREAD_S
         # A panic of the library is no Exception.
         future.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 

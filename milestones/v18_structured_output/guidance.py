@@ -39,8 +39,11 @@ class Guidance:
         except ImportError:
             raise ValueError("this needs the package llguidance, which is not installed; pip install llguidance") from None
         self.vocab_size = vocab_size
+        # A tokenizer may have tokens for which the model has no logits.
+        self.num_ids = max(vocab_size, *(token_id + 1 for token_id in tokenizer.get_vocab().values()))
+        self.last_byte = 0xFF >> -vocab_size % 8  # of a mask: the bits of tokens
         try:
-            self.tokenizer = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(end_ids) or None)
+            self.tokenizer = from_tokenizer(tokenizer, n_vocab=self.num_ids, eos_token=list(end_ids) or None)
         except Exception as error:
             raise ValueError(f"llguidance cannot read this tokenizer: {error}") from None
         self.first_mask = None  # of a new text's first token, if its text will lack a space: it must not begin with one
@@ -216,11 +219,12 @@ class GuidanceMatcher:
 
     def mask(self) -> np.ndarray:
         """A bit for each token, [V / 8] uint8, whether it is allowed; all 0 if the library gave up."""
-        bits = np.zeros(-(-self.guidance.vocab_size // 32), np.int32)
+        bits = np.zeros(-(-self.guidance.num_ids // 32), np.int32)
         self.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         if self.matcher.is_error():
             bits[:] = 0
         bits = bits.view(np.uint8)[: -(-self.guidance.vocab_size // 8)]
+        bits[-1] &= self.guidance.last_byte
         if self.drops_space:
             bits = bits & self.guidance.first_mask
         return bits if self.guard is None else bits & self.guard.mask()

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Literal
 
 import httpx
@@ -38,7 +39,7 @@ from transformers import (
 )
 
 from shared.chapters import ROOT
-from shared.checkpoints import checkpoint
+from shared.checkpoints import RANDOM, checkpoint, write_checkpoint
 from shared.verify import json_suite
 from shared.verify.reference import reference
 from shared.verify.serving import serving, wait_until
@@ -917,6 +918,41 @@ def test_a_grammar_that_exceeded_the_limits_is_never_compiled_without_them(modul
     assert not engine.compile_grammars([Params(regex="a+")], told.set, lambda: True) and told.wait(20)
     engine.add_request(ids(4), Params(regex="a+"))
     engine.close()
+
+
+def test_a_refusal_is_kept_until_the_step_is_over_whose_end_its_call_waits_for(module, new_engine, Params, ids, monkeypatch):
+    """A call asks again only after the step; if its refusal were forgotten by then, it would be compiled again, in each long step."""
+    loop, engine, inbox, sent, compiled = module("engine_loop"), new_engine(), queue.SimpleQueue(), [], []
+
+    def slow(kind, source):
+        compiled.append(source)
+        raise module("compiler").NotNow("regex takes too long", "regex")
+
+    monkeypatch.setattr(module("grammars"), "compile_apart", slow)
+    monkeypatch.setattr(module("grammars"), "RETRY_S", 0.01)
+    engine_loop = loop.EngineLoop(engine, inbox, lambda message, stats: sent.append(message))
+    for number in (1, 2):
+        inbox.put(loop.Add(number, [(ids(4), Params(regex="a+"))], None))
+        assert engine_loop.read_messages() and not sent
+        time.sleep(0.3)  # a step
+        assert engine_loop.read_messages()
+        assert isinstance(sent.pop(), loop.Refused) and len(compiled) == number
+        # From now on, others may try it again.
+        time.sleep(0.1)
+    engine.close()
+
+
+def test_tokens_for_which_the_model_has_no_logits_are_never_allowed(chapter, tmp_path, Params):
+    """Tokens were added for a fine-tuning, and the embedding was left as it is: the library refused such a tokenizer."""
+    write_checkpoint(replace(RANDOM["llama"], num_layers=1, vocab_size=365), tmp_path)
+    engine = chapter.load().Engine(tmp_path)
+    assert len(engine.tokenizer) > 365
+    for grammar in ({"json_object": True}, {"grammar": "start: /[^x]*/"}, {"regex": "[^x]{5,9}"}):
+        params = Params(max_tokens=6, temperature=1.0, **grammar)
+        mask = engine.grammars.get(params.constraint).start(False).mask()
+        assert len(mask) == 46 and mask.any() and not mask[-1] >> 5, grammar
+        [output] = engine.generate([[3, 4, 5]], params)
+        assert output.token_ids and output.finish_reason in ("stop", "length")
 
 
 def test_a_grammar_that_nobody_waits_for_any_more_is_not_compiled(module, new_engine, Params, ids, monkeypatch):
