@@ -15,7 +15,7 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/stepserve/stepserve/blob/main/notebooks/v13_chunked_prefill.ipynb)
 #
 # You let a long prompt stop eight streams, then give each step a budget, follow four requests from step to step, measure gaps for
-# six budgets, check that pieces change no result, break the one line that moves a prompt forward, and predict a decision of
+# six budgets, check that pieces change no result, remove the loop that moves a prompt forward, and predict a decision of
 # vLLM's scheduler. Times differ from machine to machine; counts do not. Plan about twenty minutes. Before each run there is a
 # question: write your answer down first.
 
@@ -232,8 +232,8 @@ axes.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# The gap grows with the budget. Tiny pieces are bad for the long prompt, because each step has a cost of its own. With medium ones
-# its first token comes no later than in v12, and often earlier: a whole prompt computes the scores of all pairs of its tokens,
+# The gap grows with the budget. Tiny pieces are bad for the long prompt, because each step has a cost of its own. With those of a few
+# hundred its first token comes no later than in v12, and often earlier: a whole prompt computes the scores of all pairs of its tokens,
 # and then masks half of them.
 #
 # The budget counts tokens, but a stream waits for time. Are the steps of one prompt equally long? The next plot shows the gaps of

@@ -99,7 +99,7 @@ class Run:
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata,
             "model": body.model,
-            "output": [self.item()] if self.answer.num_tokens or self.status in ("completed", "incomplete") else [],
+            "output": [self.item()] if self.answer.num_tokens else [],
             "parallel_tool_calls": True,
             "previous_response_id": body.previous_response_id,
             "reasoning": {"effort": body.reasoning.effort, "summary": body.reasoning.summary or body.reasoning.generate_summary},

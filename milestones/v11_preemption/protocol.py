@@ -271,8 +271,7 @@ class Message(Strict):
 
     def plain(self) -> dict[str, Any]:
         """Return the turn as chat templates expect it, with its other fields."""
-        others = {name: value for name, value in self.model_extra.items() if name not in self.refused}
-        return others | plain_turn(self.role, self.content)
+        return self.model_extra | plain_turn(self.role, self.content)
 
 
 class ChatRequest(GenerationRequest):

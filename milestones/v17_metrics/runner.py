@@ -101,7 +101,7 @@ class Runner:
         return next((size for size in self.sizes if size >= num_seqs), num_seqs)
 
     def update_tables(self, seqs: list[Sequence]) -> list[int]:
-        """Write to each sequence's row what its block table has in addition; return the rows that have changed."""
+        """Write to each sequence's row the blocks that its block table has gained; return the rows that have changed."""
         changed = []
         for row, seq in enumerate(seqs):
             table, held = self.tables[row]
