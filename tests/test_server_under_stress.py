@@ -2,6 +2,8 @@
 import importlib
 import json
 import os
+import resource
+import select
 import signal
 import socket
 import struct
@@ -33,6 +35,48 @@ def test_a_client_that_hangs_up_ends_its_request(chapter, engine, stream):
 def test_50_clients_that_leave_at_random_moments_leave_nothing_behind(chapter, engine):
     how = leave(chapter, engine, 50, seed=1)
     assert min(how.values()) > 0, how
+
+
+@pytest.mark.parametrize("process", [("--keep-alive", "1")], indirect=True)
+def test_a_connection_on_which_no_whole_request_comes_is_closed(chapter, process):
+    """Nothing, a half head, a half body, and each of them again after an answer; a stream is longer, and goes on."""
+    host, port = "127.0.0.1", int(process.url.split(":")[-1])
+    raw = json.dumps(LONG | {"max_tokens": 1900, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n".encode()
+    stream = socket.create_connection((host, port))
+    stream.sendall(head + raw)
+    connections = []
+    for first in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
+        for sent in (b"", head[:40], head + raw[:5]):
+            connections.append(socket.create_connection((host, port)))
+            connections[-1].sendall(first + sent)
+    began, left = time.monotonic(), list(connections)
+    while left and time.monotonic() - began < 10:
+        for connection in select.select(left, [], [], 0.5)[0]:
+            try:
+                is_open = connection.recv(4096)
+            except ConnectionResetError:
+                is_open = b""
+            if not is_open:
+                left.remove(connection)
+    assert not left and 0.5 < time.monotonic() - began < 5
+    said = b""
+    while not said.endswith(b"0\r\n\r\n"):
+        said += (piece := stream.recv(65536))
+        assert piece, said[-200:]
+    assert b"[DONE]" in said and time.monotonic() - began > 2
+    for connection in (stream, *connections):
+        connection.close()
+
+
+def test_as_many_connections_are_allowed_as_the_system_allows(module):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+        module("process").allow_connections()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.needs("openai")

@@ -5,11 +5,12 @@ import json
 import logging
 import multiprocessing
 import os
+import resource
 import shlex
 import socket
 import sys
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import NoReturn
 
 import uvicorn
@@ -78,11 +79,32 @@ class HeadAsGet:
 
 
 class Connection(asyncio.BufferedProtocol, H11Protocol):
-    """Reads little at a time, since parsing thousands of tiny chunks at once would keep all other clients waiting."""
+    """Reads little at a time, since parsing thousands of tiny chunks at once would keep all other clients waiting.
+
+    It is closed if no whole request comes: uvicorn's own timer begins with an answer, and ends with a first byte.
+    """
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.buffer = memoryview(bytearray(READ_BYTES))
+        self.waited_for = None  # the request at the last check
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.next_check = self.loop.call_later(self.timeout_keep_alive, self.check)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.next_check.cancel()
+        super().connection_lost(error)
+
+    def check(self) -> None:
+        """Close the connection if it has waited for the same request since the last check."""
+        request = self.cycle
+        is_waiting = request is None or request.response_complete or request.more_body
+        if is_waiting and request is self.waited_for:
+            self.transport.close()
+        self.waited_for = request
+        self.next_check = self.loop.call_later(self.timeout_keep_alive, self.check)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return the memory that asyncio reads into."""
@@ -150,6 +172,14 @@ def bind(host: str, port: int) -> socket.socket:
         raise unavailable(host, port, error) from None
 
 
+def allow_connections() -> None:
+    """Let the process open as many files, and connections are files, as the system allows; by default it may be a thousand."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Not every system accepts its own limit.
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def unavailable(host: str, port: int, error: Exception) -> ValueError:
     return ValueError(f"cannot listen on {host}:{port}: {error}; choose another host or port (0 picks a free port)")
 
@@ -161,6 +191,7 @@ def serve(service: Service, bound: socket.socket, keep_alive_s: int) -> NoReturn
         bound.listen()
     except OSError as error:
         raise unavailable(*bound.getsockname()[:2], error) from None
+    allow_connections()
     app = create_app(service)
     app.openapi()  # build the schema now rather than on the first request for it; it is cached
     times = dict(timeout_keep_alive=keep_alive_s, timeout_graceful_shutdown=GOODBYE_S)
