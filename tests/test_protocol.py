@@ -1,5 +1,6 @@
 """The service's protocol, tested without a model: the engine behind it computes nothing."""
 import gzip
+import http.client
 import importlib
 import json
 import socket
@@ -299,6 +300,15 @@ def test_a_body_that_is_too_large_is_413(server, chunked):
     content = (body[i : i + 2**20] for i in range(0, len(body), 2**20)) if chunked else body
     response = post(server, "/v1/completions", content)
     assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"
+
+
+def test_a_client_that_reads_once_it_has_sent_everything_is_told_that_its_body_is_too_large(server):
+    """Python's own client does. If the server closed its connection at once, the rest of the body would reset it."""
+    for num_bytes in (5 * 2**20, 20 * 2**20):
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)
+        connection.request("POST", "/v1/completions", b"x" * num_bytes, {"Content-Type": "application/json"})
+        assert connection.getresponse().status == 413
+        connection.close()
 
 
 def test_the_api_page_shows_what_works_and_nothing_that_is_refused(server, chapter):

@@ -70,4 +70,4 @@ class Gate:
 
 
 def too_large() -> ApiError:
-    return ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send a smaller one", code="body_too_large", headers={"Connection": "close"})
+    return ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send a smaller one", code="body_too_large")

@@ -94,9 +94,9 @@ async def dashboard_data(request: Request) -> JSONResponse:
 @router.get("/trace", responses=ERRORS)
 async def trace(request: Request, seconds: float = KEEP_S) -> Response:
     """Return the last seconds as a file that Perfetto and chrome://tracing open."""
+    check_data_key(request, request.app.state.service)
     if not 0 < seconds <= KEEP_S:
         raise ApiError(400, f"seconds must be more than 0 and at most {KEEP_S:.0f}, got {seconds}", "seconds")
-    check_data_key(request, request.app.state.service)
     kept = request.app.state.service.async_engine.metrics
     since = time.monotonic() - seconds
     steps = [step for step in kept.steps if step.began >= since]
