@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
@@ -40,10 +41,16 @@ def take_no_arguments(argv: Sequence[str], module: str, doc: str) -> None:
 
 
 def server_url(url: str) -> str:
-    """A server's URL without a trailing slash and without the /v1 that OpenAI clients expect.
+    """A server's URL without a trailing slash and without the /v1 that OpenAI clients expect: the type of an argument.
 
     >>> server_url("http://gpu:8000/"), server_url("http://gpu:8000/v1/"), server_url("gpu:8000")
     ('http://gpu:8000', 'http://gpu:8000', 'http://gpu:8000')
     """
     url = url if "://" in url else f"http://{url}"
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError("it needs http or https, a host, and a port above 0 if any")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{url} is not the address of a server: {error}") from None
     return url.rstrip("/").removesuffix("/v1").rstrip("/")

@@ -1,14 +1,16 @@
 """`make agent`: a model that calls functions of ours, through a server that it starts and ends; and how `make chat` shows an answer's parts."""
 import builtins
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import pytest
 
 from shared.chapters import ROOT, last_with
@@ -186,11 +188,11 @@ def test_make_passes_a_question_as_it_was_typed_and_a_model_only_if_one_is_named
 def dies(*chunks):
     """A stream whose server dies after these chunks."""
     yield from chunks
-    raise httpx.RemoteProtocolError("peer closed connection")
+    raise agent.httpx.RemoteProtocolError("peer closed connection")
 
 
 def test_an_answer_that_breaks_off_ends_its_line_before_the_error(capsys):
-    with pytest.raises(httpx.RemoteProtocolError):
+    with pytest.raises(agent.httpx.RemoteProtocolError):
         agent.Asker(Scripted(dies(chunk(content="Hel"))), "m", "auto", 50).ask("Hi")
     assert capsys.readouterr().out == "\nyou: Hi\nm: Hel\n"
 
@@ -219,3 +221,27 @@ def test_a_chat_shows_thoughts_and_cuts_and_keeps_only_answers(monkeypatch, caps
     ]
     asked = [[message["content"] for message in body["messages"]] for body in client.bodies]
     assert asked == [["one"], ["one", "First.", "two"], ["one", "First.", "three"], ["one", "First.", "four"]]
+
+
+@pytest.mark.parametrize("listed", [{"data": []}, {"data": None}, [], "x", {"data": [{"name": "no id"}]}], ids=str)
+def test_a_server_that_lists_no_models_is_reported(listed, monkeypatch, capsys):
+    """Whatever it is, it answers 200."""
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            raw = json.dumps(listed).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert chat.main(["--url", url]) == 2 and agent.main(["--url", url]) == 2
+        assert capsys.readouterr().err.count("is not an OpenAI server, or lists no model") == 2
+        server.shutdown()

@@ -83,3 +83,16 @@ def test_an_error_in_a_chat_takes_the_message_back_and_a_missing_server_is_repor
     assert "your last message is removed from the conversation" in capsys.readouterr().out
     assert chat.main(["--url", "http://127.0.0.1:9"]) == 2
     assert "start one with `make serve`" in capsys.readouterr().err
+
+
+@pytest.mark.needs("openai")
+def test_ctrl_c_before_an_answer_begins_keeps_the_conversation(server, monkeypatch, capsys):
+    said = iter(["What is a KV cache?", "And a block table?", "/quit"])
+    monkeypatch.setattr(builtins, "input", lambda _prompt: next(said))
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(openai.resources.chat.Completions, "create", interrupted)
+    assert chat.main(["--url", server.url]) == 0
+    assert capsys.readouterr().out.count("your last message is removed from the conversation") == 2

@@ -83,7 +83,8 @@ async def ask(client: httpx.AsyncClient, url: str, body: dict) -> Answer:
                     answer.num_tokens = event["usage"]["completion_tokens"]
                 if event.get("choices") and event["choices"][0]["text"]:
                     answer.pieces.append(time.perf_counter() - start)
-    except httpx.HTTPError as error:
+    # A server may also send what is no event of a completion.
+    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         answer.error = repr(error)
     answer.seconds = time.perf_counter() - start
     return answer
@@ -250,7 +251,7 @@ def main(argv: list[str]) -> int:
         return serve_in_groups(argv[1], argv[2:])
     parser = argparse.ArgumentParser(prog="python -m shared.bench.load", description="Put load on an OpenAI-compatible server.")
     parser.add_argument("what", nargs="?", choices=["url", "chapter"], default="url")
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", type=programs.server_url, default="http://127.0.0.1:8000")
     parser.add_argument("--model", help="(default: the first model the server lists)")
     parser.add_argument("--api-key")
     parser.add_argument("--requests", type=int, default=64)
@@ -265,8 +266,10 @@ def main(argv: list[str]) -> int:
     for name in ("requests", "connections", "rate"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        parser.error(f"--json {args.json}: the directory does not exist")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
+        parser.error(f"--json {args.json}: it is a directory, or its directory does not exist")
+    if args.api_key and not args.api_key.isascii():
+        parser.error("--api-key must be ASCII")
     if args.write and args.what != "chapter":
         parser.error("--write is for the last chapter's server, which `chapter` starts; add `chapter`, or write the result with --json FILE")
     for name in ("url", "model", "api_key", "connections", "rate", "json") if args.what == "chapter" else ():
@@ -278,14 +281,13 @@ def main(argv: list[str]) -> int:
             write_row("load", results, " ".join(["python -m shared.bench.load", *argv]), [last_with("serve")])
         return 0
     headers = {"authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    url = programs.server_url(args.url)
     try:
-        model = args.model or httpx.get(f"{url}/v1/models", headers=headers).raise_for_status().json()["data"][0]["id"]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
-        parser.error(f"no OpenAI server answers at {url} ({error}); start one with `make serve`")
+        model = args.model or httpx.get(f"{args.url}/v1/models", headers=headers).raise_for_status().json()["data"][0]["id"]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+        parser.error(f"no OpenAI server answers at {args.url} ({error}); start one with `make serve`")
     connections = None if args.rate else args.connections or 16
     bodies = workload(args.requests, args.seed, model)
-    result = asyncio.run(run(url, bodies, connections, args.rate, args.api_key, args.seed))
+    result = asyncio.run(run(args.url, bodies, connections, args.rate, args.api_key, args.seed))
     show(result)
     if args.json:
         with open(args.json, "w") as file:

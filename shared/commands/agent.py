@@ -21,13 +21,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
 import openai
 
 from shared.chapters import ROOT
 from shared.checkpoints import POCKET
 from shared.programs import run, server_url
 
+try:
+    import httpx2 as httpx  # newer versions of OpenAI's client use it
+except ImportError:
+    import httpx
+
+CLIENT_ERRORS = (openai.APIError, httpx.HTTPError, httpx.InvalidURL, ValueError)
 QUESTIONS = ("What is 17 plus 25?", "How is the weather in Oslo and in Lima?", "What time is it?")
 TOOLS_MODEL = str(POCKET.with_name("pocket-tools"))
 MOST_ROUNDS = 5
@@ -115,6 +120,8 @@ class Asker(NamedTuple):
         body = dict(model=self.model, messages=messages, tools=TOOLS, tool_choice=tool_choice)
         with Printer() as printer, self.client.chat.completions.create(**body, temperature=0, max_tokens=self.max_tokens, stream=True) as stream:
             for chunk in stream:
+                if not chunk.choices:
+                    continue
                 choice = chunk.choices[0]
                 finish_reason = choice.finish_reason or finish_reason
                 # OpenAI's client knows no reasoning_content, but keeps what it does not know.
@@ -129,6 +136,17 @@ class Asker(NamedTuple):
                     calls[piece.index]["function"]["arguments"] += piece.function.arguments
                     printer.add("call", piece.function.arguments)
         return message | ({"tool_calls": calls} if calls else {}), finish_reason
+
+
+def first_model(client: openai.OpenAI) -> str:
+    """The first model that a server lists; ValueError if what it says is no such list."""
+    try:
+        name = client.models.list().data[0].id
+        if not isinstance(name, str):
+            raise TypeError(f"its first model's id is {name!r}")
+        return name
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{client.base_url} is not an OpenAI server, or lists no model ({error})") from None
 
 
 class Printer:
@@ -198,23 +216,23 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.commands.agent", description="Ask a model that may call functions.")
     parser.add_argument("--ask", metavar="QUESTION", action="append", help="repeatable (default: three questions)")
     parser.add_argument("--model", metavar="DIR", help="or a hub id (default: pocket-tools); with --url, a model that the server lists (default: the first)")
-    parser.add_argument("--url", help="of a server that runs already (default: start one)")
+    parser.add_argument("--url", type=server_url, help="of a server that runs already (default: start one)")
     choices = ("auto", "required", "none", *FUNCTIONS)
     parser.add_argument("--tool-choice", choices=choices, default="auto", help="in a question's first request (default: auto)")
     parser.add_argument("--max-tokens", type=int, default=500, help="per answer (default: 500)")
     args = parser.parse_args(argv)
     named = {"type": "function", "function": {"name": args.tool_choice}}
     try:
-        with contextlib.nullcontext(server_url(args.url)) if args.url else served(args.model or TOOLS_MODEL) as url:
+        with contextlib.nullcontext(args.url) if args.url else served(args.model or TOOLS_MODEL) as url:
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
             # A server of our own has one model, under a name that it derives.
-            model = args.url and args.model or client.models.list().data[0].id
+            model = args.url and args.model or first_model(client)
             asker = Asker(client, model, named if args.tool_choice in FUNCTIONS else args.tool_choice, args.max_tokens)
             answered = [asker.ask(question) for question in args.ask or QUESTIONS]
     except openai.APIConnectionError:
         print(f"error: no server answers at {url}", file=sys.stderr)
         return 2
-    except (openai.APIError, httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+    except CLIENT_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if all(answered) else 1

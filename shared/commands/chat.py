@@ -8,32 +8,30 @@ Ctrl-C stops an answer, /new starts a new conversation, /quit quits.
 import argparse
 import sys
 
-import httpx
 import openai
 
-from shared.commands.agent import Printer
+from shared.commands.agent import CLIENT_ERRORS, Printer, first_model
 from shared.programs import run, server_url
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.commands.chat", description="Chat with an OpenAI-compatible server.")
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", type=server_url, default="http://127.0.0.1:8000")
     parser.add_argument("--api-key", default="none")
     parser.add_argument("--model", help="(default: the first model the server lists)")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max-tokens", type=int, help="(default: the rest of the context)")
     args = parser.parse_args(argv)
-    url = server_url(args.url)
     try:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key=args.api_key or "none", max_retries=0)
-        model = args.model or client.models.list().data[0].id
+        client = openai.OpenAI(base_url=f"{args.url}/v1", api_key=args.api_key or "none", max_retries=0)
+        model = args.model or first_model(client)
     except openai.APIConnectionError:
-        print(f"no server answers at {url}; start one with `make serve` in another terminal", file=sys.stderr)
+        print(f"no server answers at {args.url}; start one with `make serve` in another terminal", file=sys.stderr)
         return 2
     except openai.APIStatusError as error:
-        print(f"{url} is not an OpenAI server, or it requires a different --api-key: {error.message}", file=sys.stderr)
+        print(f"{args.url} is not an OpenAI server, or it requires a different --api-key: {error.message}", file=sys.stderr)
         return 2
-    except (ValueError, httpx.InvalidURL) as error:
+    except CLIENT_ERRORS as error:
         print(f"--url or --api-key is invalid: {error}", file=sys.stderr)
         return 2
     print(f"chatting with {model}; /new starts a new conversation, Ctrl-C stops an answer, /quit quits")
@@ -57,7 +55,7 @@ def talk(client: openai.OpenAI, model: str, temperature: float, max_tokens: int 
             messages.append({"role": "user", "content": text})
             try:
                 answer = listen(client, model, messages, temperature, max_tokens)
-            except (openai.APIError, httpx.HTTPError, ValueError) as error:
+            except CLIENT_ERRORS as error:
                 print(f"error: {error}; your last message is removed from the conversation")
                 messages.pop()
                 continue
@@ -72,17 +70,20 @@ def listen(client: openai.OpenAI, model: str, messages: list[dict], temperature:
     """Print an answer and its thought as they arrive; return the answer, or the part that had arrived at Ctrl-C."""
     answer, finish_reason = "", None
     body = dict(model=model, messages=messages, temperature=temperature, max_tokens=max_tokens)
-    with Printer() as printer, client.chat.completions.create(**body, stream=True) as stream:
+    with Printer() as printer:
         try:
-            for chunk in stream:
-                choice = chunk.choices[0]
-                finish_reason = choice.finish_reason or finish_reason
-                # OpenAI's client knows no reasoning_content, but keeps what it does not know.
-                if thought := getattr(choice.delta, "reasoning_content", None):
-                    printer.add("thought", thought)
-                if piece := choice.delta.content:
-                    answer += piece
-                    printer.add(model, piece)
+            with client.chat.completions.create(**body, stream=True) as stream:
+                for chunk in stream:
+                    if not chunk.choices:
+                        continue
+                    choice = chunk.choices[0]
+                    finish_reason = choice.finish_reason or finish_reason
+                    # OpenAI's client knows no reasoning_content, but keeps what it does not know.
+                    if thought := getattr(choice.delta, "reasoning_content", None):
+                        printer.add("thought", thought)
+                    if piece := choice.delta.content:
+                        answer += piece
+                        printer.add(model, piece)
         except KeyboardInterrupt:
             pass
     if finish_reason == "length":
