@@ -583,7 +583,8 @@ LARGEST = {
     "echo": ("/v1/completions", {"prompt": [[9 + i] * 1500 for i in range(16)], "max_tokens": 1, "logprobs": 5, "echo": True}),
     "response": ("/v1/responses", {"input": "a", "include": ["message.output_text.logprobs"], "top_logprobs": 20}),
     "messages": ("/tokenize", {"messages": [TURN] * 2000}),
-    "text": ("/tokenize", {"prompt": "a b " * 30_000, "return_token_strs": True}),
+    "text": ("/tokenize", {"prompt": "a b " * 30_000}),
+    "token strings": ("/tokenize", {"prompt": "a b " * 500, "return_token_strs": True}),
     "tokens": ("/detokenize", {"tokens": [9] * 2048}),
 }
 
@@ -613,13 +614,13 @@ def test_no_request_waits_for_another_clients_largest_one(served, kind):
     def ask():
         while not enough.is_set():
             with httpx.stream("POST", f"{served.url}{path}", content=sent, headers={"content-type": "application/json"}, timeout=120) as answer:
-                assert answer.status_code == 200
+                statuses.add(answer.status_code)
                 for _ in answer.iter_raw(1 << 20):
                     pass
 
     # The machine may be busy with something else for a while.
     for _ in range(3):
-        asking = []
+        asking, statuses = [], set()
         before = slowest(200)
         enough = threading.Event()
         asking = [threading.Thread(target=ask)]
@@ -627,6 +628,7 @@ def test_no_request_waits_for_another_clients_largest_one(served, kind):
         threading.Timer(1.5, enough.set).start()
         beside = slowest(200)
         asking[0].join()
+        assert statuses == {200}
         if beside < before + 0.05:
             return
     raise AssertionError(f"{kind}: {1000 * before:.0f} ms before, {1000 * beside:.0f} ms beside it")
