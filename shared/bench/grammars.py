@@ -89,7 +89,8 @@ def grammars_of(package: str, words: Words | None, engine, backend: str):
     made.backend = backend
     made.vocabulary = made.first_vocabulary = grammars.Vocabulary(words.tokens, {words.eos_token_id}, len(words.tokens))
     library = grammars.Guidance.__new__(grammars.Guidance)
-    library.vocab_size, library.first_mask = len(words.tokens), None
+    library.vocab_size = library.num_ids = len(words.tokens)
+    library.first_mask, library.last_byte = None, 0xFF >> -len(words.tokens) % 8
     library.tokenizer = LLTokenizer(TokenizerWrapper(words))
     made.guidance = library
     return made
