@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         print(f"{args.url} is not an OpenAI server, or it requires a different --api-key: {error.message}", file=sys.stderr)
         return 2
     except CLIENT_ERRORS as error:
-        print(f"--url or --api-key is invalid: {error}", file=sys.stderr)
+        print(f"{error}; check --url and --api-key", file=sys.stderr)
         return 2
     print(f"chatting with {model}; /new starts a new conversation, Ctrl-C stops an answer, /quit quits")
     talk(client, model, args.temperature, args.max_tokens)
