@@ -19,7 +19,7 @@ from shared.verify.serving import serving, wait_until
 from shared.verify.soak_server import is_idle, leave
 from tests.support.fake_engine import FakeEngine
 from tests.support.http import HTTP
-from tests.support.stressed import LONG, client_of, engine, hang_up, health, process, start, tokenizer  # noqa: F401
+from tests.support.stressed import LONG, client_of, engine, hang_up, health, process, raw_request, start, tokenizer  # noqa: F401
 
 pytestmark = pytest.mark.needs("serve")
 
@@ -41,13 +41,12 @@ def test_50_clients_that_leave_at_random_moments_leave_nothing_behind(chapter, e
 def test_a_connection_on_which_no_whole_request_comes_is_closed(chapter, process):
     """Nothing, a half head, a half body, and each of them again after an answer; a stream is longer, and goes on."""
     host, port = "127.0.0.1", int(process.url.split(":")[-1])
-    raw = json.dumps(LONG | {"max_tokens": 1900, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n".encode()
+    whole = raw_request("/v1/completions", LONG | {"max_tokens": 1900, "stream": True})
     stream = socket.create_connection((host, port))
-    stream.sendall(head + raw)
+    stream.sendall(whole)
     connections = []
     for first in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
-        for sent in (b"", head[:40], head + raw[:5]):
+        for sent in (b"", whole[:40], whole[:-5]):
             connections.append(socket.create_connection((host, port)))
             connections[-1].sendall(first + sent)
     began, left = time.monotonic(), list(connections)
@@ -82,11 +81,10 @@ def test_as_many_connections_are_allowed_as_the_system_allows(module):
 @pytest.mark.needs("openai")
 def test_clients_that_reset_their_connections_leave_no_warnings_in_the_log(chapter, process):
     """Many answers to one call are written at once, of which all but the first find the connection gone."""
-    raw = json.dumps({"model": "pocket", "prompt": ["Once"] * 32, "max_tokens": 100, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    request = raw_request("/v1/completions", {"model": "pocket", "prompt": ["Once"] * 32, "max_tokens": 100, "stream": True})
     for number in range(40):
         with socket.create_connection(("127.0.0.1", int(process.url.split(":")[-1]))) as connection:
-            connection.sendall(head.encode() + raw)
+            connection.sendall(request)
             assert connection.recv(1000)
             time.sleep(0.03 * (number % 7))
             # What is not sent or read yet is thrown away, and the server gets a reset.
@@ -104,9 +102,7 @@ def test_a_slow_reader_slows_no_other_client(chapter, engine):
         with socket.socket() as stuck:
             stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             stuck.connect(("127.0.0.1", int(server.url.split(":")[-1])))
-            raw = json.dumps(LONG | {"stream": True}).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
-            stuck.sendall(head.encode() + raw)
+            stuck.sendall(raw_request("/v1/completions", LONG | {"stream": True}))
             wait_until(lambda: health(server)["running"])
             text = client.completions.create(model="pocket", prompt="Once", max_tokens=5, temperature=0).choices[0].text
             assert len(text) > 5

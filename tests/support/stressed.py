@@ -58,14 +58,18 @@ def process(chapter, request):
     process.close()
 
 
+def raw_request(path, body):
+    """The bytes of a request with this body."""
+    raw = json.dumps(body).encode()
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n".encode() + raw
+
+
 def hang_up(chapter, engine, path, body):
     """Send a request and close the connection once it runs; all of it must end soon."""
     with serving(chapter, engine) as server:
-        raw = json.dumps(body).encode()
         with socket.create_connection(("127.0.0.1", int(server.url.split(":")[-1]))) as connection:
-            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
             before = engine.num_steps
-            connection.sendall(head.encode() + raw)
+            connection.sendall(raw_request(path, body))
             wait_until(lambda: health(server)["running"])
         wait_until(lambda: is_idle(server), 10)
         # A complete answer would have been 400 or more.
